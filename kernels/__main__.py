@@ -1,0 +1,22 @@
+"""``python -m restoration_kernels``: which operator runs on which backend here, or why not."""
+
+import torch
+
+from ._backend import BACKENDS, OPERATORS, extension
+from ._samples import samples
+
+
+def main():
+    """Prints the table."""
+    print(f"torch {torch.__version__}, CUDA devices: {torch.cuda.device_count()}")
+    print(f"compiled extension: {extension()[1] or 'loaded'}")
+    width = max(map(len, OPERATORS))
+    for name, operator in OPERATORS.items():
+        for backend in BACKENDS:
+            on_gpu = backend in ("cuda", "triton") and torch.cuda.is_available()
+            arguments = samples(name)[0].arguments(device="cuda" if on_gpu else "cpu")
+            print(f"{name:{width}}  {backend:9}  {operator.why_not(backend, **arguments) or 'available'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Which backend runs a call: the names, the user's wish, the choice, and the compiled extension."""
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+import warnings
+
+import torch
+
+from . import _checks
+
+# Fastest first: the automatic choice takes the first that can run the call.
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+ENVIRONMENT_VARIABLE = "RESTORATION_BACKEND"
+# torch.autocast leaves float64 alone.
+_AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+_logger = logging.getLogger("restoration_kernels")
+_context_wish = contextvars.ContextVar("restoration_kernels_backend", default=None)
+
+
+# Every operator by its public name, filled as the package is imported.
+OPERATORS = {}
+
+
+class Operator:
+    """The backends of one operator.
+
+    A backend is a function that runs a call and a predicate of the same keyword arguments that answers "can you run
+    this, and if not, why" with None or the reason. The predicates drive the choice, the errors, the test skips and the
+    table of ``python -m restoration_kernels``. The reference runs everything.
+    """
+
+    def __init__(self, name, reference):
+        self.name = name
+        self._runs = {"reference": reference}
+        self._predicates = {"reference": lambda **arguments: None}
+        self._warned = False
+        OPERATORS[name] = self
+
+    def register(self, backend, run, predicate):
+        """Adds a kernel: run(**arguments) computes, predicate(**arguments) is None or the reason why it cannot."""
+        self._runs[backend] = run
+        self._predicates[backend] = predicate
+
+    def has(self, backend):
+        """Whether the package has a kernel for this backend, usable on this machine or not."""
+        return backend in self._runs
+
+    def why_not(self, backend, **arguments):
+        """None if the backend can run this call on this machine, else the reason."""
+        if not self.has(backend):
+            return f"no {backend} kernel in this version"
+        return why_not_here(backend) or self._predicates[backend](**arguments)
+
+    def run(self, wish, **arguments):
+        """Runs a checked call on the backend wished for (None: by context, environment, or the fastest that can)."""
+        device = next(value.device for value in arguments.values() if isinstance(value, torch.Tensor))
+        run = self._runs[self._choose(wish, device, arguments)]
+        if not _autocasts(device):
+            return run(**arguments)
+        # The public function has cast its arguments, by one rule for all backends; the reference must not cast again.
+        with torch.autocast(device.type, enabled=False):
+            return run(**arguments)
+
+    def _choose(self, wish, device, arguments):
+        source = "the argument"
+        if wish is None:
+            wish, source = _ambient_wish()
+        if wish is not None:
+            _checks.backend(self.name, wish, source, BACKENDS)
+        if wish is not None and self.why_not(wish, **arguments) is None:
+            return wish
+        reasons = {name: self.why_not(name, **arguments) for name in BACKENDS}
+        if wish is not None:
+            _checks.able(self.name, wish, source, reasons)
+        chosen = next(name for name in BACKENDS if reasons[name] is None)
+        if not torch.compiler.is_compiling():
+            self._report(chosen, device, reasons)
+        return chosen
+
+    def _report(self, chosen, device, reasons):
+        faster = BACKENDS[: BACKENDS.index(chosen)]
+        for name in faster:
+            _logger.debug("%s skips %s: %s", self.name, name, reasons[name])
+        if chosen == "reference" and device.type == "cuda" and not self._warned:
+            self._warned = True
+            skipped = "; ".join(reasons[name] for name in faster)
+            warnings.warn(f"{self.name} runs CUDA tensors on the slow reference: {skipped}", stacklevel=5)
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of the backends that run at least one operator on this machine, fastest first."""
+    return tuple(
+        name
+        for name in BACKENDS
+        if why_not_here(name) is None and any(operator.has(name) for operator in OPERATORS.values())
+    )
+
+
+def use_backend(name: str | None) -> contextlib.AbstractContextManager[None]:
+    """Context manager: every operator inside runs on this backend, unless its argument ``backend`` names another.
+
+    The wish holds for this thread or asynchronous task alone. It cannot be met by every call: one that the backend
+    cannot run raises RuntimeError and says why. ``torch.compile`` reads the wish once, while it traces.
+
+    Args:
+        name: "cuda", "triton", "cpu" or "reference"; None takes an outer wish and the environment's back.
+    """
+    if name is not None:
+        _checks.backend("use_backend", name, "the argument", BACKENDS)
+    return _use_backend(name)
+
+
+@contextlib.contextmanager
+def _use_backend(name):
+    token = _context_wish.set(name)
+    try:
+        yield
+    finally:
+        _context_wish.reset(token)
+
+
+# Neither context variables nor the environment can be traced by torch.compile: it takes their value as a constant.
+@torch.compiler.assume_constant_result
+def _ambient_wish():
+    wish = _context_wish.get()
+    if wish is not None:
+        return wish, "use_backend"
+    return os.environ.get(ENVIRONMENT_VARIABLE) or None, f"the environment variable {ENVIRONMENT_VARIABLE}"
+
+
+@functools.cache
+def extension():
+    """The compiled module and None, or None and the reason why it cannot be used. Loaded once, on first demand."""
+    if importlib.util.find_spec("restoration_kernels._C") is None:
+        return None, "the compiled extension was not built; reinstall the package where a C++ compiler is present"
+    try:
+        return importlib.import_module("restoration_kernels._C"), None
+    except ImportError as error:
+        return None, f"the compiled extension failed to load ({error}); reinstall the package"
+
+
+@functools.cache
+def _has_triton():
+    return importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result
+def why_not_here(backend):
+    """None if this machine and this installation can run kernels of the backend, else the reason."""
+    if backend in ("cuda", "cpu") and extension()[0] is None:
+        return extension()[1]
+    if backend == "triton" and not _has_triton():
+        return "the package triton is not installed"
+    if backend in ("cuda", "triton") and not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    return None
+
+
+def autocast(tensors, dtype=None):
+    """The tensors as torch.autocast wants them, unchanged outside of it and where they are None or float64.
+
+    Args:
+        dtype: the operator's dtype under autocast; None is the one autocast was given, as for torch's convolutions.
+    """
+    device = next((tensor.device for tensor in tensors if isinstance(tensor, torch.Tensor)), None)
+    if device is None or not _autocasts(device):
+        return tensors
+    dtype = dtype or torch.get_autocast_dtype(device.type)
+    return tuple(
+        tensor.to(dtype) if isinstance(tensor, torch.Tensor) and tensor.dtype in _AUTOCAST_DTYPES else tensor
+        for tensor in tensors
+    )
+
+
+def _autocasts(device):
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)

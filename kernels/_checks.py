@@ -1,0 +1,281 @@
+"""Every input check and its wording: ``operator: argument must ..., got ...``, before any work starts.
+
+One function for each operator, made of the few questions at the end of the file.
+"""
+
+import math
+
+import torch
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def backend(operator, name, source, names):
+    """Checks the name of a backend; source says where the wish came from."""
+    if name not in names:
+        _fail(operator, "backend", f"be one of {', '.join(names)}", f"{name!r} from {source}")
+
+
+def able(operator, name, source, reasons):
+    """Checks that the backend wished for can run a call, given why each backend cannot (None for those that can)."""
+    if reasons[name] is not None:
+        others = ", ".join(other for other, reason in reasons.items() if reason is None)
+        must = f"be able to run this call ({others} can; without a wish the fastest of them does)"
+        _fail(operator, "backend", must, f"{name!r} from {source}: {reasons[name]}", RuntimeError)
+
+
+def pac_conv2d(operator, x, guide, weight, bias, stride, padding, dilation, residual, alpha, quantum):
+    """Checks a pixel-adaptive convolution; returns stride, padding and dilation as (vertical, horizontal) pairs."""
+    B, C, H, W = _tensor(operator, "x", x, ("B", "C", "H", "W"))
+    _tensor(operator, "guide", guide, (B, "G", H, W), like=("x", x))
+    O, channels, K, _ = _tensor(operator, "weight", weight, ("O", "C", "K", "K"), like=("x", x))
+    if (O, channels) == (1, 1):
+        O = C
+    elif channels != C:
+        _fail(operator, "weight", f"be of shape [O, {C}, K, K] or [1, 1, K, K]", _shape(weight))
+    _kernel_size(operator, "weight", K, weight.shape[3])
+    if bias is not None:
+        _tensor(operator, "bias", bias, (O,), like=("x", x))
+    geometry = _geometry(operator, stride, padding, dilation)
+    output = _output_size(operator, "x", x, K, *geometry)
+    if residual is not None:
+        _tensor(operator, "residual", residual, (B, O, *output), device_of=("x", x))
+        # A convolution of half precision may be added to a stream of float32.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if residual.dtype not in (x.dtype, wide):
+            _fail(operator, "residual", f"have dtype {x.dtype}, as x, or {wide}", residual.dtype)
+    _number(operator, "alpha", alpha)
+    if quantum is not None:
+        _number(operator, "quantum", quantum, positive=True)
+        if math.frexp(quantum)[0] != 0.5:
+            _fail(operator, "quantum", "be a power of two", quantum)
+    return geometry
+
+
+def pac_conv2d_(residual, x, guide, weight, bias, stride, padding, dilation, alpha, quantum):
+    """Checks as :func:`pac_conv2d`, and that writing into residual harms nothing."""
+    operator = "pac_conv2d_"
+    _tensor(operator, "residual", residual, ("B", "O", "H'", "W'"))
+    geometry = pac_conv2d(operator, x, guide, weight, bias, stride, padding, dilation, residual, alpha, quantum)
+    if not residual.is_contiguous():
+        _fail(operator, "residual", "be contiguous", f"strides {list(residual.stride())} for {_shape(residual)}")
+    for argument, value in dict(residual=residual, x=x, guide=guide, weight=weight, bias=bias).items():
+        if value is None:
+            continue
+        if torch.is_grad_enabled() and value.requires_grad:
+            _fail(operator, argument, "require no gradient (use pac_conv2d, or torch.no_grad())", "one that does")
+        # Addresses are unknown while torch.compile traces.
+        if value is not residual and not torch.compiler.is_compiling() and _overlap(residual, value):
+            _fail(operator, argument, "share no memory with residual, which is written to", "overlapping tensors")
+    return geometry
+
+
+def pac_kernel2d(guide, kernel_size, stride, padding, dilation):
+    """Checks a kernel to look at; returns stride, padding and dilation as pairs."""
+    operator = "pac_kernel2d"
+    _tensor(operator, "guide", guide, ("B", "G", "H", "W"))
+    _kernel_size(operator, "kernel_size", kernel_size, kernel_size)
+    geometry = _geometry(operator, stride, padding, dilation)
+    _output_size(operator, "guide", guide, kernel_size, *geometry)
+    return geometry
+
+
+def pac_conv2d_module(in_channels, out_channels, kernel_size, stride, padding, dilation, shared_filters):
+    """Checks the arguments of PacConv2d."""
+    operator = "PacConv2d"
+    _integer(operator, "in_channels", in_channels, 1)
+    _integer(operator, "out_channels", out_channels, 1)
+    _kernel_size(operator, "kernel_size", kernel_size, kernel_size)
+    _geometry(operator, stride, padding, dilation)
+    if shared_filters and in_channels != out_channels:
+        _fail(operator, "out_channels", f"equal in_channels = {in_channels} with shared_filters", out_channels)
+
+
+def sample_neighbors(height, width, num_anchors, generator):
+    """Checks a draw of anchors."""
+    operator = "sample_neighbors"
+    _integer(operator, "height", height, 3)
+    _integer(operator, "width", width, 3)
+    _integer(operator, "num_anchors", num_anchors, 1)
+    places = (height - 2) * (width - 2)
+    if num_anchors > places:
+        _fail(operator, "num_anchors", f"be at most the {places} interior places of {height} x {width}", num_anchors)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        _fail(operator, "generator", "be a torch.Generator or None", _kind(generator), TypeError)
+
+
+def neighbor_difference(features, anchors, neighbors):
+    """Checks features and the places in them."""
+    operator = "neighbor_difference"
+    _, _, H, W = _tensor(operator, "features", features, ("B", "C", "H", "W"))
+    (N,) = _tensor(operator, "anchors", anchors, ("N",), device_of=("features", features), dtypes=(torch.int64,))
+    _tensor(operator, "neighbors", neighbors, (N, 8), device_of=("features", features), dtypes=(torch.int64,))
+    if torch.compiler.is_compiling():
+        return
+    for argument, places in (("anchors", anchors), ("neighbors", neighbors)):
+        first, last = places.min().item(), places.max().item()
+        if first < 0 or last >= H * W:
+            _fail(operator, argument, f"lie in 0 to {H * W - 1}, the places of {H} x {W}", f"{first} to {last}")
+
+
+def info_nce(query, key, temperature):
+    """Checks the rows of a contrastive loss."""
+    operator = "info_nce"
+    shape = _tensor(operator, "query", query, ("B", "S", "D"))
+    _tensor(operator, "key", key, shape, like=("query", query))
+    _number(operator, "temperature", temperature, positive=True)
+
+
+def ccpl_loss(features, targets, num_anchors, temperature, projections):
+    """Checks the layers of the loss; returns the number of anchors and the projection of each."""
+    operator = "ccpl_loss"
+    _sequence(operator, "features", features)
+    _sequence(operator, "targets", targets, len(features))
+    for layer, (feature, target) in enumerate(zip(features, targets, strict=True)):
+        shape = _tensor(operator, f"features[{layer}]", feature, ("B", "C", "H", "W"))
+        _tensor(operator, f"targets[{layer}]", target, shape, like=(f"features[{layer}]", feature))
+    _number(operator, "temperature", temperature, positive=True)
+    if not isinstance(num_anchors, (tuple, list)):
+        num_anchors = [num_anchors] * len(features)
+    if projections is None:
+        projections = [None] * len(features)
+    _sequence(operator, "num_anchors", num_anchors, len(features))
+    _sequence(operator, "projections", projections, len(features))
+    return num_anchors, projections
+
+
+def matting_laplacian(operator, image, guide, eps, radius):
+    """Checks an image and the guide whose colours explain it."""
+    B, _, H, W = _tensor(operator, "image", image, ("B", "C", "H", "W"))
+    _tensor(operator, "guide", guide, (B, 3, H, W), like=("image", image))
+    _window(operator, eps, radius)
+
+
+def matting_laplacian_matrix(guide, eps, radius):
+    """Checks the one guide of a sparse matrix."""
+    operator = "matting_laplacian_matrix"
+    _tensor(operator, "guide", guide, (3, "H", "W"))
+    _window(operator, eps, radius)
+
+
+def dual_pool_attention(x, weight, pool_size):
+    """Checks feature maps and the filter over their channels."""
+    operator = "dual_pool_attention"
+    _tensor(operator, "x", x, ("B", "C", "H", "W"))
+    (k,) = _tensor(operator, "weight", weight, ("k",), like=("x", x))
+    if k % 2 == 0:
+        _fail(operator, "weight", "have an odd number of entries", k)
+    _integer(operator, "pool_size", pool_size, 1)
+
+
+def _fail(operator, argument, must, got, error=ValueError):
+    """Raises the one error of the package's grammar."""
+    raise error(f"{operator}: {argument} must {must}, got {got}")
+
+
+def _tensor(operator, argument, value, shape, *, like=None, device_of=None, dtypes=_DTYPES):
+    """Checks kind, shape, dtype and device; returns the sizes. A name in shape stands for any size but 0, B for any."""
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        _fail(operator, argument, f"be a dense tensor of shape {_named(shape)}", _kind(value), TypeError)
+    sizes = tuple(value.shape)
+    if len(sizes) != len(shape) or any(
+        size != wanted for size, wanted in zip(sizes, shape, strict=True) if not isinstance(wanted, str)
+    ):
+        _fail(operator, argument, f"be of shape {_named(shape)}", _shape(value))
+    if any(size == 0 for size, wanted in zip(sizes, shape, strict=True) if isinstance(wanted, str) and wanted != "B"):
+        _fail(operator, argument, f"be empty along no axis of {_named(shape)} but B", _shape(value))
+    if like is not None and value.dtype != like[1].dtype:
+        _fail(operator, argument, f"have the dtype of {like[0]}, {like[1].dtype}", value.dtype)
+    if value.dtype not in dtypes:
+        _fail(operator, argument, f"have dtype {' or '.join(map(str, dtypes))}", value.dtype)
+    name, other = like or device_of or (argument, value)
+    if value.device != other.device:
+        _fail(operator, argument, f"be on the device of {name}, {other.device}", value.device)
+    return sizes
+
+
+def _geometry(operator, stride, padding, dilation):
+    return (
+        _pair(operator, "stride", stride, 1),
+        _pair(operator, "padding", padding, 0),
+        _pair(operator, "dilation", dilation, 1),
+    )
+
+
+def _pair(operator, argument, value, least):
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2 or not all(_is_integer(entry) and entry >= least for entry in pair):
+        _fail(operator, argument, f"be an integer of at least {least} or a pair of them", repr(value))
+    return pair
+
+
+def _kernel_size(operator, argument, height, width):
+    if not _is_integer(height) or height != width or height < 1 or height % 2 == 0:
+        got = repr(height) if height == width else f"{height} x {width}"
+        _fail(operator, argument, "have a square kernel of odd size", got)
+
+
+def _output_size(operator, argument, image, kernel_size, stride, padding, dilation):
+    H, W = image.shape[2:]
+    rows = (H + 2 * padding[0] - dilation[0] * (kernel_size - 1) - 1) // stride[0] + 1
+    columns = (W + 2 * padding[1] - dilation[1] * (kernel_size - 1) - 1) // stride[1] + 1
+    if rows < 1 or columns < 1:
+        reach = [dilation[axis] * (kernel_size - 1) + 1 - 2 * padding[axis] for axis in (0, 1)]
+        _fail(operator, argument, f"be at least {reach[0]} x {reach[1]} to give an output", f"{H} x {W}")
+    return rows, columns
+
+
+def _window(operator, eps, radius):
+    _number(operator, "eps", eps, positive=True)
+    _integer(operator, "radius", radius, 1, 3)
+
+
+def _integer(operator, argument, value, least, most=None):
+    if not _is_integer(value) or value < least or (most is not None and value > most):
+        span = f"of at least {least}" if most is None else f"from {least} to {most}"
+        _fail(operator, argument, f"be an integer {span}", repr(value))
+
+
+def _number(operator, argument, value, *, positive=False):
+    if not isinstance(value, (int, float)) or not math.isfinite(value) or (positive and value <= 0):
+        _fail(operator, argument, f"be a finite{' positive' if positive else ''} number", repr(value))
+
+
+def _sequence(operator, argument, value, length=None):
+    if not isinstance(value, (tuple, list, torch.nn.ModuleList)):
+        _fail(operator, argument, "be a list with one entry for each layer", _kind(value), TypeError)
+    if len(value) == 0 and length is None:
+        _fail(operator, argument, "have one entry for each layer", "none")
+    if length is not None and len(value) != length:
+        _fail(operator, argument, f"have {length} entries, one for each layer", len(value))
+
+
+def _is_integer(value):
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def _overlap(one, other):
+    """Whether the address ranges of two tensors meet: cautious for interleaved views, which are rare."""
+    if one.numel() == 0 or other.numel() == 0:
+        return False
+    (first, first_end), (second, second_end) = _addresses(one), _addresses(other)
+    return first < second_end and second < first_end
+
+
+def _addresses(tensor):
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
+
+
+def _named(shape):
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def _shape(value):
+    return f"shape {list(value.shape)}"
+
+
+def _kind(value):
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return "a tensor" if value.layout == torch.strided else f"a tensor of layout {value.layout}"

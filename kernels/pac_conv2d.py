@@ -1,0 +1,229 @@
+"""Pixel-adaptive convolution: a convolution whose every tap is weighted by the likeness of two pixels of a guide."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from . import _backend, _checks
+from .pac_conv2d_reference import pac_conv2d_reference, pac_conv2d_reference_, pac_kernel2d_reference
+
+IntOrPair = int | tuple[int, int]
+
+_OPERATOR = _backend.Operator("pac_conv2d", pac_conv2d_reference)
+_IN_PLACE = _backend.Operator("pac_conv2d_", pac_conv2d_reference_)
+
+
+def pac_conv2d(
+    x: Tensor,
+    guide: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: IntOrPair = 1,
+    padding: IntOrPair = 0,
+    dilation: IntOrPair = 1,
+    normalize: bool = False,
+    residual: Tensor | None = None,
+    alpha: float = 1.0,
+    quantum: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """residual + alpha · (pixel-adaptive convolution of x guided by guide + bias).
+
+    For the output place p, which lies at the centre tap, and the taps t of a K x K kernel::
+
+        k_t(p) = exp(-1/2 |guide(p) - guide(p + t)|²)
+        y[o](p) = bias[o] + sum over t and c of k_t(p) · weight[o, c, t] · x[c](p + t)
+
+    x and guide are 0 outside the image. The centre tap's k is 1 by definition. A constant guide gives
+    torch.nn.functional.conv2d.
+
+    Args:
+        x: values [B, C, H, W] of any floating dtype.
+        guide: [B, G, H, W], any number of channels.
+        weight: [O, C, K, K], K odd; or [1, 1, K, K], one filter that every channel shares (O = C).
+        bias: [O] or None. All these have the dtype and device of x; torch.autocast casts them as for conv2d.
+        stride, padding, dilation: integer or (vertical, horizontal), as in conv2d.
+        normalize: divide k_t(p) by the sum of k(p) over the taps inside the image; a place with none gives the bias.
+        residual: [B, O, H', W'], added at the end, in the dtype of x, or float32 where x is of half precision; or None.
+        alpha: a finite factor; -1 inverts a reversible block.
+        quantum: a power of two: the convolution + bias is rounded to its nearest multiples (ties to even) before alpha
+            and residual, so that a float32 residual of such multiples below 2^24·quantum is added to without error. The
+            gradient passes through as if nothing were rounded. None rounds nothing.
+        backend: "cuda", "triton", "cpu" or "reference"; None leaves the choice to :func:`use_backend`.
+
+    Returns:
+        [B, O, H', W'] in the dtype of residual, or of x. The reference holds about K²·(2C + G) numbers for each output
+        place. Gradients: x, guide, weight, bias, residual; the reference can be differentiated twice. Inf or NaN in the
+        guide spoils the output and the gradients of x and guide in reach of one kernel only: next to a pixel of Inf the
+        taps vanish, at it the centre remains, and the guide's gradient is NaN there.
+
+    Raises:
+        TypeError, ValueError: an argument is not as said here.
+        RuntimeError: the backend asked for cannot run this call.
+
+    Source: Su et al., Pixel-Adaptive Convolutional Neural Networks (2019), eq. 3; Sun, Zhang, Wu (2025),
+    doi 10.1038/s40494-025-01595-0, eq. 5.
+    """
+    x, guide, weight, bias = _backend.autocast((x, guide, weight, bias))
+    stride, padding, dilation = _checks.pac_conv2d(
+        "pac_conv2d", x, guide, weight, bias, stride, padding, dilation, residual, alpha, quantum
+    )
+    return _OPERATOR.run(
+        backend,
+        x=x,
+        guide=guide,
+        weight=weight,
+        bias=bias,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        normalize=normalize,
+        residual=residual,
+        alpha=alpha,
+        quantum=quantum,
+    )
+
+
+def pac_conv2d_(
+    residual: Tensor,
+    x: Tensor,
+    guide: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: IntOrPair = 1,
+    padding: IntOrPair = 0,
+    dilation: IntOrPair = 1,
+    normalize: bool = False,
+    alpha: float = 1.0,
+    quantum: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`pac_conv2d` written into residual, for inference: with alpha = -1 it takes back what it added.
+
+    Args:
+        residual: [B, O, H', W'], contiguous, sharing no memory with the other tensors.
+        others: as for :func:`pac_conv2d`. None may require gradients, unless grad mode is off.
+
+    Returns:
+        residual.
+
+    Raises:
+        TypeError, ValueError: an argument is not as said here; residual is then untouched.
+        RuntimeError: the backend asked for cannot run this call.
+    """
+    x, guide, weight, bias = _backend.autocast((x, guide, weight, bias))
+    stride, padding, dilation = _checks.pac_conv2d_(
+        residual, x, guide, weight, bias, stride, padding, dilation, alpha, quantum
+    )
+    return _IN_PLACE.run(
+        backend,
+        residual=residual,
+        x=x,
+        guide=guide,
+        weight=weight,
+        bias=bias,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        normalize=normalize,
+        alpha=alpha,
+        quantum=quantum,
+    )
+
+
+def pac_kernel2d(
+    guide: Tensor,
+    kernel_size: int,
+    *,
+    stride: IntOrPair = 1,
+    padding: IntOrPair = 0,
+    dilation: IntOrPair = 1,
+    normalize: bool = False,
+) -> Tensor:
+    """The k_t(p) of :func:`pac_conv2d`, to look at.
+
+    Args:
+        guide: [B, G, H, W] of any floating dtype.
+        kernel_size: K, odd.
+        stride, padding, dilation, normalize: as for :func:`pac_conv2d`.
+
+    Returns:
+        [B, 1, K, K, H', W'], values in [0, 1]. Taps outside the image see a guide of 0; normalised, they are 0. Always
+        the reference. Gradients: guide.
+
+    Raises:
+        TypeError, ValueError: an argument is not as said here.
+    """
+    stride, padding, dilation = _checks.pac_kernel2d(guide, kernel_size, stride, padding, dilation)
+    return pac_kernel2d_reference(
+        guide, kernel_size, stride=stride, padding=padding, dilation=dilation, normalize=normalize
+    )
+
+
+class PacConv2d(nn.Module):
+    """:func:`pac_conv2d` with learned weight and bias. Loads the state dict of pacnet's layer of the same name.
+
+    Args:
+        in_channels, out_channels: C and O; equal if shared_filters.
+        kernel_size: K, odd.
+        stride, padding, dilation: integer or (vertical, horizontal).
+        bias: whether to learn one.
+        normalize_kernel: the argument normalize of :func:`pac_conv2d`.
+        shared_filters: one filter [1, 1, K, K] for all channels in place of [O, C, K, K].
+
+    Raises:
+        TypeError, ValueError: an argument is not as said here.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: IntOrPair = 1,
+        padding: IntOrPair = 0,
+        dilation: IntOrPair = 1,
+        bias: bool = True,
+        normalize_kernel: bool = False,
+        shared_filters: bool = False,
+    ) -> None:
+        super().__init__()
+        _checks.pac_conv2d_module(in_channels, out_channels, kernel_size, stride, padding, dilation, shared_filters)
+        self.stride = stride
+        self.padding = padding
+        self.dilation = dilation
+        self.normalize_kernel = normalize_kernel
+        filters = (1, 1) if shared_filters else (out_channels, in_channels)
+        self.weight = nn.Parameter(torch.empty(*filters, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws weight and bias uniformly within 1/sqrt(products summed in one output), as torch.nn.Conv2d does."""
+        bound = 1 / math.sqrt(self.weight[0].numel())
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: Tensor, guide: Tensor) -> Tensor:
+        """[B, C, H, W] and [B, G, H, W] -> [B, O, H', W']."""
+        return pac_conv2d(
+            x,
+            guide,
+            self.weight,
+            self.bias,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            normalize=self.normalize_kernel,
+        )
+
+    def extra_repr(self) -> str:
+        """What print shows of the layer."""
+        return (
+            f"weight={list(self.weight.shape)}, stride={self.stride}, padding={self.padding}, "
+            f"dilation={self.dilation}, bias={self.bias is not None}, normalize_kernel={self.normalize_kernel}"
+        )

@@ -1,0 +1,220 @@
+"""The judge of all operators, and the questions that every operator must answer in the same way.
+
+The judge: the largest error of a backend is at most twice that of the reference in the same dtype, both against the
+reference in float64, plus a few units in the last place of the largest value.
+"""
+
+import contextlib
+import functools
+
+import pytest
+import torch
+
+import restoration_kernels
+from restoration_kernels._backend import BACKENDS, OPERATORS
+from restoration_kernels._samples import DIFFERENTIABLE, convert, samples
+
+# Four roundings: of the product, of the sum, of the epilogue, and of the result to its dtype.
+ULPS = 4
+# Of the reference, which has nobody to be compared with. Its intermediate results are rounded to the dtype too, some
+# many times over; in float64 the definitions' own roundings, of sums of thousands of numbers, count as well.
+REFERENCE_ULPS = {torch.float64: 2**12, torch.float32: 32, torch.float16: 32, torch.bfloat16: 32}
+
+
+def every_backend(operator):
+    """Parametrises a test over the backends that have a kernel for the operator."""
+    return pytest.mark.parametrize("backend", _backends(operator))
+
+
+def every_case(*operators):
+    """Parametrises a test over backends and samples: tiny ones for the reference, odd ones too for the kernels."""
+    return _cases(operators, lambda found: found)
+
+
+def one_case(*operators):
+    """Parametrises a test over backends, with the first sample of each operator, which has all of its tensors."""
+    return _cases(operators, lambda found: found[:1])
+
+
+def _cases(operators, select):
+    cases = [
+        pytest.param(backend, sample, id=f"{backend}-{operator}-{sample.name}")
+        for operator in operators
+        for backend in _backends(operator)
+        for sample in select(samples(operator, *(("tiny",) if backend == "reference" else ("tiny", "odd"))))
+    ]
+    return pytest.mark.parametrize(("backend", "sample"), cases)
+
+
+def _backends(operator):
+    return [name for name in BACKENDS if OPERATORS[operator].has(name)]
+
+
+def every_dtype():
+    """Parametrises a test over the dtypes that every operator takes."""
+    return pytest.mark.parametrize(
+        "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=lambda dtype: str(dtype)[6:]
+    )
+
+
+def arguments_for(backend, sample, dtype):
+    """The sample's arguments on the backend's device; skips, for the predicate's reason, if it cannot run them."""
+    on_gpu = backend in ("cuda", "triton") and torch.cuda.is_available()
+    arguments = sample.arguments(dtype, "cuda" if on_gpu else "cpu")
+    reason = OPERATORS[sample.operator].why_not(backend, **arguments)
+    if reason is not None:
+        pytest.skip(f"{sample.operator} on {backend}: {reason}")
+    return arguments
+
+
+def differentiate(function, arguments, names):
+    """function's output, and the gradient of its product with a fixed random tensor by each argument named."""
+    names = [name for name in names if arguments.get(name) is not None]
+    leaves = {name: arguments[name].detach().requires_grad_() for name in names}
+    output = function(**{**arguments, **leaves})
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    # Representable in every dtype: the judge is to see the operator's rounding, not that of its input.
+    cotangent = weights.to(torch.bfloat16).to(output)
+    gradients = torch.autograd.grad(output, list(leaves.values()), cotangent) if leaves else ()
+    return {"output": output.detach(), **dict(zip(names, gradients, strict=True))}
+
+
+def public(operator, backend):
+    """The public function, bound to a backend."""
+    return functools.partial(getattr(restoration_kernels, operator), backend=backend)
+
+
+def judge(name, ours, exact, plain=None, ulps=ULPS):
+    """Raises, naming the worst place, if ours is further from exact than the reference's plain allows."""
+    exact = exact.to(ours.device)
+    assert ours.shape == exact.shape, f"{name}: shape {list(ours.shape)}, not {list(exact.shape)}"
+    if exact.numel() == 0:
+        return
+    scale = exact.abs().max()
+    allowed = ulps * torch.finfo(ours.dtype).eps * scale
+    if plain is not None:
+        allowed = allowed + 2 * (plain.to(exact) - exact).abs().max()
+    error = (ours.to(torch.float64) - exact).abs()
+    if not (error <= allowed).all():
+        # NaN counts as infinitely wrong, and is then the worst.
+        worst = tuple(map(int, torch.unravel_index(error.nan_to_num(torch.inf).argmax(), error.shape)))
+        raise AssertionError(
+            f"{name}: error {error[worst]:.3e} at {worst} (ours {ours[worst]:.9g}, exact {exact[worst]:.9g}), "
+            f"allowed {allowed:.3e}, largest value {scale:.3g}"
+        )
+
+
+def judge_all(ours, exact, plain=None, ulps=ULPS):
+    """The judge for an output and gradients by name."""
+    assert ours.keys() == exact.keys()
+    for name in ours:
+        judge(name, ours[name], exact[name], plain and plain[name], ulps)
+
+
+def check_values(backend, sample, dtype, definition, names=()):
+    """Output and gradients by the judge, against a definition in loops where the sample is tiny enough for it.
+
+    The reference must be within REFERENCE_ULPS of the exact values.
+    """
+    arguments = arguments_for(backend, sample, dtype)
+    reference = public(sample.operator, "reference")
+    exactly = definition if sample.size == "tiny" else reference
+    ours = differentiate(public(sample.operator, backend), arguments, names)
+    exact = differentiate(exactly, convert(arguments, torch.float64, "cpu"), names)
+    if backend == "reference":
+        judge_all(ours, exact, ulps=REFERENCE_ULPS[dtype])
+    else:
+        judge_all(ours, exact, differentiate(reference, arguments, names))
+
+
+def check_gradcheck(backend, sample):
+    """Analytic gradients against differences, in float64; of the reference the second derivatives too."""
+    arguments = arguments_for(backend, sample, torch.float64)
+    names = [name for name in DIFFERENTIABLE[sample.operator] if arguments.get(name) is not None]
+
+    def function(*leaves):
+        return public(sample.operator, backend)(**{**arguments, **dict(zip(names, leaves, strict=True))})
+
+    leaves = [arguments[name].requires_grad_() for name in names]
+    with one_thread():
+        assert torch.autograd.gradcheck(function, leaves)
+        if backend == "reference":
+            assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+
+
+@contextlib.contextmanager
+def one_thread():
+    """Waking a second thread takes longer than a tiny call, of which gradcheck makes thousands."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def check_compile(backend, sample):
+    """torch.compile takes the operator as one graph, forward and backward, and changes nothing."""
+    arguments = arguments_for(backend, sample, torch.float32)
+    function = public(sample.operator, backend)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    names = DIFFERENTIABLE[sample.operator]
+    judge_all(differentiate(compiled, arguments, names), differentiate(function, arguments, names))
+
+
+# Each leaves the values of a tensor alone, but for "expanded", which repeats the first along the batch; and the fewest
+# axes a tensor needs for it.
+LAYOUTS = {
+    "transposed": (2, lambda tensor: tensor.mT.contiguous().mT),
+    "channels_last": (4, lambda tensor: tensor.contiguous(memory_format=torch.channels_last)),
+    "sliced": (1, lambda tensor: torch.stack([tensor, torch.zeros_like(tensor)], -1)[..., 0]),
+    "expanded": (1, lambda tensor: tensor[:1].expand_as(tensor)),
+}
+
+
+def every_layout():
+    """Parametrises a test over ways to lay out a tensor."""
+    return pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def check_layouts(backend, sample, layout):
+    """Strides do not matter: values and gradients are those of contiguous copies."""
+    axes, lay_out = LAYOUTS[layout]
+    arguments = arguments_for(backend, sample, torch.float32)
+    strided = {
+        name: lay_out(value) if torch.is_tensor(value) and value.dim() >= axes else value
+        for name, value in arguments.items()
+    }
+    contiguous = {name: value.contiguous() if torch.is_tensor(value) else value for name, value in strided.items()}
+    function, names = public(sample.operator, backend), DIFFERENTIABLE[sample.operator]
+    judge_all(differentiate(function, strided, names), differentiate(function, contiguous, names))
+
+
+def check_empty_batch(backend, sample, batched):
+    """A batch of none gives an output of none, and zero gradients to what the images share."""
+    arguments = arguments_for(backend, sample, torch.float32)
+    full = differentiate(public(sample.operator, backend), arguments, ())["output"]
+    empty = {name: value[:0] if name in batched and value is not None else value for name, value in arguments.items()}
+    results = differentiate(public(sample.operator, backend), empty, DIFFERENTIABLE[sample.operator])
+    assert results.pop("output").shape == (0, *full.shape[1:])
+    for name, gradient in results.items():
+        assert gradient.shape == empty[name].shape
+        assert not gradient.any()
+
+
+def check_only_requested_grads(backend, sample):
+    """A gradient asked for alone is the one that comes when all are asked for."""
+    arguments = arguments_for(backend, sample, torch.float32)
+    function, names = public(sample.operator, backend), DIFFERENTIABLE[sample.operator]
+    everything = differentiate(function, arguments, names)
+    for name in everything.keys() - {"output"}:
+        judge(name, differentiate(function, arguments, (name,))[name], everything[name])
+
+
+def check_deterministic(backend, sample):
+    """Two calls give the same bits."""
+    arguments = arguments_for(backend, sample, torch.float32)
+    function, names = public(sample.operator, backend), DIFFERENTIABLE[sample.operator]
+    first, second = (differentiate(function, arguments, names) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name

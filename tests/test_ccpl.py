@@ -1,0 +1,286 @@
+import math
+import time
+
+import compare
+import pytest
+import torch
+import torch.nn.functional as F
+
+from restoration_kernels import CCPLoss, ccpl_loss, info_nce, neighbor_difference, sample_neighbors
+from restoration_kernels.ccpl import UNIT_LENGTH_EPS
+
+OPERATORS = ("neighbor_difference", "info_nce")
+TEMPERATURE = 0.07
+
+
+def definition(**arguments):
+    return info_nce_definition(**arguments) if "query" in arguments else neighbor_difference_definition(**arguments)
+
+
+def neighbor_difference_definition(features, anchors, neighbors):
+    """One difference after the other."""
+    places = features.flatten(2)
+    rows = [places[:, :, anchors[n]] - places[:, :, neighbors[n, j]] for n in range(len(anchors)) for j in range(8)]
+    return torch.stack(rows, 1)
+
+
+def info_nce_definition(query, key, temperature):
+    """The cross-entropy of one row after the other, with the row's own number as its class."""
+    images = [q @ k.T / temperature for q, k in zip(query, key, strict=True)]
+    losses = [[F.cross_entropy(row, torch.tensor(i)) for i, row in enumerate(logits)] for logits in images]
+    return torch.stack([torch.stack(image) for image in losses])
+
+
+@compare.every_case(*OPERATORS)
+@compare.every_dtype()
+def test_forward(backend, sample, dtype):
+    compare.check_values(backend, sample, dtype, definition)
+
+
+@compare.every_case(*OPERATORS)
+@compare.every_dtype()
+def test_backward(backend, sample, dtype):
+    compare.check_values(backend, sample, dtype, definition, ("features", "query"))
+
+
+@compare.every_case(*OPERATORS)
+def test_gradcheck(backend, sample):
+    compare.check_gradcheck(backend, sample)
+
+
+@compare.one_case(*OPERATORS)
+def test_compile(backend, sample):
+    compare.check_compile(backend, sample)
+
+
+@compare.one_case(*OPERATORS)
+@compare.every_layout()
+def test_layouts(backend, sample, layout):
+    compare.check_layouts(backend, sample, layout)
+
+
+@compare.one_case(*OPERATORS)
+def test_edge_shapes(backend, sample):
+    compare.check_empty_batch(backend, sample, batched=("features", "query", "key"))
+
+
+@compare.one_case(*OPERATORS)
+def test_only_requested_grads(backend, sample):
+    compare.check_only_requested_grads(backend, sample)
+
+
+@compare.every_case(*OPERATORS)
+def test_deterministic(backend, sample):
+    compare.check_deterministic(backend, sample)
+
+
+@compare.one_case("neighbor_difference")
+def test_autocast_keeps_features(backend, sample):
+    arguments = compare.arguments_for(backend, sample, torch.float32)
+    with torch.autocast(arguments["features"].device.type, torch.bfloat16):
+        output = neighbor_difference(**arguments, backend=backend)
+    assert torch.equal(output, neighbor_difference(**arguments, backend=backend))
+
+
+@compare.one_case("info_nce")
+def test_autocast_widens_rows(backend, sample):
+    arguments = compare.arguments_for(backend, sample, torch.bfloat16)
+    query, key = arguments["query"].float(), arguments["key"].float()
+    with torch.autocast(query.device.type, torch.bfloat16):
+        output = info_nce(query, arguments["key"], backend=backend)
+    assert output.dtype == torch.float32
+    assert torch.equal(output, info_nce(query, key, backend=backend))
+
+
+@pytest.mark.parametrize("num_anchors", [1, 20, 21, 40], ids=lambda n: f"{n}_of_40")
+def test_sample_neighbors(num_anchors):
+    height, width = 7, 10
+    anchors, neighbors = sample_neighbors(height, width, num_anchors, generator=torch.Generator().manual_seed(0))
+    assert anchors.dtype == neighbors.dtype == torch.int64
+    assert len(set(anchors.tolist())) == num_anchors
+    for anchor, around in zip(anchors.tolist(), neighbors.tolist(), strict=True):
+        row, column = divmod(anchor, width)
+        assert 0 < row < height - 1 and 0 < column < width - 1
+        steps = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if (i, j) != (0, 0)]
+        assert around == [(row + i) * width + column + j for i, j in steps]
+
+
+def test_sample_neighbors_repeats_with_its_generator():
+    first, again, later = (sample_neighbors(30, 30, 64, generator=generator)[0] for generator in _seeds(1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, later)
+
+
+def _seeds(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@pytest.mark.parametrize("num_anchors", [4, 8], ids=["drawn", "permuted"])
+def test_sample_neighbors_favours_no_place(num_anchors):
+    """12 places, thousands of draws: every place is an anchor equally often, within five standard deviations."""
+    generator, draws = torch.Generator().manual_seed(0), 2000
+    anchors = torch.cat([sample_neighbors(5, 6, num_anchors, generator=generator)[0] for _ in range(draws)])
+    share = num_anchors / 12
+    counts = torch.unique(anchors, return_counts=True)[1]
+    assert len(counts) == 12
+    assert (counts - draws * share).abs().max() < 5 * math.sqrt(draws * share * (1 - share))
+
+
+def test_sample_neighbors_costs_nothing_on_a_large_map():
+    start = time.perf_counter()
+    assert sample_neighbors(200_000, 200_000, 64)[0].max() > 200_000
+    # A permutation of all places would take 320 GB.
+    assert time.perf_counter() - start < 1
+
+
+@compare.every_backend("info_nce")
+def test_info_nce_identity_far_apart(backend):
+    """Orthogonal rows: the others weigh exp(-1/τ) each. Logits of ten thousand neither overflow nor vanish."""
+    rows = torch.eye(4, dtype=torch.float64)[None]
+    loss = info_nce(rows, rows, TEMPERATURE, backend=backend)
+    torch.testing.assert_close(loss, torch.full_like(loss, math.log1p(3 * math.exp(-1 / TEMPERATURE))))
+    assert torch.equal(info_nce(700 * rows, rows, TEMPERATURE, backend=backend), torch.zeros_like(loss))
+    backwards = info_nce(700 * rows, rows.flip(1), TEMPERATURE, backend=backend)
+    torch.testing.assert_close(backwards, torch.full_like(loss, 10_000))
+
+
+@compare.every_backend("info_nce")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_info_nce_of_half_precision_is_float32(backend, dtype):
+    query = torch.randn(1, 5, 3, dtype=dtype)
+    assert info_nce(query, query, backend=backend).dtype == torch.float32
+
+
+@compare.every_backend("info_nce")
+def test_info_nce_key_gets_no_gradient(backend):
+    query, key = torch.randn(1, 5, 3), torch.randn(1, 5, 3, requires_grad=True)
+    assert not info_nce(query, key, backend=backend).requires_grad
+
+
+def test_ccpl_identity_by_hand():
+    """A centre of zero, four neighbours (-1, 0), four (0, -1): each row equals four of the eight, itself included."""
+    features = torch.zeros(1, 2, 3, 3, dtype=torch.float64)
+    features[0, 0, 0, :] = features[0, 0, 1, 0] = -2
+    features[0, 1, 2, :] = features[0, 1, 1, 2] = -3
+    expected = math.log(4 + 4 * math.exp(-1 / TEMPERATURE))
+    # The lengths 2 and 3 become 1 but for eps²; neither they nor an offset count.
+    by_hand = pytest.approx(expected, rel=UNIT_LENGTH_EPS**2)
+    assert ccpl_loss([features], [features], 1).item() == by_hand
+    assert ccpl_loss([features], [7 + 5 * features], 1).item() == by_hand
+    assert ccpl_loss([features] * 3, [features] * 3, 1).item() / 3 == by_hand
+    assert ccpl_loss([features], [-features], 1).item() == pytest.approx(expected + 1 / TEMPERATURE)
+
+
+def test_ccpl_is_made_of_its_parts():
+    maps = torch.randn(2, 2, 3, 6, 7, dtype=torch.float64)
+    projection = torch.nn.Linear(3, 2).double()
+    loss = ccpl_loss([maps[0]], [maps[1]], 5, 0.5, projections=[projection], generator=_seeds(3)[0])
+    places = sample_neighbors(6, 7, 5, generator=_seeds(3)[0])
+    query, key = (F.normalize(projection(neighbor_difference_definition(each, *places)), dim=-1) for each in maps)
+    torch.testing.assert_close(loss, info_nce_definition(query, key, 0.5).mean(), rtol=1e-7, atol=0)
+
+
+def test_ccpl_gradients():
+    loss_function = CCPLoss((3, 8), num_anchors=[4, 6])
+    features = [torch.randn(1, 3, 5, 5, requires_grad=True), torch.randn(1, 8, 6, 6, requires_grad=True)]
+    targets = [torch.randn_like(layer).requires_grad_() for layer in features]
+    loss_function(features, targets).backward()
+    assert all(layer.grad.any() for layer in features)
+    assert all(layer.grad is None for layer in targets)
+    assert all(parameter.grad is not None for parameter in loss_function.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_ccpl_gradient_is_bounded_in_flat_regions(dtype):
+    """As the docstring of ccpl_loss promises: 2/(τ·eps) divided by the number of rows, for each difference."""
+    features = torch.zeros(1, 2, 3, 3, dtype=dtype, requires_grad=True)
+    targets = torch.randn(1, 2, 3, 3, generator=_seeds(0)[0]).to(dtype)
+    loss = ccpl_loss([features], [targets], 1)
+    assert loss.item() == pytest.approx(math.log(8), rel=1e-6)
+    loss.backward()
+    neighbors = features.grad.flatten(2)[:, :, [0, 1, 2, 3, 5, 6, 7, 8]]
+    assert 0 < neighbors.norm(dim=1).max() <= 2 / (TEMPERATURE * UNIT_LENGTH_EPS) / 8
+
+
+def test_module():
+    shapes = {name: list(value.shape) for name, value in CCPLoss((8,)).state_dict().items()}
+    assert shapes == {
+        "projections.0.0.weight": [8, 8],
+        "projections.0.0.bias": [8],
+        "projections.0.2.weight": [2, 8],
+        "projections.0.2.bias": [2],
+    }
+    assert len(CCPLoss().projections) == 4
+    features = [torch.randn(1, 8, 5, 5)]
+    bare = CCPLoss((8,), num_anchors=3, project=False)
+    assert not list(bare.parameters())
+    expected = ccpl_loss(features, features, 3, generator=_seeds(0)[0])
+    assert torch.equal(bare(features, features, generator=_seeds(0)[0]), expected)
+
+
+FEATURES, ROWS = torch.randn(1, 2, 4, 5), torch.randn(1, 6, 3)
+ANCHORS, NEIGHBORS = sample_neighbors(4, 5, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((2, 9, 1), "height must be an integer of at least 3, got 2"),
+        ((4, 2.0, 1), "width must be an integer of at least 3, got 2.0"),
+        ((4, 5, 0), "num_anchors must be an integer of at least 1, got 0"),
+        ((4, 5, 7), "num_anchors must be at most the 6 interior places of 4 x 5, got 7"),
+    ],
+)
+def test_rejects_draws(arguments, message):
+    with pytest.raises(ValueError, match=f"^sample_neighbors: {message}$"):
+        sample_neighbors(*arguments)
+    with pytest.raises(TypeError, match=r"^sample_neighbors: generator must be a torch.Generator or None, got int$"):
+        sample_neighbors(4, 5, 1, generator=3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((FEATURES[0], ANCHORS, NEIGHBORS), r"features must be of shape \[B, C, H, W\], got shape \[2, 4, 5\]"),
+        ((FEATURES, ANCHORS, NEIGHBORS[:1]), r"neighbors must be of shape \[2, 8\], got shape \[1, 8\]"),
+        ((FEATURES, ANCHORS.int(), NEIGHBORS), r"anchors must have dtype torch.int64, got torch.int32"),
+        ((FEATURES, ANCHORS * 0 + 20, NEIGHBORS), r"anchors must lie in 0 to 19, .* of 4 x 5, got 20 to 20"),
+        ((FEATURES, ANCHORS, NEIGHBORS * 0 - 1), r"neighbors must lie in 0 to 19, .* of 4 x 5, got -1 to -1"),
+    ],
+)
+@compare.every_backend("neighbor_difference")
+def test_rejects_places(arguments, message, backend):
+    with pytest.raises(ValueError, match=f"^neighbor_difference: {message}$"):
+        neighbor_difference(*arguments, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((ROWS, ROWS[:, 1:]), r"key must be of shape \[1, 6, 3\], got shape \[1, 5, 3\]"),
+        ((ROWS, ROWS.double()), r"key must have the dtype of query, torch.float32, got torch.float64"),
+        ((ROWS, ROWS, 0), r"temperature must be a finite positive number, got 0"),
+        ((ROWS, ROWS, math.nan), r"temperature must be a finite positive number, got nan"),
+    ],
+)
+@compare.every_backend("info_nce")
+def test_rejects(arguments, message, backend):
+    with pytest.raises(ValueError, match=f"^info_nce: {message}$"):
+        info_nce(*arguments, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((FEATURES, FEATURES), {}, r"ccpl_loss: features must be a list with one entry for each layer, got a tensor"),
+        (([], []), {}, r"ccpl_loss: features must have one entry for each layer, got none"),
+        (([FEATURES], [FEATURES] * 2), {}, r"ccpl_loss: targets must have 1 entries, one for each layer, got 2"),
+        (([FEATURES], [ROWS]), {}, r"ccpl_loss: targets\[0\] must be of shape .*, got shape \[1, 6, 3\]"),
+        (([FEATURES], [FEATURES]), {"projections": []}, r"ccpl_loss: projections must have 1 entries, .*, got 0"),
+        (([FEATURES], [FEATURES], [1, 2]), {}, r"ccpl_loss: num_anchors must have 1 entries, .*, got 2"),
+        (([FEATURES], [FEATURES]), {}, r"sample_neighbors: num_anchors must be at most the 6 .*, got 64"),
+    ],
+)
+def test_rejects_layers(arguments, options, message):
+    with pytest.raises((TypeError, ValueError), match=f"^{message}$"):
+        ccpl_loss(*arguments, **options)

@@ -1,0 +1,127 @@
+import compare
+import pytest
+import torch
+import torch.nn.functional as F
+
+from restoration_kernels import dual_pool_attention
+
+OPERATOR = "dual_pool_attention"
+
+
+def definition(x, weight, pool_size=50):
+    """As the paper draws it: two poolings, then the filter over channels, one sum at a time."""
+    means = F.adaptive_avg_pool2d(x, pool_size).mean((2, 3))
+    reach = len(weight) // 2
+    padded = F.pad(means, (reach, reach))
+    logits = [sum(weight[j] * padded[:, c + j] for j in range(len(weight))) for c in range(x.shape[1])]
+    return x * torch.sigmoid(torch.stack(logits, 1))[:, :, None, None]
+
+
+@compare.every_case(OPERATOR)
+@compare.every_dtype()
+def test_forward(backend, sample, dtype):
+    compare.check_values(backend, sample, dtype, definition)
+
+
+@compare.every_case(OPERATOR)
+@compare.every_dtype()
+def test_backward(backend, sample, dtype):
+    compare.check_values(backend, sample, dtype, definition, ("x", "weight"))
+
+
+@compare.every_case(OPERATOR)
+def test_gradcheck(backend, sample):
+    compare.check_gradcheck(backend, sample)
+
+
+@compare.one_case(OPERATOR)
+def test_compile(backend, sample):
+    compare.check_compile(backend, sample)
+
+
+@compare.one_case(OPERATOR)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_autocast(backend, sample, dtype):
+    """The maps keep their dtype; the weight, a parameter, follows them."""
+    arguments = compare.arguments_for(backend, sample, dtype)
+    expected = dual_pool_attention(**arguments, backend=backend)
+    with torch.autocast(expected.device.type, torch.bfloat16):
+        output = dual_pool_attention(**{**arguments, "weight": arguments["weight"].float()}, backend=backend)
+    assert output.dtype == dtype
+    assert torch.equal(output, expected)
+
+
+@compare.one_case(OPERATOR)
+@compare.every_layout()
+def test_layouts(backend, sample, layout):
+    compare.check_layouts(backend, sample, layout)
+
+
+@compare.one_case(OPERATOR)
+def test_edge_shapes(backend, sample):
+    compare.check_empty_batch(backend, sample, batched=("x",))
+    # Rows much longer than columns, more channels than a filter reaches, a filter longer than the channels are many.
+    for shape, taps, pool_size in (((1, 1, 1, 300), 1, 50), ((1, 40, 2, 3), 3, 1), ((3, 2, 55, 51), 9, 50)):
+        x = torch.randn(shape, dtype=torch.float64)
+        weight = torch.randn(taps, dtype=torch.float64)
+        ours = dual_pool_attention(x, weight, pool_size=pool_size, backend=backend)
+        compare.judge(str(shape), ours, definition(x, weight, pool_size), ulps=compare.REFERENCE_ULPS[torch.float64])
+
+
+@compare.one_case(OPERATOR)
+def test_only_requested_grads(backend, sample):
+    compare.check_only_requested_grads(backend, sample)
+
+
+@compare.every_case(OPERATOR)
+def test_deterministic(backend, sample):
+    compare.check_deterministic(backend, sample)
+
+
+@compare.one_case(OPERATOR)
+def test_identity_zero_weight_halves(backend, sample):
+    x = compare.arguments_for(backend, sample, torch.float32)["x"]
+    assert torch.equal(dual_pool_attention(x, x.new_zeros(3), backend=backend), x / 2)
+
+
+@compare.every_backend(OPERATOR)
+def test_identity_constant_maps(backend):
+    """The pooled mean of a constant is that constant, whatever the overlap of the bins."""
+    x = torch.full((1, 3, 61, 37), 0.5, dtype=torch.float64)
+    weight = torch.tensor([0.0, 2.0, 0.0], dtype=torch.float64)
+    expected = 0.5 * torch.sigmoid(torch.tensor(1.0, dtype=torch.float64))
+    torch.testing.assert_close(dual_pool_attention(x, weight, backend=backend), expected.expand_as(x))
+
+
+X = torch.randn(1, 4, 5, 6)
+WEIGHT = torch.randn(3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((None, WEIGHT), TypeError, r"x must be a dense tensor of shape \[B, C, H, W\], got NoneType"),
+        ((X.to_sparse(), WEIGHT), TypeError, r"x must be a dense tensor .*, got a tensor of layout torch.sparse_coo"),
+        ((X[0], WEIGHT), ValueError, r"x must be of shape \[B, C, H, W\], got shape \[4, 5, 6\]"),
+        (
+            (X[..., :0], WEIGHT),
+            ValueError,
+            r"x must be empty along no axis .*, got shape \[1, 4, 5, 0\]",
+        ),
+        ((X.long(), WEIGHT), ValueError, r"x must have dtype .*, got torch.int64"),
+        ((X, WEIGHT.double()), ValueError, r"weight must have the dtype of x, torch.float32, got torch.float64"),
+        ((X, WEIGHT.to("meta")), ValueError, r"weight must be on the device of x, cpu, got meta"),
+        ((X, WEIGHT[:2]), ValueError, r"weight must have an odd number of entries, got 2"),
+        ((X, WEIGHT[None]), ValueError, r"weight must be of shape \[k\], got shape \[1, 3\]"),
+    ],
+)
+@compare.every_backend(OPERATOR)
+def test_rejects(arguments, error, message, backend):
+    with pytest.raises(error, match=f"^dual_pool_attention: {message}$"):
+        dual_pool_attention(*arguments, backend=backend)
+
+
+@pytest.mark.parametrize("pool_size", [0, 2.0, True, None])
+def test_rejects_pool_size(pool_size):
+    with pytest.raises(ValueError, match=r"^dual_pool_attention: pool_size must be an integer of at least 1, got "):
+        dual_pool_attention(X, WEIGHT, pool_size=pool_size)

@@ -1,0 +1,304 @@
+import compare
+import pytest
+import torch
+import torch.nn.functional as F
+
+from restoration_kernels import PacConv2d, pac_conv2d, pac_conv2d_, pac_kernel2d
+from restoration_kernels._samples import samples
+
+OPERATOR = "pac_conv2d"
+GRADIENTS = ("x", "guide", "weight", "bias", "residual")
+
+
+def definition(
+    x,
+    guide,
+    weight,
+    bias=None,
+    stride=(1, 1),
+    padding=(0, 0),
+    dilation=(1, 1),
+    normalize=False,
+    residual=None,
+    alpha=1.0,
+):
+    """Place by place and tap by tap."""
+    step, margin, gap = (pair if isinstance(pair, tuple) else (pair, pair) for pair in (stride, padding, dilation))
+    K = weight.shape[-1]
+    shared = weight.shape[:2] == (1, 1)
+    sizes = [(x.shape[2 + a] + 2 * margin[a] - gap[a] * (K - 1) - 1) // step[a] + 1 for a in (0, 1)]
+
+    def value(image, row, column):
+        inside = 0 <= row < image.shape[2] and 0 <= column < image.shape[3]
+        return image[:, :, row, column] if inside else None
+
+    def place(row, column):
+        top, left = row * step[0] - margin[0], column * step[1] - margin[1]
+        centre = value(guide, top + K // 2 * gap[0], left + K // 2 * gap[1])
+        centre = torch.zeros_like(guide[:, :, 0, 0]) if centre is None else centre
+        result, total = x.new_zeros(x.shape[0], x.shape[1] if shared else weight.shape[0]), 0
+        for i in range(K):
+            for j in range(K):
+                q = top + i * gap[0], left + j * gap[1]
+                if value(x, *q) is None:
+                    continue
+                k = torch.exp(-((centre - value(guide, *q)) ** 2).sum(1, keepdim=True) / 2)
+                taps = value(x, *q) * weight[0, 0, i, j] if shared else value(x, *q) @ weight[:, :, i, j].T
+                result, total = result + k * taps, total + k
+        if normalize and torch.is_tensor(total):
+            result = result / total
+        return result if bias is None else result + bias
+
+    rows = [torch.stack([place(row, column) for column in range(sizes[1])], -1) for row in range(sizes[0])]
+    output = alpha * torch.stack(rows, -2)
+    return output if residual is None else residual + output
+
+
+@compare.every_case(OPERATOR)
+@compare.every_dtype()
+def test_forward(backend, sample, dtype):
+    compare.check_values(backend, sample, dtype, definition)
+
+
+@compare.every_case(OPERATOR)
+@compare.every_dtype()
+def test_backward(backend, sample, dtype):
+    compare.check_values(backend, sample, dtype, definition, GRADIENTS)
+
+
+@compare.every_case(OPERATOR)
+def test_gradcheck(backend, sample):
+    compare.check_gradcheck(backend, sample)
+
+
+@compare.one_case(OPERATOR)
+def test_compile(backend, sample):
+    compare.check_compile(backend, sample)
+
+
+@compare.one_case(OPERATOR)
+def test_compile_quantum(backend, sample):
+    arguments = compare.arguments_for(backend, sample, torch.float32)
+    compiled = torch.compile(pac_conv2d, fullgraph=True, backend="aot_eager")
+    arguments |= {"quantum": 0.25, "backend": backend}
+    assert torch.equal(compiled(**arguments), pac_conv2d(**arguments))
+
+
+@compare.one_case(OPERATOR)
+def test_autocast(backend, sample):
+    """Half precision inside, as for conv2d, added to a residual of float32."""
+    arguments = compare.arguments_for(backend, sample, torch.float32)
+    half = {name: arguments[name].bfloat16() for name in ("x", "guide", "weight", "bias")}
+    expected = pac_conv2d(**{**arguments, **half}, backend=backend)
+    with torch.autocast(expected.device.type, torch.bfloat16):
+        output = pac_conv2d(**arguments, backend=backend)
+    assert output.dtype == torch.float32
+    assert torch.equal(output, expected)
+
+
+@compare.one_case(OPERATOR)
+@compare.every_layout()
+def test_layouts(backend, sample, layout):
+    compare.check_layouts(backend, sample, layout)
+
+
+@compare.every_case(OPERATOR)
+def test_edge_shapes(backend, sample):
+    compare.check_empty_batch(backend, sample, batched=("x", "guide", "residual"))
+
+
+@compare.one_case(OPERATOR)
+def test_only_requested_grads(backend, sample):
+    compare.check_only_requested_grads(backend, sample)
+
+
+@compare.every_case(OPERATOR)
+def test_deterministic(backend, sample):
+    compare.check_deterministic(backend, sample)
+
+
+@compare.every_backend(OPERATOR)
+@pytest.mark.parametrize(
+    "geometry", [{}, {"stride": 2, "padding": 1}, {"padding": (4, 1), "dilation": (1, 2)}], ids=str
+)
+def test_identity_constant_guide(backend, geometry):
+    """Where the guide does not change there is nothing to adapt to; nor at the border, where x is zero."""
+    x = torch.randn(2, 3, 8, 9, dtype=torch.float64)
+    weight, bias = torch.randn(4, 3, 3, 3, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    guide = torch.zeros(2, 5, 8, 9, dtype=torch.float64)
+    output = pac_conv2d(x, guide, weight, bias, **geometry, backend=backend)
+    compare.judge(str(geometry), output, F.conv2d(x, weight, bias, **geometry), ulps=compare.REFERENCE_ULPS[x.dtype])
+
+
+@compare.every_backend(OPERATOR)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_identity_inverse(backend, dtype):
+    """What a block adds to a float32 stream of multiples of the quantum, it takes away again to the bit."""
+    arguments = compare.arguments_for(backend, samples(OPERATOR, "odd")[0], dtype)
+    quantum = 2.0**-16
+    stream = torch.randn(2, 24, 37, 61, device=arguments["x"].device).div(quantum).round().mul(quantum)
+    output = pac_conv2d(**arguments, residual=stream, quantum=quantum, backend=backend)
+    assert output.dtype == torch.float32
+    assert not torch.equal(output, stream)
+    assert torch.equal(output / quantum, (output / quantum).round())
+    assert torch.equal(pac_conv2d_(output, **arguments, alpha=-1.0, quantum=quantum, backend=backend), stream)
+
+
+@compare.one_case(OPERATOR)
+def test_quantum_passes_the_gradient(backend, sample):
+    arguments = compare.arguments_for(backend, sample, torch.float64)
+    smooth, rounded = (
+        compare.differentiate(compare.public(OPERATOR, backend), {**arguments, "quantum": quantum}, GRADIENTS)
+        for quantum in (None, 0.5)
+    )
+    assert not torch.equal(smooth.pop("output"), rounded.pop("output"))
+    for name in smooth:
+        assert torch.equal(smooth[name], rounded[name]), name
+
+
+@compare.every_backend(OPERATOR)
+def test_quantum_of_half_precision(backend):
+    """Numbers times 2^16 overflow float16, numbers do not."""
+    x = torch.full((1, 1, 1, 1), 3.0, dtype=torch.float16)
+    assert pac_conv2d(x, x, torch.ones_like(x), quantum=2.0**-16, backend=backend).item() == 3.0
+
+
+@compare.every_case("pac_conv2d_")
+@compare.every_dtype()
+def test_in_place(backend, sample, dtype):
+    arguments = compare.arguments_for(backend, sample, dtype)
+    expected = pac_conv2d(**arguments, backend=backend)
+    output = pac_conv2d_(**arguments, backend=backend)
+    assert output is arguments["residual"]
+    assert torch.equal(output, expected)
+
+
+@compare.every_backend(OPERATOR)
+@pytest.mark.parametrize("spoiled", [torch.inf, torch.nan])
+def test_spoiled_guide_stays_local(backend, spoiled):
+    """One pixel of Inf or NaN in the guide is felt in the nine pixels around it, forward and backward."""
+    same = next(sample for sample in samples(OPERATOR) if sample.name == "same")
+    arguments = compare.arguments_for(backend, same, torch.float32)
+    function = compare.public(OPERATOR, backend)
+    clean = compare.differentiate(function, arguments, ("x", "guide"))
+    arguments["guide"][:, 1, 2, 2] = spoiled
+    results = compare.differentiate(function, arguments, ("x", "guide"))
+    elsewhere = torch.ones(5, 6, dtype=torch.bool)
+    elsewhere[1:4, 1:4] = False
+    for name, result in results.items():
+        torch.testing.assert_close(result[:, :, elsewhere], clean[name][:, :, elsewhere])
+    if spoiled == torch.inf:
+        # There the taps towards other pixels vanish, and the centre is 1 by definition.
+        centre_alone = F.conv2d(arguments["x"], arguments["weight"][:, :, 1:2, 1:2], arguments["bias"])
+        torch.testing.assert_close(results["output"][:, :, 2, 2], centre_alone[:, :, 2, 2])
+        assert results["output"].isfinite().all()
+        assert results["x"].isfinite().all()
+
+
+@compare.every_backend(OPERATOR)
+def test_no_tap_inside_gives_the_bias(backend):
+    x, bias = torch.randn(1, 2, 1, 1), torch.tensor([0.5, -1.0, 2.0])
+    output = pac_conv2d(x, x, torch.randn(3, 2, 3, 3), bias, padding=3, normalize=True, backend=backend)
+    assert torch.equal(output[0, :, 0, 0], bias)
+    assert not torch.equal(output[0, :, 2, 2], bias)
+
+
+def test_kernel():
+    guide = torch.zeros(1, 2, 3, 4)
+    guide[0, :, 1, 1] = torch.tensor([3.0, 4.0])
+    kernel = pac_kernel2d(guide, 3, padding=1)
+    assert kernel.shape == (1, 1, 3, 3, 3, 4)
+    expected = torch.full((3, 3), torch.exp(torch.tensor(-12.5)))
+    expected[1, 1] = 1
+    torch.testing.assert_close(kernel[0, 0, :, :, 1, 1], expected)
+    normalized = pac_kernel2d(guide, 3, padding=1, normalize=True)
+    torch.testing.assert_close(normalized.sum((2, 3)), torch.ones(1, 1, 3, 4))
+    # In the corner four taps lie inside; those towards the pixel of another colour hardly count.
+    torch.testing.assert_close(
+        normalized[0, 0, :, :, 0, 0], torch.tensor([[0, 0, 0], [0, 1, 1], [0, 1, 0]]) / 3, atol=1e-5, rtol=0
+    )
+
+
+def shapes(tensors):
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}
+
+
+def test_module():
+    layer = PacConv2d(3, 5, 3, stride=2, padding=1, dilation=2, normalize_kernel=True)
+    assert {name: list(value.shape) for name, value in layer.state_dict().items()} == {
+        "weight": [5, 3, 3, 3],
+        "bias": [5],
+    }
+    x, guide = torch.randn(1, 3, 8, 8), torch.randn(1, 2, 8, 8)
+    geometry = dict(stride=2, padding=1, dilation=2, normalize=True)
+    assert torch.equal(layer(x, guide), pac_conv2d(x, guide, layer.weight, layer.bias, **geometry))
+    assert layer.weight.abs().max() <= 27**-0.5 and layer.weight.std() > 0
+
+
+def test_module_shared_filters():
+    layer = PacConv2d(3, 3, 5, padding=2, bias=False, shared_filters=True)
+    assert shapes(layer.state_dict()) == {"weight": [1, 1, 5, 5]}
+    assert layer(torch.randn(1, 3, 4, 4), torch.randn(1, 2, 4, 4)).shape == (1, 3, 4, 4)
+    with pytest.raises(
+        ValueError, match=r"^PacConv2d: out_channels must equal in_channels = 3 with shared_filters, got 4$"
+    ):
+        PacConv2d(3, 4, 5, shared_filters=True)
+
+
+X, GUIDE, WEIGHT = torch.randn(2, 3, 6, 7), torch.randn(2, 4, 6, 7), torch.randn(5, 3, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x": X[0]}, r"x must be of shape \[B, C, H, W\], got shape \[3, 6, 7\]"),
+        ({"x": X.int()}, r"x must have dtype .*, got torch.int32"),
+        ({"guide": GUIDE[:1]}, r"guide must be of shape \[2, G, 6, 7\], got shape \[1, 4, 6, 7\]"),
+        ({"guide": GUIDE[..., 1:]}, r"guide must be of shape \[2, G, 6, 7\], got shape \[2, 4, 6, 6\]"),
+        ({"guide": GUIDE.half()}, r"guide must have the dtype of x, torch.float32, got torch.float16"),
+        ({"guide": GUIDE.to("meta")}, r"guide must be on the device of x, cpu, got meta"),
+        ({"weight": WEIGHT[:, :2]}, r"weight must be of shape \[O, 3, K, K\] or .*, got shape \[5, 2, 3, 3\]"),
+        ({"weight": WEIGHT[..., :2, :2]}, r"weight must have a square kernel of odd size, got 2"),
+        ({"weight": WEIGHT[..., :1]}, r"weight must have a square kernel of odd size, got 3 x 1"),
+        ({"bias": torch.randn(4)}, r"bias must be of shape \[5\], got shape \[4\]"),
+        ({"stride": 0}, r"stride must be an integer of at least 1 or a pair of them, got 0"),
+        ({"padding": (1, -1)}, r"padding must be an integer of at least 0 or a pair of them, got \(1, -1\)"),
+        ({"dilation": 1.5}, r"dilation must be an integer of at least 1 or a pair of them, got 1.5"),
+        ({"dilation": (1, 2, 3)}, r"dilation must be an integer .*, got \(1, 2, 3\)"),
+        ({"dilation": (2, 4)}, r"x must be at least 5 x 9 to give an output, got 6 x 7"),
+        ({"residual": torch.randn(2, 5, 6, 7)}, r"residual must be of shape \[2, 5, 4, 5\], got shape \[2, 5, 6, 7\]"),
+        ({"residual": torch.ones(2, 5, 4, 5).half()}, r"residual must have dtype torch.float32, .*, got torch.float16"),
+        ({"alpha": torch.nan}, r"alpha must be a finite number, got nan"),
+        ({"quantum": 0.3}, r"quantum must be a power of two, got 0.3"),
+        ({"quantum": -0.5}, r"quantum must be a finite positive number, got -0.5"),
+    ],
+    ids=lambda case: ",".join(case) if isinstance(case, dict) else "",
+)
+@compare.every_backend(OPERATOR)
+def test_rejects(changed, message, backend):
+    with pytest.raises(ValueError, match=f"^pac_conv2d: {message}$"):
+        pac_conv2d(**{"x": X, "guide": GUIDE, "weight": WEIGHT, **changed}, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"residual": torch.zeros(2, 5, 5, 4).mT}, r"residual must be contiguous, got strides .*"),
+        ({"residual": torch.zeros(2, 5, 4, 4)}, r"residual must be of shape \[2, 5, 4, 5\], got shape \[2, 5, 4, 4\]"),
+        ({"weight": WEIGHT.clone().requires_grad_()}, r"weight must require no gradient \(.*\), got one that does"),
+        ({"residual": X.flatten()[:200].view(2, 5, 4, 5)}, r"x must share no memory with residual, .*"),
+    ],
+    ids=["strides", "shape", "gradient", "overlap"],
+)
+@compare.every_backend("pac_conv2d_")
+def test_rejects_in_place(changed, message, backend):
+    arguments = {"residual": torch.zeros(2, 5, 4, 5), "x": X, "guide": GUIDE, "weight": WEIGHT, **changed}
+    with pytest.raises(ValueError, match=f"^pac_conv2d_: {message}$"):
+        pac_conv2d_(**arguments, backend=backend)
+
+
+def test_rejects_kernel_size():
+    with pytest.raises(ValueError, match=r"^pac_kernel2d: kernel_size must have a square kernel of odd size, got 4$"):
+        pac_kernel2d(GUIDE, 4)
+    with pytest.raises(ValueError, match=r"^pac_kernel2d: guide must be at least 7 x 7 to give an output, got 6 x 7$"):
+        pac_kernel2d(GUIDE, 7)
