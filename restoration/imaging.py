@@ -1,0 +1,387 @@
+"""Reading and writing pictures: files on one side, float tensors [3, H, W] in [0, 1] on the other.
+
+Every picture is upright, in sRGB and 8 bits a channel once it is read. Pictures of 16 bits a channel are reduced to 8
+on reading (grey ones by rounding, colour ones by Pillow, which keeps the high byte): what is written has 8 bits.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+
+from restoration.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+READABLE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp")
+# Pillow also opens formats that run outside programs (EPS); only these are let in.
+_READABLE_FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP")
+_WRITABLE_FORMATS = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".webp": "WEBP",
+}
+# Lossless where the format can be; TIFF uncompressed, since Pillow fails to put EXIF data beside libtiff's compression.
+# JPEG 95 without chroma subsampling: colour is what this program is about.
+_SAVE_OPTIONS = {
+    "PNG": {},
+    "JPEG": {"quality": 95, "subsampling": "4:4:4"},
+    "TIFF": {},
+    "WEBP": {"lossless": True, "exact": True},
+}
+# The formats' own limits (libjpeg's JPEG_MAX_DIMENSION, WebP's 14-bit sizes): a long handscroll exceeds them.
+_LONGEST_SIDE = {"JPEG": 65_500, "WEBP": 16_383}
+
+# Tags that describe the painting or its photograph. The others describe how the old file stored its pixels
+# (orientation, size, strips, thumbnail) and would be stale in a new one.
+_KEPT_TAGS = (
+    ExifTags.Base.ImageDescription,
+    ExifTags.Base.Make,
+    ExifTags.Base.Model,
+    ExifTags.Base.Software,
+    ExifTags.Base.DateTime,
+    ExifTags.Base.Artist,
+    ExifTags.Base.Copyright,
+)
+_STALE_PHOTOGRAPH_TAGS = (
+    ExifTags.Base.ColorSpace,
+    ExifTags.Base.ExifImageWidth,
+    ExifTags.Base.ExifImageHeight,
+    ExifTags.Base.ExifInteroperabilityOffset,
+)
+
+# A warm off-white like a picture mount: pure white would make old paper look dirty.
+_MOUNT_COLOUR = (246, 243, 236)
+_TITLE_COLOUR = (52, 46, 40)
+_LABEL_COLOUR = (128, 118, 106)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An upright picture and what its file said about it.
+
+    ``rgb`` is float32 [3, H, W] in [0, 1], sRGB; ``alpha`` is uint8 [H, W] or None; ``exif`` holds the descriptive
+    tags only, without orientation; ``icc_profile`` is None or an sRGB profile; ``dpi`` is dots an inch (x, y).
+    """
+
+    rgb: torch.Tensor
+    alpha: torch.Tensor | None = None
+    exif: bytes | None = None
+    icc_profile: bytes | None = None
+    dpi: tuple[float, float] | None = None
+
+
+def read_image(path: str | os.PathLike) -> Picture:
+    """Read a PNG, JPEG, TIFF, WebP or BMP file; of several frames the first.
+
+    Grey, palette and CMYK pictures become RGB, an embedded ICC profile is applied, the EXIF orientation too.
+    Raises UserError, naming the file, where it is missing, a folder, empty, not an image, damaged, truncated, has
+    float or 32-bit pixels, or has more pixels than Pillow's guard against decompression bombs lets through.
+    """
+    path = Path(path)
+    image = _decode(path)
+    upright, exif = _upright(image, path)
+    rgb, alpha, icc_profile = _to_srgb(upright, path)
+    return Picture(
+        rgb=from_pillow(rgb),
+        alpha=None if alpha is None else torch.from_numpy(np.array(alpha)),
+        exif=exif,
+        icc_profile=icc_profile,
+        dpi=_resolution(image),
+    )
+
+
+def read_rgb(path: str | os.PathLike) -> Image.Image:
+    """The pixels of ``read_image`` alone, as a Pillow RGB picture of a third of the memory; the same errors."""
+    path = Path(path)
+    upright, _ = _upright(_decode(path), path)
+    return _to_srgb(upright, path)[0]
+
+
+def check_writable(path: str | os.PathLike, *, force: bool = False, like: Picture | None = None) -> None:
+    """Raise the UserError that ``write_image`` would raise, to be called before hours of work rather than after.
+
+    ``like``, where it is known already, is the picture whose size and alpha the written one will have.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in _WRITABLE_FORMATS:
+        raise UserError(f"{path}: output must end in one of {', '.join(_WRITABLE_FORMATS)}, got '{path.suffix}'")
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, cannot be overwritten by an image")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: its folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: its folder {path.parent} is not writable")
+    if not force and os.path.lexists(path):
+        raise UserError(f"{path}: exists already (--force overwrites)")
+    if like is not None:
+        _check_format_holds(path, like.rgb.shape[-2:], like.alpha)
+
+
+def write_image(
+    path: str | os.PathLike, rgb: torch.Tensor, like: Picture | None = None, *, force: bool = False
+) -> None:
+    """Write ``rgb`` (float [3, H, W], clamped to [0, 1], rounded to 8 bits) in the format of the path's suffix.
+
+    Alpha, descriptive EXIF, ICC profile and resolution are those of ``like`` (WebP has no place for the resolution).
+    The file appears whole or not at all, and replaces another only with ``force``. PNG, TIFF and WebP are lossless.
+    Raises UserError where the file cannot be written, or where JPEG would lose transparency; ValueError where rgb
+    has another shape than [3, H, W], another size than the alpha of ``like``, or a value that is not finite.
+    """
+    path = Path(path)
+    _check_pixels(rgb, like)
+    alpha = None if like is None else like.alpha
+    check_writable(path, force=force)
+    _check_format_holds(path, rgb.shape[-2:], alpha)
+
+    image = to_pillow(rgb)
+    image_format = _WRITABLE_FORMATS[path.suffix.lower()]
+    options = dict(_SAVE_OPTIONS[image_format])
+    if alpha is not None and image_format != "JPEG":
+        image.putalpha(Image.fromarray(alpha.cpu().numpy()))
+    if like is not None:
+        kept = {"exif": like.exif, "icc_profile": like.icc_profile, "dpi": like.dpi}
+        options |= {name: value for name, value in kept.items() if value is not None}
+
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            image.save(file, format=image_format, **options)
+        _publish(temporary, path, force)
+    except FileExistsError:
+        raise UserError(f"{path}: exists already (--force overwrites)") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: cannot be written ({_reason(error)})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def to_uint8(values: torch.Tensor) -> torch.Tensor:
+    """Values in [0, 1] (clamped) as the nearest of 256 steps: round(255 x)."""
+    return values.clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def to_pillow(rgb: torch.Tensor) -> Image.Image:
+    """Float [3, H, W] in [0, 1], on any device, as an RGB picture."""
+    return Image.fromarray(to_uint8(rgb.detach()).permute(1, 2, 0).cpu().contiguous().numpy())
+
+
+def from_pillow(image: Image.Image) -> torch.Tensor:
+    """An RGB picture as float32 [3, H, W] in [0, 1]."""
+    # In NumPy, not torch: loader processes must not start a team of threads for every small crop.
+    values = np.asarray(image).transpose(2, 0, 1).astype(np.float32, order="C")
+    return torch.from_numpy(np.divide(values, 255, out=values))
+
+
+def contact_sheet(
+    rows: Sequence[tuple[str, Sequence[torch.Tensor]]], column_titles: Sequence[str], *, cell: int = 320
+) -> torch.Tensor:
+    """Lay pictures out in titled columns and labelled rows, each scaled to fit ``cell`` x ``cell`` pixels.
+
+    ``rows`` are (label, pictures), a picture being float [3, h, w] in [0, 1] of any size, one for each column title.
+    A label stands above its row; an empty one takes no room. Returns float32 [3, H, W], for ``write_image``.
+    """
+    if not rows or any(len(pictures) != len(column_titles) for _, pictures in rows):
+        counts = [len(pictures) for _, pictures in rows]
+        raise ValueError(f"rows must hold {len(column_titles)} pictures each, one a column title, got {counts}")
+    margin = max(4, cell // 20)
+    text_height = max(10, cell // 18)  # the smallest that Pillow's default font still renders readably is 10
+    font = ImageFont.load_default(text_height)
+    line = text_height + margin // 2
+    scaled = [(label, [_fit(to_pillow(picture), cell) for picture in pictures]) for label, pictures in rows]
+    heights = [max(picture.height for picture in pictures) for _, pictures in scaled]
+    labels_height = sum(line for label, _ in scaled if label)
+    width = margin + (cell + margin) * len(column_titles)
+    height = margin + line + labels_height + sum(heights) + margin * len(scaled)
+
+    sheet = Image.new("RGB", (width, height), _MOUNT_COLOUR)
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(column_titles):
+        center = margin + column * (cell + margin) + cell // 2
+        draw.text((center, margin // 2), _shorten(title, font, cell), font=font, fill=_TITLE_COLOUR, anchor="ma")
+    top = margin + line
+    for (label, pictures), row_height in zip(scaled, heights, strict=True):
+        if label:
+            text = _shorten(label, font, width - 2 * margin)
+            draw.text((margin, top - margin // 2), text, font=font, fill=_LABEL_COLOUR)
+            top += line
+        for column, picture in enumerate(pictures):
+            left = margin + column * (cell + margin) + (cell - picture.width) // 2
+            sheet.paste(picture, (left, top + (row_height - picture.height) // 2))
+        top += row_height + margin
+    return from_pillow(sheet)
+
+
+def _fit(image: Image.Image, cell: int) -> Image.Image:
+    scale = cell / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
+
+
+def _decode(path: Path) -> Image.Image:
+    """The fully decoded picture, in the mode and the orientation of its file."""
+    try:
+        with open(path, "rb") as file:
+            return _decode_file(file, path)
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder, not an image") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({_reason(error)})") from error
+
+
+def _decode_file(file: BinaryIO, path: Path) -> Image.Image:
+    if os.fstat(file.fileno()).st_size == 0:
+        raise UserError(f"{path}: is an empty file (0 bytes)")
+    try:
+        image = Image.open(file, formats=_READABLE_FORMATS)
+        image.load()
+    except UnidentifiedImageError:
+        raise UserError(f"{path}: is not a readable PNG, JPEG, TIFF, WebP or BMP image") from None
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path}: has too many pixels to be read safely ({_reason(error)})") from None
+    # Pillow's decoders answer damaged bytes with nearly any exception: OSError, SyntaxError, struct.error and more.
+    except Exception as error:
+        raise UserError(f"{path}: is damaged or truncated ({_reason(error)})") from error
+    return image
+
+
+def _upright(image: Image.Image, path: Path) -> tuple[Image.Image, bytes | None]:
+    """The picture turned as its EXIF orientation says, and its descriptive EXIF."""
+    upright = image
+    try:
+        upright = ImageOps.exif_transpose(image)
+        return upright, _descriptive_exif(image)
+    # Damaged notes raise nearly anything too, but a picture with damaged notes is still a picture.
+    except Exception as error:
+        logger.warning("%s: its EXIF data cannot be read and is left out (%s)", path, _reason(error))
+        return upright, None
+
+
+def _descriptive_exif(image: Image.Image) -> bytes | None:
+    source = image.getexif()
+    kept = Image.Exif()
+    for tag in _KEPT_TAGS:
+        if tag in source:
+            kept[tag] = source[tag]
+    photograph = source.get_ifd(ExifTags.IFD.Exif)
+    photograph = {tag: value for tag, value in photograph.items() if tag not in _STALE_PHOTOGRAPH_TAGS}
+    for tag, values in ((ExifTags.IFD.Exif, photograph), (ExifTags.IFD.GPSInfo, source.get_ifd(ExifTags.IFD.GPSInfo))):
+        if values:
+            kept[tag] = values
+    return kept.tobytes() if len(kept) else None
+
+
+def _to_srgb(image: Image.Image, path: Path) -> tuple[Image.Image, Image.Image | None, bytes | None]:
+    """Split into RGB pixels in sRGB, alpha or None, and the sRGB profile to write or None."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _grey_to_8_bits(image, path)
+    alpha = None
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+        image = image.convert("RGB")
+    elif image.mode in ("P", "1"):
+        image = image.convert("RGB")
+
+    profile_bytes = image.info.get("icc_profile")
+    if not profile_bytes:
+        return _to_rgb(image, path), alpha, None
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(profile_bytes))
+        # Pixels in sRGB already stay as they are to the last bit.
+        if image.mode == "RGB" and ImageCms.getProfileDescription(profile).startswith("sRGB"):
+            return image, alpha, profile_bytes
+        srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+        return ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB"), alpha, srgb.tobytes()
+    # OSError: not a profile; PyCMSError: one for another kind of picture, such as grey within an RGB file.
+    except (OSError, ImageCms.PyCMSError) as error:
+        logger.warning("%s: its colour profile is ignored (%s)", path, _reason(error))
+        return _to_rgb(image, path), alpha, None
+
+
+def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
+    try:
+        return image.convert("RGB")
+    except ValueError:
+        raise UserError(f"{path}: colour mode {image.mode} cannot be read; save it as RGB") from None
+
+
+def _grey_to_8_bits(image: Image.Image, path: Path) -> Image.Image:
+    # Pillow gives 16-bit grey in the modes I;16 and I, the latter also for 32 bits, whose range nobody states.
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65_535:
+        raise UserError(f"{path}: float and 32-bit pixels cannot be read; save it with 8 or 16 bits a channel")
+    grey = Image.fromarray(np.rint(values / 257).astype(np.uint8))  # 257 = 65535 / 255
+    grey.info = dict(image.info)
+    return grey
+
+
+def _resolution(image: Image.Image) -> tuple[float, float] | None:
+    try:
+        x, y = (float(value) for value in image.info["dpi"])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None
+    return (x, y) if all(math.isfinite(value) and value > 0 for value in (x, y)) else None
+
+
+def _publish(temporary: Path, path: Path, force: bool) -> None:
+    """Give the finished file its name; without force FileExistsError, even where another appears this very moment."""
+    if not force:
+        try:
+            os.link(temporary, path)
+            return
+        except FileExistsError:
+            raise
+        # File systems without hard links (exFAT, some network shares): take the name first, empty for an instant.
+        except OSError:
+            open(path, "xb").close()
+    os.replace(temporary, path)
+
+
+def _check_pixels(rgb: torch.Tensor, like: Picture | None) -> None:
+    if rgb.ndim != 3 or rgb.shape[0] != 3 or not rgb.is_floating_point() or rgb.numel() == 0:
+        raise ValueError(f"rgb must be a float tensor [3, H, W], got {rgb.dtype} {list(rgb.shape)}")
+    if not torch.isfinite(rgb).all():
+        raise ValueError("rgb must be finite, got NaN or Inf")
+    if like is not None and like.alpha is not None and like.alpha.shape != rgb.shape[-2:]:
+        raise ValueError(f"rgb must have the size of like.alpha, {list(like.alpha.shape)}, got {list(rgb.shape[-2:])}")
+
+
+def _check_format_holds(path: Path, size: Sequence[int], alpha: torch.Tensor | None) -> None:
+    image_format = _WRITABLE_FORMATS[path.suffix.lower()]
+    longest = _LONGEST_SIDE.get(image_format, math.inf)
+    if max(size) > longest:
+        raise UserError(
+            f"{path}: {image_format} holds at most {longest} pixels a side, got {max(size)}; use .png or .tif"
+        )
+    if image_format == "JPEG" and alpha is not None and bool((alpha < 255).any()):
+        raise UserError(f"{path}: JPEG would lose the picture's transparency; use .png, .tif or .webp")
+
+
+def _reason(error: Exception) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.split())
