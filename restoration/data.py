@@ -1,0 +1,386 @@
+"""Which paintings a folder holds, and the pairs of degraded and reference crops that training and evaluation read."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from restoration.errors import UserError
+from restoration.imaging import READABLE_SUFFIXES, from_pillow, read_rgb
+
+logger = logging.getLogger(__name__)
+
+INDEX_FILE = "index.csv"
+MANIFEST_FILE = "MANIFEST.csv"
+SPLIT_FILE = "SPLIT.csv"
+_SPLITS = {"train": "train", "validation": "test", "test": "test"}
+
+# A description needs the painting's statistics, not its details: VGG19 would take 16 times longer on 1024 pixels.
+DESCRIBED_SIDE = 256
+
+
+@dataclass(frozen=True)
+class Painting:
+    """One image file. ``split`` is "train", "test", or None where nobody split the folder: such images serve as both.
+
+    Images of one ``painting_id`` show the same work (or album, or handscroll).
+    """
+
+    path: Path
+    style: str
+    painting_id: str
+    split: str | None
+
+
+class Pair(NamedTuple):
+    degraded: Path
+    reference: Path
+    style: str
+
+
+def find_paintings(
+    root: str | os.PathLike, styles: Sequence[str] | None = None, split: str | None = None
+) -> list[Painting]:
+    """List the images of a folder, sorted by path, without opening them.
+
+    ``root`` is either a folder made by ``build_dataset`` (its index.csv is believed), or a folder of style folders
+    with images at any depth, or a folder of images (one style, named after it). In the last two, MANIFEST.csv (columns
+    file, painting_id) tells which images show the same work, and SPLIT.csv (painting_id, split: train, validation or
+    test; the last two mean the same) which works are held out; what those tables leave out is never held out.
+    ``styles`` and ``split`` ("train" or "test") choose among them.
+    Raises UserError where root is not such a folder, a table is malformed, a style is unknown, or no image is left.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{root}: is not a folder of paintings")
+    indexed = (root / INDEX_FILE).is_file()
+    paintings = _indexed_paintings(root) if indexed else _paintings_in_folders(root)
+    if not paintings:
+        raise UserError(f"{root}: holds no images ({', '.join(READABLE_SUFFIXES)})")
+    known = sorted({painting.style for painting in paintings})
+    for style in styles or ():
+        if style not in known:
+            raise UserError(f"{root}: unknown style '{style}'; known styles: {', '.join(known)}")
+    chosen = [
+        painting
+        for painting in paintings
+        if (not styles or painting.style in styles) and (split is None or painting.split in (None, split))
+    ]
+    if not chosen:
+        raise UserError(f"{root}: holds no {split} images of {', '.join(styles or known)}")
+    return chosen
+
+
+def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The lines of a CSV file (UTF-8, first line column names) that must have ``columns``; UserError otherwise."""
+    try:
+        # utf-8-sig: spreadsheet programs put a byte order mark before the first column's name.
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            found = reader.fieldnames or ()
+            lines = list(reader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read as a CSV table ({error})") from None
+    missing = [column for column in columns if column not in found]
+    if missing:
+        raise UserError(f"{path}: needs the columns {', '.join(columns)}; missing: {', '.join(missing)}")
+    for number, line in enumerate(lines, start=2):
+        if any(not line[column] for column in columns):
+            raise UserError(f"{path}: line {number} has an empty field among {', '.join(columns)}")
+    return lines
+
+
+def evaluation_pairs(
+    root: str | os.PathLike, csv: str | os.PathLike | None = None, count: int | None = None
+) -> list[Pair]:
+    """The pairs to evaluate on, at most ``count`` a style: those of a CSV file, or the same ones at every call.
+
+    ``csv`` has the columns degraded, reference: paths relative to ``root`` and within it. Without it every held-out
+    image of ``root`` (every image, where none is held out) meets one of another work of its style; of another file
+    where the style holds a single work; itself where the style holds a single file.
+    Raises UserError where the folder or the table is malformed or a listed file is missing.
+    """
+    if count is not None and count < 1:
+        raise UserError(f"count must be 1 or more, got {count}")
+    if csv is not None:
+        return _listed_pairs(Path(root), Path(csv), count)
+    pairs = []
+    for group in _by_style(find_paintings(root, split="test")):
+        kept = len(group) if count is None else min(count, len(group))
+        # Spread over the whole style: neighbours in the list are often crops of the same work.
+        for place in (number * len(group) // kept for number in range(kept)):
+            partners = _partners(group, place)
+            reference = group[partners[place % len(partners)]]
+            pairs.append(Pair(group[place].path, reference.path, reference.style))
+    return pairs
+
+
+def small_picture(path: Path) -> Tensor:
+    """The whole painting as float32 [3, h, w] in [0, 1], its longer side at most DESCRIBED_SIDE."""
+    picture = read_rgb(path)
+    picture.thumbnail((DESCRIBED_SIDE, DESCRIBED_SIDE), Image.Resampling.LANCZOS)
+    return from_pillow(picture)
+
+
+class PairDataset(Dataset):
+    """Training pairs: a crop to be recoloured and a crop of another work of the same style.
+
+    Sample ``index`` (any integer >= 0; there is no last one) depends on ``seed`` and ``index`` alone, so that a run
+    resumed at some step, with any number of workers, goes on with the same bits. Let
+    ``DataLoader(sampler=range(first, last))`` number them.
+
+    A style is drawn evenly (a style of few images counts as much as the others), then an image of it, then the
+    reference: any image of the style that shows another work; another file where the style has a single work; the
+    same file where it has a single file. ``pairing="nearest"`` narrows this to the ``neighbors`` images whose
+    ``describe(small_picture(path)) -> [D]`` is nearest (Euclidean distance).
+
+    Of each image a square is cut whose side is ``crop`` times a factor drawn from ``scale_range`` (but no longer than
+    the image's shorter side), resized to ``crop`` and mirrored half of the time. A shorter side under ``crop`` is
+    enlarged.
+
+    Every file is decoded once at construction; those that fail are logged and left out (``skipped``), and it is a
+    UserError when none is left. With ``verify=False`` a damaged file is a UserError when it is drawn.
+    Each worker keeps decoded images in memory, up to ``cache_bytes`` (4 a pixel).
+
+    Samples are {"degraded", "reference": float32 [3, crop, crop] in [0, 1]; "degraded_file", "reference_file": str}.
+    """
+
+    def __init__(
+        self,
+        paintings: Sequence[Painting],
+        crop: int,
+        *,
+        pairing: str = "random",
+        seed: int = 0,
+        scale_range: tuple[float, float] = (1.0, 3.0),
+        describe: Callable[[Tensor], Tensor] | None = None,
+        neighbors: int = 3,
+        verify: bool = True,
+        cache_bytes: int = 512 * 2**20,  # about 200 paintings of 1024 x 640 pixels
+    ):
+        if crop < 1:
+            raise UserError(f"crop must be 1 pixel or more, got {crop}")
+        if seed < 0:
+            raise UserError(f"seed must be 0 or more, got {seed}")
+        if pairing not in ("random", "nearest"):
+            raise UserError(f"pairing must be 'random' or 'nearest', got '{pairing}'")
+        if not 0 < scale_range[0] <= scale_range[1]:
+            raise UserError(f"scale_range must be two factors above 0, the smaller first, got {scale_range}")
+        if neighbors < 1:
+            raise UserError(f"neighbors must be 1 or more, got {neighbors}")
+        if pairing == "nearest" and describe is None:
+            raise ValueError("describe must be given for pairing='nearest', got None")
+        self.crop = crop
+        self.seed = seed
+        self.scale_range = scale_range
+        self.skipped: list[Path] = []
+        if verify:
+            paintings, self.skipped = _without_damaged(paintings)
+        if not paintings:
+            raise UserError(f"no painting is left to train on ({len(self.skipped)} damaged)")
+        self._groups = _by_style(paintings)
+        self._pictures = _PictureCache(cache_bytes)
+        self._nearest = None
+        if pairing == "nearest":
+            self._nearest = [self._nearest_partners(group, describe, neighbors) for group in self._groups]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        generator = np.random.default_rng((self.seed, index))
+        style = generator.integers(len(self._groups))
+        group = self._groups[style]
+        place = int(generator.integers(len(group)))
+        partners = _partners(group, place) if self._nearest is None else self._nearest[style][place]
+        degraded = group[place].path
+        reference = group[partners[int(generator.integers(len(partners)))]].path
+        return {
+            "degraded": self._draw_crop(degraded, generator),
+            "reference": self._draw_crop(reference, generator),
+            "degraded_file": str(degraded),
+            "reference_file": str(reference),
+        }
+
+    def _draw_crop(self, path: Path, generator: np.random.Generator) -> Tensor:
+        picture = self._pictures.read(path)
+        shorter = min(picture.size)
+        smallest, largest = (min(shorter, max(1, round(self.crop * scale))) for scale in self.scale_range)
+        side = int(generator.integers(smallest, largest + 1))
+        left = int(generator.integers(picture.width - side + 1))
+        top = int(generator.integers(picture.height - side + 1))
+        box = (left, top, left + side, top + side)
+        crop = picture.resize((self.crop, self.crop), Image.Resampling.LANCZOS, box=box)
+        if generator.random() < 0.5:
+            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return from_pillow(crop)
+
+    @staticmethod
+    def _nearest_partners(
+        group: list[Painting], describe: Callable[[Tensor], Tensor], neighbors: int
+    ) -> list[list[int]]:
+        descriptions = torch.stack([describe(small_picture(painting.path)).detach().cpu() for painting in group])
+        nearest = []
+        for place in range(len(group)):
+            partners = torch.tensor(_partners(group, place))
+            distances = (descriptions[partners] - descriptions[place]).norm(dim=1)
+            nearest.append(partners[distances.argsort(stable=True)[:neighbors]].tolist())
+        return nearest
+
+
+class _PictureCache:
+    """Decoded pictures, the least recently used of which leave when all together exceed ``limit`` bytes."""
+
+    def __init__(self, limit: int):
+        self._limit = limit
+        self._held = 0
+        self._pictures: OrderedDict[Path, Image.Image] = OrderedDict()
+
+    def read(self, path: Path) -> Image.Image:
+        if path in self._pictures:
+            self._pictures.move_to_end(path)
+            return self._pictures[path]
+        picture = read_rgb(path)
+        self._pictures[path] = picture
+        self._held += _bytes_held(picture)
+        while self._held > self._limit:
+            _, oldest = self._pictures.popitem(last=False)
+            self._held -= _bytes_held(oldest)
+        return picture
+
+
+def _bytes_held(picture: Image.Image) -> int:
+    return 4 * picture.width * picture.height  # Pillow pads RGB to four bytes a pixel
+
+
+def _by_style(paintings: Sequence[Painting]) -> list[list[Painting]]:
+    """One list a style, both sorted, so that the caller's order never matters."""
+    groups: dict[str, list[Painting]] = {}
+    for painting in sorted(paintings, key=lambda painting: (painting.style, painting.path)):
+        groups.setdefault(painting.style, []).append(painting)
+    return list(groups.values())
+
+
+def _partners(group: Sequence[Painting], place: int) -> list[int]:
+    """Places of the images that may be the reference of the one at ``place``."""
+    work = group[place].painting_id
+    others = [other for other, painting in enumerate(group) if painting.painting_id != work]
+    return others or [other for other in range(len(group)) if other != place] or [place]
+
+
+def _without_damaged(paintings: Sequence[Painting]) -> tuple[list[Painting], list[Path]]:
+    """Decode every file; log those that fail. Returns the sound paintings and the damaged paths."""
+    with ThreadPoolExecutor() as pool:
+        damages = list(pool.map(_damage, paintings))
+    for damage in damages:
+        if damage is not None:
+            logger.warning("left out: %s", damage)
+    sound = [painting for painting, damage in zip(paintings, damages, strict=True) if damage is None]
+    return sound, [painting.path for painting, damage in zip(paintings, damages, strict=True) if damage is not None]
+
+
+def _damage(painting: Painting) -> str | None:
+    try:
+        read_rgb(painting.path)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _indexed_paintings(root: Path) -> list[Painting]:
+    table = root / INDEX_FILE
+    return [
+        Painting(
+            path=_path_within(root, line["file"], table),
+            style=line["style"],
+            painting_id=line["painting_id"],
+            split=_known_split(line["split"], table),
+        )
+        for line in read_table(table, ("file", "style", "split", "painting_id"))
+    ]
+
+
+def _paintings_in_folders(root: Path) -> list[Painting]:
+    works, splits = _works_and_splits(root)
+    folders = sorted(child for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
+    styles = {folder.name: images for folder in folders if (images := _images(folder.rglob("*"), root))}
+    loose = _images(root.iterdir(), root)
+    if not styles:
+        styles = {root.resolve().name: loose}
+    elif loose:
+        logger.warning("%s: %d images outside the style folders are left out", root, len(loose))
+
+    paintings = []
+    for style, images in styles.items():
+        for path in images:
+            file = path.relative_to(root).as_posix()
+            work = works.get(file, file)
+            paintings.append(Painting(path, style, work, None if splits is None else splits.get(work, "train")))
+    return paintings
+
+
+def _images(paths: Iterable[Path], root: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in paths
+        if path.suffix.lower() in READABLE_SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(root).parts)
+        and path.is_file()
+    )
+
+
+def _works_and_splits(root: Path) -> tuple[dict[str, str], dict[str, str] | None]:
+    """The painting_id of each file that MANIFEST.csv names, and the split of each painting_id (None: no SPLIT.csv)."""
+    manifest, split_table = root / MANIFEST_FILE, root / SPLIT_FILE
+    if split_table.is_file():
+        # Strict: ignoring half of the tables would train on held-out works.
+        lines = read_table(manifest, ("file", "painting_id"))
+        splits = {
+            line["painting_id"]: _known_split(line["split"], split_table)
+            for line in read_table(split_table, ("painting_id", "split"))
+        }
+    else:
+        # A manifest of another make, without painting_id, says nothing here and does no harm.
+        lines = read_table(manifest, ()) if manifest.is_file() else []
+        splits = None
+    return {line["file"]: line["painting_id"] for line in lines if line.get("file") and line.get("painting_id")}, splits
+
+
+def _known_split(name: str, table: Path) -> str:
+    if name not in _SPLITS:
+        raise UserError(f"{table}: split must be one of {', '.join(_SPLITS)}, got '{name}'")
+    return _SPLITS[name]
+
+
+def _path_within(root: Path, name: str, table: Path) -> Path:
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or ".." in relative.parts:
+        raise UserError(f"{table}: paths must be relative to {root} and within it, got '{name}'")
+    return root / relative
+
+
+def _listed_pairs(root: Path, table: Path, count: int | None) -> list[Pair]:
+    styles = {painting.path: painting.style for painting in find_paintings(root)}
+    pairs: dict[str, list[Pair]] = {}
+    for line in read_table(table, ("degraded", "reference")):
+        degraded, reference = (_path_within(root, line[column], table) for column in ("degraded", "reference"))
+        for path in (degraded, reference):
+            if not path.is_file():
+                raise UserError(f"{table}: lists {path}, which does not exist")
+        style = styles.get(degraded, degraded.parent.name)
+        pairs.setdefault(style, []).append(Pair(degraded, reference, style))
+    if not pairs:
+        raise UserError(f"{table}: lists no pairs")
+    return [pair for style in sorted(pairs) for pair in pairs[style][:count]]
