@@ -1,0 +1,105 @@
+"""The pieces of the reversible network: lossless residual blocks and the two modules of their residual function.
+
+Source: Sun, Zhang, Wu, "Color reconstruction of ancient paintings based on dual pooling attention and pixel adaptive
+convolution", npj Heritage Science 13 (2025), doi 10.1038/s40494-025-01595-0; equation numbers are that paper's.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from restoration_kernels import dual_pool_attention, pac_conv2d
+
+# Streams hold multiples of 2^-16: a 256th of an 8-bit level, fine enough to be invisible, and coarse enough that
+# sums below 2^8 fit float32's 24 bits exactly. Addition is then associative and every block exactly invertible.
+STREAM_QUANTUM = 2.0**-16
+STREAM_LIMIT = 2.0**8
+
+GUIDE_CHANNELS = 8  # enough to tell neighbouring materials apart; each one costs nine subtractions a pixel
+ATTENTION_TAPS = 5  # neighbouring channels that decide together on a channel's weight (the paper's k)
+GUIDE_INIT_SCALE = 0.1  # guides start nearly flat, so that training starts near an ordinary convolution
+OUTPUT_INIT_SCALE = 0.1  # 22 residual sums deep, outputs of unit scale would leave the streams' exact range
+
+
+def round_to_quantum(x: Tensor) -> Tensor:
+    """Rounds to the nearest multiple of STREAM_QUANTUM; the gradient passes straight through."""
+    return x + (torch.round(x.detach() / STREAM_QUANTUM) * STREAM_QUANTUM - x.detach())
+
+
+class DualPoolingChannelAttention(nn.Module):
+    """DPCA (Fig. 3): pooling to 50 x 50, then to one, convolution over channels, sigmoid, scaling; [B,C,H,W]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        convolution = nn.Conv1d(1, 1, ATTENTION_TAPS, bias=False)  # for its initialisation
+        self.weight = nn.Parameter(convolution.weight.detach().reshape(ATTENTION_TAPS).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dual_pool_attention(x, self.weight)
+
+
+class PixelAdaptiveFeatureExtraction(nn.Module):
+    """CAFE (Fig. 4): guide and value from one input, then a pixel-adaptive convolution (eq. 5) of the value.
+
+    Called as module(x, residual, alpha): returns residual + alpha * CAFE(x), CAFE(x) rounded to the streams' quantum.
+    With adaptive=False an ordinary convolution of the same shape takes the place of the pixel-adaptive one.
+    """
+
+    def __init__(self, channels: int, adaptive: bool = True) -> None:
+        super().__init__()
+        value_channels = channels // 4
+        self.value = nn.Conv2d(channels, value_channels, 3, padding=1, padding_mode="reflect")
+        self.guide = None
+        if adaptive:
+            self.guide = nn.Conv2d(channels, GUIDE_CHANNELS, 3, padding=1, padding_mode="reflect")
+            with torch.no_grad():
+                self.guide.weight.mul_(GUIDE_INIT_SCALE)
+        output = nn.Conv2d(value_channels, channels, 3)  # for its initialisation
+        self.weight = nn.Parameter(output.weight.detach() * OUTPUT_INIT_SCALE)
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor, residual: Tensor, alpha: float) -> Tensor:
+        value = F.relu(self.value(x))
+        if self.guide is None:
+            output = F.conv2d(value, self.weight, self.bias, padding=1)
+            return residual + alpha * round_to_quantum(output.to(residual.dtype))
+        return pac_conv2d(
+            value,
+            self.guide(x),
+            self.weight,
+            self.bias,
+            padding=1,
+            residual=residual,
+            alpha=alpha,
+            quantum=STREAM_QUANTUM,
+        )
+
+
+class ReversibleBlock(nn.Module):
+    """y1 = x1 + F(x2), y2 = x2 (eq. 1-4), F = DPCA then CAFE; the halves swap roles on leaving.
+
+    forward and inverse take and return two [B,C,H,W] streams whose values are multiples of STREAM_QUANTUM below
+    STREAM_LIMIT; inverse(*forward(a, b)) is then (a, b) bit for bit, whatever the precision F computes in.
+    """
+
+    def __init__(self, channels: int, dpca: bool = True, cafe: bool = True) -> None:
+        super().__init__()
+        self.attention = DualPoolingChannelAttention() if dpca else None
+        self.features = PixelAdaptiveFeatureExtraction(channels, adaptive=cafe)
+
+    def _add(self, residual: Tensor, x: Tensor, alpha: float) -> Tensor:
+        # One memory layout both ways: libraries choose the order of a sum by strides, and F must repeat to the bit.
+        x = x.contiguous()
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.attention is not None:
+            x = self.attention(x)
+        return self.features(x, residual, alpha)
+
+    def forward(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        return second, self._add(first, second, 1.0)
+
+    def inverse(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        return self._add(second, first, -1.0), first

@@ -1,0 +1,132 @@
+"""The reversible network: encode a painting to 32 channels, decode it exactly; colours change in between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from restoration.blocks import STREAM_LIMIT, ReversibleBlock, round_to_quantum
+from restoration.whitening import Transfer, transfer_statistics
+
+IMAGE_CHANNELS = 3
+MINIMUM_SIDE = 8  # a quarter of it, at the coarsest stage, is the least that reflection padding of 1 accepts
+SIDE_MULTIPLE = 4  # two squeezes by 2
+
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What decides the shapes and the meaning of the parameters; kept in every checkpoint."""
+
+    half_channels: int = 16  # of one half at full resolution; 4 and 16 times as many after the squeezes
+    blocks_per_stage: int = 10
+    refinement_blocks: int = 2
+    dpca: bool = True
+    cafe: bool = True
+
+    def to_dict(self) -> dict[str, int | bool]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """The recoloured painting [B,3,H,W] (not clamped) and how the transfer of its colours went."""
+
+    image: Tensor
+    transfer: Transfer
+
+
+class ReversibleNetwork(nn.Module):
+    """encode: [B,3,H,W] in [0,1] -> z [B,32,H',W']; decode is its exact inverse.
+
+    H' and W' are H and W padded by replication to at least 8 and to multiples of 4. The input is first rounded to
+    multiples of 2^-16 (blocks.STREAM_QUANTUM); from there on decode(encode(x), size) returns it bit for bit on one
+    device, in both precisions of the residual functions.
+    """
+
+    def __init__(self, architecture: Architecture | None = None, precision: str = "fp32") -> None:
+        super().__init__()
+        if precision not in PRECISIONS:
+            raise ValueError(f"ReversibleNetwork: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        self.architecture = architecture = architecture or Architecture()
+        self.precision = precision
+
+        def blocks(count: int, channels: int) -> nn.ModuleList:
+            switches = {"dpca": architecture.dpca, "cafe": architecture.cafe}
+            return nn.ModuleList(ReversibleBlock(channels, **switches) for _ in range(count))
+
+        half = architecture.half_channels
+        self.stages = nn.ModuleList(blocks(architecture.blocks_per_stage, half * 4**stage) for stage in range(3))
+        self.refinement = blocks(architecture.refinement_blocks, half * 4**2)
+
+    def _residual_precision(self, device: torch.device) -> AbstractContextManager[None]:
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(device.type, torch.bfloat16)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """[B,3,H,W] -> z [B,2*half_channels,H',W'], differentiable."""
+        x = round_to_quantum(pad_to_valid_size(image))
+        half = self.architecture.half_channels
+        first = F.pad(x, (0, 0, 0, 0, 0, half - IMAGE_CHANNELS))
+        second = torch.zeros_like(first)
+        with self._residual_precision(image.device):
+            for index, stage in enumerate(self.stages):
+                if index > 0:
+                    first, second = F.pixel_unshuffle(first, 2), F.pixel_unshuffle(second, 2)
+                for block in stage:
+                    first, second = block(first, second)
+            for block in self.refinement:
+                first, second = block(first, second)
+        return F.pixel_shuffle(F.pixel_shuffle(torch.cat((first, second), 1), 2), 2)
+
+    def decode(self, z: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """z [B,2*half_channels,H',W'] -> [B,3,H,W], cropped to size = (H, W) where given, differentiable.
+
+        z is rounded to multiples of 2^-16 first.
+        """
+        merged = F.pixel_unshuffle(F.pixel_unshuffle(round_to_quantum(z), 2), 2)
+        first, second = merged.chunk(2, 1)
+        with self._residual_precision(z.device):
+            for block in reversed(self.refinement):
+                first, second = block.inverse(first, second)
+            for index, stage in reversed(list(enumerate(self.stages))):
+                for block in reversed(stage):
+                    first, second = block.inverse(first, second)
+                if index > 0:
+                    first, second = F.pixel_shuffle(first, 2), F.pixel_shuffle(second, 2)
+        image = first[:, :IMAGE_CHANNELS]
+        return image if size is None else image[..., : size[0], : size[1]]
+
+    def forward(self, degraded: Tensor, reference: Tensor, strength: float = 1.0) -> Reconstruction:
+        """Recolours degraded [B,3,H,W] after reference [B,3,h,w], both in [0,1]; sizes need not match."""
+        transfer = transfer_statistics(self.encode(degraded), self.encode(reference), strength=strength)
+        return Reconstruction(self.decode(transfer.z, degraded.shape[-2:]), transfer)
+
+
+def pad_to_valid_size(image: Tensor) -> Tensor:
+    """Replicates the right and lower edges of [B,C,H,W] up to a size that the network accepts."""
+    height, width = image.shape[-2:]
+
+    def missing(side: int) -> int:
+        return max(MINIMUM_SIDE, -(-side // SIDE_MULTIPLE) * SIDE_MULTIPLE) - side
+
+    right, below = missing(width), missing(height)
+    return F.pad(image, (0, right, 0, below), mode="replicate") if right or below else image
+
+
+def check_stream_range(z: Tensor) -> float:
+    """Largest |z|; raises OverflowError where sums of stream values may have lost their exactness."""
+    largest = z.detach().abs().max().item()
+    if not largest < STREAM_LIMIT:
+        raise OverflowError(
+            f"the network's values reach {largest:.3g}, past the {STREAM_LIMIT:g} below which its arithmetic is "
+            "exact: these weights do not suit this picture"
+        )
+    return largest

@@ -1,0 +1,139 @@
+"""The reversible network: exact inverse, padding, precision, and what its blocks compute."""
+
+import pytest
+import torch
+
+from restoration.blocks import STREAM_LIMIT, STREAM_QUANTUM, ReversibleBlock, round_to_quantum
+from restoration.flow import Architecture, ReversibleNetwork, check_stream_range, pad_to_valid_size
+
+SMALL = Architecture(half_channels=4, blocks_per_stage=2, refinement_blocks=1)
+
+
+def network(precision="fp32", scale=1.0, **switches):
+    torch.manual_seed(0)
+    made = ReversibleNetwork(Architecture(4, 2, 1, **switches), precision)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.mul_(scale)
+    return made
+
+
+def picture(*size, batch=1):
+    """An 8-bit picture, as files hold them."""
+    generator = torch.Generator().manual_seed(sum(size))
+    return torch.randint(0, 256, (batch, 3, *size), generator=generator) / 255
+
+
+def on_grid(x):
+    return torch.round(x / STREAM_QUANTUM) * STREAM_QUANTUM
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("size", [(8, 8), (16, 20), (37, 61), (1, 1), (5, 130)])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_decode_inverts_encode_bit_for_bit(precision, size, scale):
+    net = network(precision, scale)
+    x = picture(*size, batch=2)
+    with torch.no_grad():
+        z = net.encode(x)
+        assert not torch.equal(z[:, :3, : size[0], : size[1]], on_grid(x)), "the network must do something"
+        assert torch.equal(net.decode(z, size), on_grid(x))
+
+
+@pytest.mark.parametrize("switches", [{"dpca": False}, {"cafe": False}, {"dpca": False, "cafe": False}])
+def test_ablated_networks_are_exactly_invertible_too(switches):
+    net = network(**switches)
+    x = picture(19, 23)
+    with torch.no_grad():
+        assert torch.equal(net.decode(net.encode(x), (19, 23)), on_grid(x))
+
+
+def test_ablation_switches_remove_the_modules_parameters():
+    names = {name.split(".")[-1] for name, _ in network(dpca=False, cafe=False).named_parameters()}
+    full = [name for name, _ in network().named_parameters()]
+    assert any("attention" in name for name in full)
+    assert any("guide" in name for name in full)
+    reduced = [name for name, _ in network(dpca=False, cafe=False).named_parameters()]
+    assert not any("attention" in name or "guide" in name for name in reduced)
+    assert names == {"weight", "bias"}
+
+
+def test_default_architecture_has_the_papers_shape():
+    net = ReversibleNetwork()
+    assert [len(stage) for stage in net.stages] == [10, 10, 10]
+    assert [stage[0].features.weight.shape[0] for stage in net.stages] == [16, 64, 256]
+    assert len(net.refinement) == 2
+    with torch.no_grad():
+        assert net.encode(torch.zeros(1, 3, 8, 8)).shape == (1, 32, 8, 8)
+
+
+def test_encoding_keeps_places_where_they_are():
+    """A changed pixel must change z around it only: the squeezes and the refinement undo each other's moves."""
+    net = network(dpca=False)  # attention pools over the whole picture
+    x = picture(160, 160)
+    changed = x.clone()
+    changed[..., 80, 80] = 1 - changed[..., 80, 80]
+    with torch.no_grad():
+        moved = (net.encode(x) != net.encode(changed)).any(1)[0].nonzero()
+    assert (moved - 80).abs().max() < 79
+
+
+def test_inverse_block_swaps_the_halves_back():
+    torch.manual_seed(1)
+    block = ReversibleBlock(8).double()
+    first, second = (on_grid(torch.randn(2, 8, 9, 7, dtype=torch.float64)) for _ in range(2))
+    forward = block(first, second)
+    assert torch.equal(forward[0], second)
+    assert all(torch.equal(a, b) for a, b in zip(block.inverse(*forward), (first, second), strict=True))
+
+
+def test_gradients_reach_every_parameter_through_both_directions():
+    net = network()
+    x = picture(16, 16)
+    z = net.encode(x)
+    # Noise, for the first block's half of the channels is zero in encoding and next to zero in plain decoding.
+    (z.square().mean() + net.decode(z + torch.randn_like(z), (16, 16)).square().mean()).backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_rounding_passes_gradients_straight_through():
+    x = torch.randn(50, dtype=torch.float64, requires_grad=True)
+    y = round_to_quantum(x)
+    assert torch.equal(y.detach(), on_grid(x.detach()))
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
+def test_own_statistics_bring_the_picture_back():
+    x = picture(45, 52)
+    with torch.no_grad():
+        result = network()(x, x).image
+    assert (result - x).abs().max() < 1 / 255
+
+
+@pytest.mark.parametrize("size,padded", [((1, 1), (8, 8)), ((8, 9), (8, 12)), ((13, 4), (16, 8))])
+def test_padding_replicates_to_a_valid_size(size, padded):
+    x = picture(*size)
+    y = pad_to_valid_size(x)
+    assert y.shape[-2:] == padded
+    assert torch.equal(y[..., : size[0], : size[1]], x)
+    assert torch.equal(y[..., -1, -1], x[..., -1, -1])
+
+
+def test_different_sizes_of_painting_and_reference():
+    with torch.no_grad():
+        assert network()(picture(33, 21), picture(17, 64)).image.shape == (1, 3, 33, 21)
+
+
+def test_values_past_the_exact_range_are_an_error():
+    assert check_stream_range(torch.tensor([1.0, -2.5])) == 2.5
+    for bad in (STREAM_LIMIT, float("nan"), float("inf")):
+        with pytest.raises(OverflowError, match="exact"):
+            check_stream_range(torch.tensor([1.0, bad]))
+
+
+def test_rejects_unknown_precision():
+    with pytest.raises(ValueError, match="precision must be one of fp32, bf16, got 'int8'"):
+        ReversibleNetwork(SMALL, "int8")

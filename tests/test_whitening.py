@@ -1,0 +1,149 @@
+"""The transfer of moments: whitened covariance, fallbacks, regions, several references, strength."""
+
+import pytest
+import torch
+
+from restoration.whitening import (
+    RIDGE_LADDER,
+    blend,
+    moments,
+    regularised_cholesky,
+    transfer_moments,
+    transfer_statistics,
+)
+
+
+def encoded(*size, channels=6, batch=1, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(channels, channels, generator=generator, dtype=torch.float64)
+    noise = torch.randn(batch, channels, size[0] * size[1], generator=generator, dtype=torch.float64)
+    return (mixing @ noise + torch.arange(channels, dtype=torch.float64)[:, None]).reshape(batch, channels, *size)
+
+
+def assert_moments_equal(z, style, tolerance):
+    for computed, wanted in zip(
+        (moments(z).mean, moments(z).covariance), (moments(style).mean, moments(style).covariance), strict=True
+    ):
+        assert (computed - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
+def test_moments_agree_with_numpys():
+    z = encoded(9, 11)
+    computed = moments(z)
+    flat = z[0].flatten(1)
+    assert torch.allclose(computed.mean[0], flat.mean(1), rtol=1e-12)
+    assert torch.allclose(computed.covariance[0], torch.cov(flat, correction=0), rtol=1e-12)
+
+
+def test_moments_do_not_depend_on_the_pieces(monkeypatch):
+    z = encoded(20, 30)
+    whole = moments(z)
+    monkeypatch.setattr("restoration.whitening.CHUNK", 64)
+    pieces = moments(z)
+    assert torch.allclose(whole.mean, pieces.mean, rtol=1e-13)
+    assert torch.allclose(whole.covariance, pieces.covariance, rtol=1e-13)
+
+
+def test_transfer_reaches_the_styles_moments():
+    content, style = encoded(24, 25, batch=2), encoded(30, 10, batch=2, seed=1)
+    transfer = transfer_statistics(content, style)
+    assert_moments_equal(transfer.z, style, 1e-4)  # the ridge of 1e-6 trace/C is all that separates them
+    assert transfer.content_ridge.tolist() == [0, 0]
+    assert int(transfer.fallbacks()) == 0
+
+
+def test_identity_whitening():
+    """Transferred to unit moments, the covariance is the identity."""
+    content = encoded(40, 40)
+    C = content.shape[1]
+    unit = moments(content)
+    unit = type(unit)(torch.zeros_like(unit.mean), torch.eye(C, dtype=torch.float64)[None])
+    covariance = moments(transfer_moments(content, moments(content), unit).z).covariance[0]
+    assert torch.allclose(covariance, torch.eye(C, dtype=torch.float64), atol=1e-3)
+
+
+def test_own_moments_leave_the_picture_as_it_is():
+    content = encoded(24, 25).float()
+    assert torch.equal(transfer_statistics(content, content).z, content)
+
+
+def test_strength_scales_the_change():
+    content, style = encoded(10, 12), encoded(9, 9, seed=3)
+    full = transfer_statistics(content, style).z
+    assert torch.equal(transfer_statistics(content, style, strength=0.0).z, content)
+    half = transfer_statistics(content, style, strength=0.5).z
+    assert torch.allclose(half, (content + full) / 2, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (16, 16)])
+def test_flat_and_tiny_pictures_survive(size):
+    flat = torch.full((1, 32, *size), 0.25)
+    style = encoded(16, 16, channels=32).float()
+    for content, reference in ((flat, style), (style, flat), (flat, flat)):
+        transfer = transfer_statistics(content, reference)
+        assert transfer.z.isfinite().all()
+        assert_moments_equal(transfer.z, transfer.z, 0)
+
+
+def test_an_indefinite_covariance_climbs_the_ladder_and_says_so():
+    covariance = torch.diag(torch.tensor([1.0, 1.0, -5e-3], dtype=torch.float64)).expand(2, 3, 3).clone()
+    covariance[1] = torch.eye(3)
+    factor, rung = regularised_cholesky(covariance)
+    assert rung.tolist() == [2, 0]
+    assert RIDGE_LADDER[rung[0]] == 1e-2
+    assert factor.isfinite().all()
+
+
+def test_gradients_stay_finite_on_the_ladder():
+    z = torch.full((1, 4, 3, 3), 0.5, requires_grad=True)
+    style = encoded(5, 5, channels=4).float().requires_grad_()
+    transfer_statistics(z, style).z.square().sum().backward()
+    assert z.grad.isfinite().all()
+    assert style.grad.isfinite().all()
+
+
+def test_gradcheck():
+    content, style = (encoded(4, 5, channels=3, seed=seed).requires_grad_() for seed in (0, 1))
+    assert torch.autograd.gradcheck(lambda a, b: transfer_statistics(a, b).z, (content, style))
+
+
+def test_several_references_blend_their_moments():
+    content, first, second = encoded(20, 20), encoded(20, 20, seed=1), encoded(16, 25, seed=2)
+    only_first = transfer_statistics(content, [first, second], weights=[1, 0]).z
+    assert torch.allclose(only_first, transfer_statistics(content, first).z, rtol=1e-12, atol=1e-12)
+    mixed = transfer_statistics(content, [first, second], weights=[1, 3]).z
+    wanted = 0.25 * moments(first).mean + 0.75 * moments(second).mean
+    assert torch.allclose(moments(mixed).mean, wanted, rtol=1e-9)
+
+
+def test_regions_take_the_statistics_of_their_label():
+    content, style = encoded(12, 12), encoded(14, 10, seed=5)
+    content_labels = torch.zeros(12, 12, dtype=torch.long)
+    content_labels[:, 6:] = 1
+    style_labels = torch.zeros(14, 10, dtype=torch.long)
+    style_labels[7:] = 1
+    z = transfer_statistics(content, style, content_labels=content_labels, style_labels=style_labels).z
+    for label in (0, 1):
+        inside = moments(z, content_labels == label)
+        wanted = moments(style, style_labels == label)
+        assert torch.allclose(inside.mean, wanted.mean, rtol=1e-9)
+        assert torch.allclose(inside.covariance, wanted.covariance, rtol=1e-3, atol=1e-3)
+
+
+def test_a_label_without_partner_takes_the_whole_reference():
+    content, style = encoded(12, 12), encoded(14, 10, seed=5)
+    labels = torch.full((12, 12), 7)
+    z = transfer_statistics(content, style, content_labels=labels, style_labels=torch.zeros(14, 10)).z
+    assert torch.allclose(z, transfer_statistics(content, style).z, rtol=1e-9, atol=1e-9)
+
+
+def test_rejects():
+    z = encoded(4, 4)
+    with pytest.raises(ValueError, match=r"strength must lie in \[0, 1\], got 1.5"):
+        transfer_statistics(z, z, strength=1.5)
+    with pytest.raises(ValueError, match="one entry a reference"):
+        transfer_statistics(z, [z, z], weights=[1.0])
+    with pytest.raises(ValueError, match="non-negative"):
+        blend([moments(z)], [0.0])
+    with pytest.raises(ValueError, match="style_labels must be given"):
+        transfer_statistics(z, z, content_labels=torch.zeros(4, 4))
