@@ -1,0 +1,125 @@
+"""The training objective, eq. 6: 5 L_ccp + 1 L_s + 1500 L_m + 10 L_cyc."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from restoration.vgg import LAYER_CHANNELS, VGG19Features
+from restoration_kernels import CCPLoss, ccpl_loss, matting_laplacian_energy
+
+MATTING_GRADIENT_LIMIT = 0.05  # a pixel, for the weighted loss of one image: CAP-VSTNet's clamp, it steadies training
+VARIANCE_FLOOR = 1e-5  # under the root of a standard deviation, whose slope is infinite at zero
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of eq. 6."""
+
+    ccp: float = 5.0
+    style: float = 1.0
+    matting: float = 1500.0
+    cycle: float = 10.0
+
+
+class ReconstructionLoss(nn.Module):
+    """The four weighted losses of a recoloured painting; their sum is the objective.
+
+    features must be channel-normalised with reflection padding (`vgg.loss_features`). The projection heads of L_ccp
+    are parameters of this module and are trained with the network. ccpl=False leaves L_ccp out (ablation).
+    """
+
+    def __init__(
+        self,
+        features: VGG19Features,
+        weights: LossWeights | None = None,
+        *,
+        ccpl: bool = True,
+        anchors: int = 64,
+        style_distance: str = "mse",
+    ) -> None:
+        super().__init__()
+        self.features = features
+        self.weights = weights or LossWeights()
+        self.style_distance = style_distance
+        self.contrast = CCPLoss(LAYER_CHANNELS, num_anchors=anchors) if ccpl else None
+
+    def forward(
+        self,
+        degraded: Tensor,
+        reference: Tensor,
+        result: Tensor,
+        cycled: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        """All [B,3,H,W] in about [0,1]; cycled is the result with the degraded painting's colours given back.
+
+        Returns scalars named ccp, style, matting and cycle, already weighted. generator draws L_ccp's anchors.
+        """
+        with torch.no_grad():
+            targets = self.features(degraded)
+            styles = self.features(reference)
+        outputs = self.features(result)
+
+        losses = {
+            "style": self.weights.style * style_loss(outputs, styles, self.style_distance),
+            "matting": clamped_matting_loss(result, degraded, self.weights.matting),
+            "cycle": self.weights.cycle * (cycled - degraded).abs().mean(),
+        }
+        if self.contrast is not None:
+            losses["ccp"] = self.weights.ccp * self._contrastive(outputs, targets, generator)
+        return losses
+
+    def _contrastive(self, outputs: list[Tensor], targets: list[Tensor], generator: torch.Generator | None) -> Tensor:
+        """L_ccp layer by layer, with fewer anchors where a small crop has fewer interior places."""
+        total = outputs[0].new_zeros(())
+        for output, target, projection in zip(outputs, targets, self.contrast.projections, strict=True):
+            interior = (output.shape[2] - 2) * (output.shape[3] - 2)
+            total = total + ccpl_loss(
+                [output],
+                [target],
+                min(self.contrast.num_anchors, interior),
+                self.contrast.temperature,
+                projections=[projection],
+                generator=generator,
+            )
+        return total
+
+
+def style_loss(outputs: list[Tensor], styles: list[Tensor], distance: str = "mse") -> Tensor:
+    """L_s (eq. 8): distance of channel means plus that of channel standard deviations, summed over layers.
+
+    'mse' is the mean over channels and batch of the squared difference; 'l2' the batch's mean Euclidean norm, as
+    printed in eq. 8.
+    """
+
+    def difference(output: Tensor, style: Tensor) -> Tensor:
+        delta = output - style
+        return delta.square().mean() if distance == "mse" else delta.norm(dim=1).mean()
+
+    total = outputs[0].new_zeros(())
+    for output, style in zip(outputs, styles, strict=True):
+        for computed, wanted in zip(_channel_statistics(output), _channel_statistics(style), strict=True):
+            total = total + difference(computed, wanted)
+    return total
+
+
+def _channel_statistics(feature: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation over pixels, each [B,C]."""
+    variance, mean = torch.var_mean(feature, dim=(2, 3), correction=0)
+    return mean, (variance + VARIANCE_FLOOR).sqrt()
+
+
+def clamped_matting_loss(result: Tensor, degraded: Tensor, weight: float) -> Tensor:
+    """weight * L_m (eq. 9), batch mean; each image's gradient is clamped to ±MATTING_GRADIENT_LIMIT a pixel.
+
+    The clamp sits on a view of the result that only this loss reads, so one backward pass serves all losses.
+    """
+    B = result.shape[0]
+    image = result.view_as(result)
+    if image.requires_grad:
+        limit = MATTING_GRADIENT_LIMIT / B  # the batch mean has divided each image's gradient by B already
+        image.register_hook(lambda gradient: gradient.clamp(-limit, limit))
+    return weight * matting_laplacian_energy(image, degraded.detach()).mean()

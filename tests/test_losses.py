@@ -1,0 +1,112 @@
+"""The objective: each term against its formula, the matting clamp, the switches."""
+
+import pytest
+import torch
+
+from restoration.losses import (
+    MATTING_GRADIENT_LIMIT,
+    LossWeights,
+    ReconstructionLoss,
+    clamped_matting_loss,
+    style_loss,
+)
+from restoration.vgg import loss_features
+from restoration_kernels import ccpl_loss, matting_laplacian_energy
+
+
+def pictures(count, side=32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 2, 3, 8, 8, generator=generator)
+    return [torch.nn.functional.interpolate(one, size=(side, side), mode="bicubic").clamp(0, 1) for one in coarse]
+
+
+def generator():
+    return torch.Generator().manual_seed(3)
+
+
+def test_the_four_terms():
+    degraded, reference, result, cycled = pictures(4)
+    torch.manual_seed(0)
+    objective = ReconstructionLoss(loss_features(), anchors=4)
+    losses = objective(degraded, reference, result, cycled, generator())
+
+    features = loss_features()
+    outputs, targets, styles = (features(image) for image in (result, degraded, reference))
+    expected = {
+        "ccp": 5 * ccpl_loss(outputs, targets, 4, projections=objective.contrast.projections, generator=generator()),
+        "style": sum(
+            (a.mean((2, 3)) - b.mean((2, 3))).square().mean()
+            + ((a.var((2, 3), correction=0) + 1e-5).sqrt() - (b.var((2, 3), correction=0) + 1e-5).sqrt())
+            .square()
+            .mean()
+            for a, b in zip(outputs, styles, strict=True)
+        ),
+        "matting": 1500 * matting_laplacian_energy(result, degraded).mean(),
+        "cycle": 10 * (cycled - degraded).abs().mean(),
+    }
+    assert losses.keys() == expected.keys()
+    for name in losses:
+        assert torch.allclose(losses[name], expected[name], rtol=1e-5), name
+
+
+def test_l2_style_distance_is_eq_8_as_printed():
+    outputs, styles = ([torch.rand(1, 5, 6, 7, dtype=torch.float64)] for _ in range(2))
+    a, b = outputs[0][0], styles[0][0]
+
+    def deviation(x):
+        return (x.var((1, 2), correction=0) + 1e-5).sqrt()
+
+    expected = (a.mean((1, 2)) - b.mean((1, 2))).norm() + (deviation(a) - deviation(b)).norm()
+    assert torch.allclose(style_loss(outputs, styles, "l2"), expected)
+
+
+def test_matting_gradient_is_clamped_for_each_image_before_the_mean():
+    degraded, _, result, _ = pictures(4)
+    result = result.double().requires_grad_()
+    degraded = degraded.double()
+    (plain,) = torch.autograd.grad(1500 * matting_laplacian_energy(result, degraded).sum(), result)
+    clamped_matting_loss(result, degraded, 1500.0).backward()
+    expected = plain.clamp(-MATTING_GRADIENT_LIMIT, MATTING_GRADIENT_LIMIT) / 2
+    assert (plain.abs() > MATTING_GRADIENT_LIMIT).any() and (plain.abs() < MATTING_GRADIENT_LIMIT).any()
+    assert torch.allclose(result.grad, expected, rtol=1e-9)
+
+
+def test_the_clamp_leaves_other_gradients_alone():
+    degraded, _, result, _ = pictures(4)
+    result.requires_grad_()
+    (clamped_matting_loss(result, degraded, 1500.0) + 100 * result.sum()).backward()
+    assert (result.grad > 99).all()
+
+
+def test_only_result_cycle_and_heads_get_gradients():
+    degraded, reference, result, cycled = (image.requires_grad_() for image in pictures(4))
+    objective = ReconstructionLoss(loss_features(), anchors=4)
+    losses = objective(degraded.detach(), reference, result, cycled, generator())
+    sum(losses.values()).backward()
+    assert reference.grad is None
+    assert result.grad.abs().max() > 0 and cycled.grad.abs().max() > 0
+    for name, parameter in objective.named_parameters():
+        assert "projections" in name and parameter.grad is not None
+
+
+@pytest.mark.parametrize("side", [24, 40])
+def test_small_crops_take_fewer_anchors(side):
+    losses = ReconstructionLoss(loss_features(), anchors=64)(*pictures(4, side), generator())
+    assert all(value.isfinite() for value in losses.values())
+
+
+def test_ccpl_switch_and_weights():
+    images = pictures(4)
+    objective = ReconstructionLoss(loss_features(), ccpl=False)
+    assert not list(objective.parameters())
+    losses = objective(*images)
+    assert losses.keys() == {"style", "matting", "cycle"}
+    double = ReconstructionLoss(loss_features(), LossWeights(cycle=20.0), ccpl=False)(*images)
+    assert torch.allclose(double["cycle"], 2 * losses["cycle"])
+
+
+def test_flat_pictures_have_finite_gradients():
+    flat = torch.full((1, 3, 32, 32), 0.5)
+    result = flat.clone().requires_grad_()
+    sum(ReconstructionLoss(loss_features(), anchors=4)(flat, flat, result, result, generator()).values()).backward()
+    assert result.grad.isfinite().all()

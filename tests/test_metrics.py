@@ -1,0 +1,65 @@
+"""SSIM and Gram losses against their definitions."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+
+from restoration.metrics import gram_losses, gram_matrices, limit_side, measure, structural_similarity_index
+from restoration.vgg import metric_features
+
+
+def picture(*size, seed=0):
+    return torch.rand(3, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def test_ssim_is_wangs_formula():
+    a, b = picture(40, 33), picture(40, 33, seed=1)
+    values = []
+    for x, y in zip(a.double().numpy(), b.double().numpy(), strict=True):
+
+        def blur(image):
+            return gaussian_filter(image, 1.5, truncate=3.5)
+
+        mean_x, mean_y = blur(x), blur(y)
+        variance_x, variance_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
+        covariance = blur(x * y) - mean_x * mean_y
+        index = ((2 * mean_x * mean_y + 1e-4) * (2 * covariance + 9e-4)) / (
+            (mean_x**2 + mean_y**2 + 1e-4) * (variance_x + variance_y + 9e-4)
+        )
+        values.append(index[5:-5, 5:-5].mean())  # where the 11-pixel window lies inside
+    assert structural_similarity_index(a, b) == pytest.approx(np.mean(values), abs=1e-5)
+    assert structural_similarity_index(a, a) == 1
+
+
+def test_gram_losses_by_hand():
+    reference = [torch.tensor([[1.0, 2.0], [2.0, 5.0]], dtype=torch.float64)]
+    result = [torch.tensor([[2.0, 2.0], [2.0, 5.0]], dtype=torch.float64)]
+    assert gram_losses(result, reference) == pytest.approx((1 / 4, 1 / 34))
+
+
+def test_gram_matrix_is_feature_products_over_their_number():
+    features = metric_features()
+    image = picture(16, 24)
+    feature = features(image[None])[1][0].flatten(1).double()
+    expected = feature @ feature.T / feature.numel()
+    assert torch.allclose(gram_matrices(image, features)[1], expected, rtol=1e-4)
+
+
+def test_equal_pictures_are_perfect_and_sizes_may_differ():
+    features = metric_features()
+    image = picture(24, 24)
+    metrics = measure(image, image, image, features)
+    assert (metrics.ssim, metrics.gram, metrics.relative_gram) == (1, 0, 0)
+    assert measure(image, picture(17, 33), image, features).relative_gram > 0
+
+
+def test_one_pixel():
+    pixel = picture(1, 1)
+    assert measure(pixel, pixel, pixel, metric_features()).ssim == 1
+
+
+def test_limit_side_keeps_proportions():
+    assert limit_side(picture(300, 100), 150).shape == (3, 150, 50)
+    image = picture(10, 20)
+    assert limit_side(image, 20) is image

@@ -1,0 +1,130 @@
+"""VGG19: decoding of the shipped weights, the two formats, padding and normalisation."""
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+
+from restoration.errors import UserError
+from restoration.vgg import (
+    CONVOLUTIONS,
+    LAYER_CHANNELS,
+    VGG19Features,
+    load_vgg_weights,
+    loss_features,
+    measure_channel_means,
+    metric_features,
+)
+
+
+def picture(height=32, width=40):
+    return torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+
+
+def torchvision_file(path, drop=None):
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for _, inputs, outputs, index in CONVOLUTIONS:
+        tensors[f"features.{index}.weight"] = torch.randn(outputs, inputs, 3, 3, generator=generator) / 30
+        tensors[f"features.{index}.bias"] = torch.randn(outputs, generator=generator) / 30
+    tensors.pop(drop, None)
+    if path.suffix == ".safetensors":
+        safetensors.torch.save_file(tensors, path)
+    else:
+        torch.save(tensors, path)
+    return tensors
+
+
+def test_feature_shapes():
+    shapes = [tuple(feature.shape) for feature in metric_features()(picture())]
+    assert shapes == [(1, 64, 32, 40), (1, 128, 16, 20), (1, 256, 8, 10), (1, 512, 4, 5)]
+
+
+def test_shipped_weights_follow_the_caffe_convention():
+    """Recomputed by hand for relu1_1: BGR order, 0..255, ImageNet means subtracted, zero padding."""
+    image = picture()
+    weight, bias = load_vgg_weights().convolutions[0]
+    bgr = image.flip(1) * 255 - torch.tensor([103.939, 116.779, 123.68]).reshape(3, 1, 1)
+    expected = F.relu(F.conv2d(bgr, weight.flip(1), bias, padding=1))
+    computed = metric_features()(image)[0]
+    assert (computed - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+def test_shipped_weights_tell_colours_apart():
+    """The first layer of VGG19 has colour-opponent filters; decoded in a wrong order they would not answer to hue."""
+    flat = [
+        torch.tensor(colour).reshape(1, 3, 1, 1).expand(1, 3, 16, 16) for colour in ((0.9, 0.2, 0.1), (0.1, 0.2, 0.9))
+    ]
+    red, blue = (metric_features()(image)[0][0, :, 8, 8] for image in flat)
+    assert (red - blue).abs().max() > 100
+
+
+def test_loss_features_have_reflection_padding_and_unit_scale():
+    """A constant picture stays constant under reflection, and channel means are near 1 on ordinary pictures."""
+    flat = torch.full((1, 3, 24, 24), 0.6)
+    for feature in loss_features()(flat):
+        assert (feature - feature[..., :1, :1]).abs().max() < 1e-4 * feature.abs().max() + 1e-6
+    borders = metric_features()(flat)[0]
+    assert not torch.allclose(borders[..., 0, 0], borders[..., 12, 12])
+
+
+def test_channel_means_normalise_the_set_that_they_were_measured_on():
+    images = [picture()[0], picture(48, 24)[0]]
+    means = measure_channel_means(None, images)
+    network = loss_features(None, means)
+    average = [torch.stack([network(image[None])[layer].mean() for image in images]).mean() for layer in range(4)]
+    assert [means_of_layer.numel() for means_of_layer in means] == list(LAYER_CHANNELS)
+    for value in average:
+        assert 0.5 < value <= 1.001  # below 1 where hardly active channels were not scaled all the way up
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_torchvision_format(tmp_path, suffix):
+    path = tmp_path / f"vgg{suffix}"
+    tensors = torchvision_file(path)
+    image = picture()
+    mean = torch.tensor([0.485, 0.456, 0.406]).reshape(3, 1, 1)
+    deviation = torch.tensor([0.229, 0.224, 0.225]).reshape(3, 1, 1)
+    expected = F.relu(
+        F.conv2d((image - mean) / deviation, tensors["features.0.weight"], tensors["features.0.bias"], padding=1)
+    )
+    assert torch.allclose(metric_features(path)(image)[0], expected, atol=1e-5)
+
+
+def test_small_pictures_are_enlarged():
+    assert all(feature.isfinite().all() for feature in loss_features()(torch.rand(1, 3, 1, 1)))
+
+
+def test_gradients_flow_to_the_picture_only():
+    image = picture().requires_grad_()
+    network = metric_features()
+    sum(feature.mean() for feature in network(image)).backward()
+    assert image.grad.abs().max() > 0
+    assert not list(network.parameters())
+
+
+def test_rejects(tmp_path):
+    class Planted:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "planted"), "w"))
+
+    unsafe = tmp_path / "unsafe.pth"
+    torch.save({"features.0.weight": Planted()}, unsafe)
+    incomplete = tmp_path / "incomplete.pth"
+    torchvision_file(incomplete, drop="features.10.weight")
+    other = tmp_path / "other.pth"
+    torch.save([1, 2], other)
+    for path, message in (
+        (tmp_path / "missing.pth", "no such file"),
+        (unsafe, "not a file of tensors"),
+        (incomplete, "block3_conv1 must have weights"),
+        (other, "must hold a dictionary"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            load_vgg_weights(path)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "planted").exists()
+    with pytest.raises(ValueError, match="channel_means must be given"):
+        loss_features(incomplete)
+    with pytest.raises(KeyError):
+        VGG19Features(load_vgg_weights(), padding="circular")
