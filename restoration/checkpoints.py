@@ -1,0 +1,103 @@
+"""Files of weights: safetensors with a JSON description, written atomically, never pickled."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+import restoration
+from restoration.errors import UserError
+from restoration.flow import Architecture, ReversibleNetwork
+
+FORMAT = "painting-restoration 1"
+NETWORK_PREFIX = "network."
+SHIPPED_WEIGHTS = Path(__file__).parent / "weights" / "restoration.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors by name ('network.…', and in training 'losses.…' and 'optimizer.…') and what was said of them."""
+
+    tensors: dict[str, Tensor]
+    description: dict[str, object]
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        return {name[len(prefix) :]: tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
+
+
+def save_checkpoint(path: Path, tensors: dict[str, Tensor], description: dict[str, object]) -> None:
+    """Writes beside path, flushes to the disk, then renames: path is the old file or the new one, never a part."""
+    versions = {"restoration": restoration.__version__, "torch": torch.__version__}
+    metadata = {"format": FORMAT, "description": json.dumps({**description, "versions": versions}, sort_keys=True)}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        safetensors.torch.save_file(contiguous, temporary, metadata)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(
+            f"{path}: could not be written ({error}); any earlier file of this name is untouched"
+        ) from error
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Reads a file of save_checkpoint. UserError for anything else; a pickled file is refused, not opened."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator of its own)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path}: not a readable safetensors file (pickled checkpoints are never loaded)") from error
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path}: not a checkpoint of this program (format {metadata.get('format')!r})")
+    return Checkpoint(tensors, json.loads(metadata["description"]))
+
+
+def save_network(path: Path, network: ReversibleNetwork, description: dict[str, object]) -> None:
+    """The network alone, in float16: half the size, and exact again in float32 on both sides of the transfer."""
+    tensors = {NETWORK_PREFIX + name: tensor.half() for name, tensor in network.state_dict().items()}
+    save_checkpoint(path, tensors, {**description, "architecture": network.architecture.to_dict()})
+
+
+def load_network(path: str | Path | None = None, precision: str = "fp32") -> ReversibleNetwork:
+    """The network of a training checkpoint or of shipped weights (path None), in float32, ready to use on the CPU."""
+    path = Path(path) if path is not None else SHIPPED_WEIGHTS
+    checkpoint = load_checkpoint(path)
+    try:
+        architecture = Architecture(**checkpoint.description["architecture"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: holds a network of another architecture ({error})") from error
+    network = ReversibleNetwork(architecture, precision)
+    load_parameters(network, checkpoint.part(NETWORK_PREFIX), path)
+    return network.eval()
+
+
+def load_parameters(module: torch.nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Fills module's parameters; UserError names the first that is missing, unknown, of another shape or not finite."""
+    expected = module.state_dict()
+    for name in sorted(expected.keys() | tensors.keys()):
+        wanted = tuple(expected[name].shape) if name in expected else None
+        found = tuple(tensors[name].shape) if name in tensors else None
+        if wanted != found:
+            raise UserError(
+                f"{path}: holds a network of another architecture ({name} must be {wanted or 'absent'}, "
+                f"got {found or 'nothing'})"
+            )
+        if not tensors[name].isfinite().all():
+            raise UserError(f"{path}: holds weights that are not finite ({name})")
+    module.load_state_dict({name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()})

@@ -1,0 +1,111 @@
+"""Settings of a training run: every value has a default, a preset may change it, the command line has the last word."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from restoration.errors import UserError
+from restoration.flow import PRECISIONS, Architecture
+
+SCHEDULES = ("constant", "cosine")
+STYLE_DISTANCES = ("mse", "l2")
+PAIRINGS = ("random", "nearest")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The defaults are the paper's recipe; fields that the paper does not mention are this project's."""
+
+    preset: str = "paper"
+    crop: int = 512
+    batch: int = 2
+    iterations: int = 80_000
+    learning_rate: float = 1e-5
+    schedule: str = "constant"
+    gradient_clip: float = 0.0  # largest gradient norm, 0 = none
+    precision: str = "fp32"  # of the residual functions; streams and losses stay in float32
+    seed: int = 0
+
+    blocks: int = 10  # a stage
+    dpca: bool = True
+    cafe: bool = True
+    ccpl: bool = True
+    style_distance: str = "mse"
+    anchors: int = 64
+
+    pairing: str = "random"
+    largest_box: float = 3.0  # boxes are cut at 1 to this many times the crop, then reduced to it
+    workers: int = 2
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 3
+    sample_every: int = 500
+
+    def architecture(self) -> Architecture:
+        return Architecture(blocks_per_stage=self.blocks, dpca=self.dpca, cafe=self.cafe)
+
+    def to_dict(self) -> dict[str, object]:
+        return dataclasses.asdict(self)
+
+
+PRESETS: dict[str, dict[str, object]] = {
+    "paper": {},
+    # After CAP-VSTNet's training (learning rate, clipping), at a size that two CPU cores finish in an hour.
+    "small": {
+        "crop": 128,
+        "iterations": 1_000,
+        "learning_rate": 1e-4,
+        "gradient_clip": 5.0,
+        "workers": 0,
+        "checkpoint_every": 100,
+        "sample_every": 100,
+    },
+}
+
+# What the command line may change; a run's preset is chosen once.
+OVERRIDABLE = tuple(field.name for field in dataclasses.fields(TrainingConfig) if field.name != "preset")
+
+# Field: smallest value allowed.
+_LEAST = {
+    "crop": 24,  # below it VGG19's relu4_1 has no pixel with eight neighbours
+    "batch": 1,
+    "iterations": 1,
+    "blocks": 1,
+    "anchors": 1,
+    "workers": 0,
+    "checkpoint_every": 1,
+    "keep_checkpoints": 1,
+    "sample_every": 1,
+    "largest_box": 1.0,
+    "gradient_clip": 0.0,
+}
+_CHOICES = {
+    "schedule": SCHEDULES,
+    "precision": PRECISIONS,
+    "style_distance": STYLE_DISTANCES,
+    "pairing": PAIRINGS,
+    "preset": tuple(PRESETS),
+}
+
+
+def make_config(preset: str = "paper", **overrides: object) -> TrainingConfig:
+    """The preset's settings with overrides; an override of None keeps the preset's value. Raises UserError."""
+    if preset not in PRESETS:
+        raise UserError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    given = {name: value for name, value in overrides.items() if value is not None}
+    return checked(TrainingConfig(**{"preset": preset, **PRESETS[preset], **given}))
+
+
+def checked(config: TrainingConfig) -> TrainingConfig:
+    """The same settings; UserError names the first that is out of range."""
+    for name, least in _LEAST.items():
+        if not getattr(config, name) >= least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(config, name)}")
+    for name, choices in _CHOICES.items():
+        if getattr(config, name) not in choices:
+            raise UserError(
+                f"--{name.replace('_', '-')} must be one of {', '.join(choices)}, got {getattr(config, name)!r}"
+            )
+    if not 0 < config.learning_rate < 1:
+        raise UserError(f"--learning-rate must lie between 0 and 1, got {config.learning_rate}")
+    return config

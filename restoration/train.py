@@ -1,0 +1,375 @@
+"""The training loop: pairs in, checkpoints and TensorBoard scalars out, resumable to the bit on a CPU."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+
+from restoration.checkpoints import (
+    NETWORK_PREFIX,
+    Checkpoint,
+    load_checkpoint,
+    load_parameters,
+    save_checkpoint,
+    save_network,
+)
+from restoration.config import TrainingConfig, checked
+from restoration.data import Painting, PairDataset, find_paintings, small_picture
+from restoration.errors import UserError
+from restoration.flow import ReversibleNetwork, check_stream_range
+from restoration.losses import ReconstructionLoss
+from restoration.vgg import VGG19Features, loss_features, measure_channel_means, metric_features
+from restoration.whitening import transfer_statistics
+
+LOSSES_PREFIX = "losses."
+OPTIMIZER_PREFIX = "optimizer."
+CHECKPOINT_PATTERN = "checkpoint-*.safetensors"
+SMOOTHING = 0.98  # of the losses shown: they jump tenfold from batch to batch
+LOG_EVERY = 10  # steps between TensorBoard scalars
+IMBALANCE = 100  # a weighted loss that many times all others at the first step drowns them
+NORMALISATION_PICTURES = 64  # for channel means of user-given VGG weights
+
+
+class TrainingDivergedError(UserError):
+    """A loss or gradient stopped being finite; the last good checkpoint is kept."""
+
+
+@dataclass
+class StepResult:
+    """What one forward pass of training leaves: weighted losses, the recoloured crops, and how it went."""
+
+    losses: dict[str, Tensor]
+    result: Tensor
+    ridge_fallbacks: Tensor
+    largest_stream: Tensor
+
+
+class TrainingStep(nn.Module):
+    """One module whose forward is the whole step: five passes of the network and all losses."""
+
+    def __init__(self, network: ReversibleNetwork, losses: ReconstructionLoss) -> None:
+        super().__init__()
+        self.network = network
+        self.losses = losses
+
+    def forward(self, degraded: Tensor, reference: Tensor, generator: torch.Generator) -> StepResult:
+        content, style = self.network.encode(degraded), self.network.encode(reference)
+        recoloured = transfer_statistics(content, style)
+        size = degraded.shape[-2:]
+        result = self.network.decode(recoloured.z, size)
+        encoded_result = self.network.encode(result)
+        returned = transfer_statistics(encoded_result, content)
+        cycled = self.network.decode(returned.z, size)
+        return StepResult(
+            losses=self.losses(degraded, reference, result, cycled, generator),
+            result=result.detach(),
+            ridge_fallbacks=recoloured.fallbacks() + returned.fallbacks(),
+            largest_stream=torch.stack([z.detach().abs().amax() for z in (content, style, encoded_result)]).amax(),
+        )
+
+
+def train(
+    data: Path,
+    run: Path,
+    config: TrainingConfig,
+    *,
+    device: torch.device,
+    vgg: Path | None = None,
+    styles: list[str] | None = None,
+    resume: bool = False,
+    stop_after: int | None = None,
+) -> Path:
+    """Trains on the paintings of data and returns the last checkpoint's path.
+
+    run receives checkpoints, config.json, TensorBoard events and, at the end, network.safetensors (float16). With
+    resume the newest checkpoint of run goes on; on a CPU the result is that of an uninterrupted run, bit for bit.
+    stop_after ends the run at that step as a signal would (for tests).
+    """
+    checkpoint_path = newest_checkpoint(run)
+    if resume and checkpoint_path is None:
+        raise UserError(f"{run}: holds no checkpoint to resume from")
+    if checkpoint_path is not None and not resume:
+        raise UserError(f"{run}: holds a training run already; give --resume to go on, or another --out")
+
+    paintings = find_paintings(data, styles=styles, split="train")
+    torch.manual_seed(config.seed)
+    step_module = build_step(config, loss_network(vgg, paintings)).to(device)
+    optimizer = torch.optim.Adam(step_module.parameters(), lr=config.learning_rate)
+    start = 0
+    if checkpoint_path is not None:
+        start = restore(load_checkpoint(checkpoint_path), checkpoint_path, step_module, optimizer)
+    if start >= config.iterations:
+        raise UserError(f"{run}: has reached step {start} already; give more --iterations to go on")
+
+    dataset = PairDataset(
+        paintings,
+        config.crop,
+        pairing=config.pairing,
+        seed=config.seed,
+        scale_range=(1.0, config.largest_box),
+        describe=statistics_of(metric_features(vgg)) if config.pairing == "nearest" else None,
+    )
+    loader = DataLoader(
+        dataset,
+        batch_size=config.batch,
+        sampler=range(start * config.batch, config.iterations * config.batch),
+        num_workers=config.workers,
+        pin_memory=device.type == "cuda",
+    )
+    _create_run_folder(run, config)
+    return _run_steps(run, config, step_module, optimizer, loader, start, device, stop_after)
+
+
+def build_step(config: TrainingConfig, features: VGG19Features) -> TrainingStep:
+    network = ReversibleNetwork(config.architecture(), config.precision)
+    losses = ReconstructionLoss(
+        features, ccpl=config.ccpl, anchors=config.anchors, style_distance=config.style_distance
+    )
+    return TrainingStep(network, losses)
+
+
+def loss_network(vgg: Path | None, paintings: list[Painting]) -> VGG19Features:
+    """Channel-normalised VGG19; the normalisation of other than the default weights is measured on the paintings."""
+    if vgg is None:
+        return loss_features()
+    stride = max(1, len(paintings) // NORMALISATION_PICTURES)
+    pictures = (small_picture(painting.path) for painting in paintings[::stride])
+    return loss_features(vgg, measure_channel_means(vgg, pictures))
+
+
+def statistics_of(features: VGG19Features) -> Callable[[Tensor], Tensor]:
+    """A painting's description for nearest pairs: channel means and deviations of each layer, at unit length."""
+
+    @torch.no_grad()
+    def describe(image: Tensor) -> Tensor:
+        parts = []
+        for feature in features(image[None]):
+            deviation, mean = torch.std_mean(feature[0], dim=(1, 2))
+            parts.append(nn.functional.normalize(torch.cat((mean, deviation)), dim=0))
+        return torch.cat(parts)
+
+    return describe
+
+
+def _run_steps(
+    run: Path,
+    config: TrainingConfig,
+    step_module: TrainingStep,
+    optimizer: torch.optim.Adam,
+    loader: DataLoader,
+    start: int,
+    device: torch.device,
+    stop_after: int | None,
+) -> Path:
+    progress = Progress(
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeRemainingColumn(),
+    )
+    smoothed: dict[str, float] = {}
+    saved = None
+    began = time.monotonic()
+    with stop_requests() as stop, SummaryWriter(str(run)) as writer, progress:
+        bar = progress.add_task("training", total=config.iterations, completed=start, status="")
+        for step, batch in enumerate(loader, start):
+            outcome, losses = _optimise(step, batch, config, step_module, optimizer, device)
+            done = step + 1
+            for name, value in losses.items():
+                smoothed[name] = SMOOTHING * smoothed.get(name, value) + (1 - SMOOTHING) * value
+            rate = (done - start) * config.batch / (time.monotonic() - began)
+            progress.update(bar, completed=done, status=_status(smoothed, rate))
+            if step == 0:
+                _warn_of_imbalance(losses, progress)
+            if step % LOG_EVERY == 0 or done == config.iterations:
+                _log(writer, step, losses, outcome, rate)
+            if step % config.sample_every == 0:
+                _log_pictures(writer, step, batch, outcome)
+            if stop_after is not None and done >= stop_after:
+                stop.signal = stop.signal or signal.SIGTERM
+            if done % config.checkpoint_every == 0 or done == config.iterations or stop.signal:
+                saved = save_training(run, config, step_module, optimizer, done)
+            if stop.signal and stop_after is None:
+                raise InterruptedError(stop.signal, f"stopped by signal at step {done}; saved {saved}")
+            if stop.signal:
+                return saved
+    save_network(run / "network.safetensors", step_module.network, {"training": config.to_dict(), "step": done})
+    return saved
+
+
+def _optimise(
+    step: int,
+    batch: dict,
+    config: TrainingConfig,
+    step_module: TrainingStep,
+    optimizer: torch.optim.Adam,
+    device: torch.device,
+) -> tuple[StepResult, dict[str, float]]:
+    """One forward and backward pass and one update. TrainingDivergedError before any update that is not finite."""
+    degraded = batch["degraded"].to(device, non_blocking=True)
+    reference = batch["reference"].to(device, non_blocking=True)
+    # Anchors depend on the seed and the step alone, so that a resumed run draws the same ones.
+    generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + step)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, step)
+
+    outcome = step_module(degraded, reference, generator)
+    total = sum(outcome.losses.values())
+    losses = {name: value.item() for name, value in outcome.losses.items()}
+    losses["total"] = total.item()
+    optimizer.zero_grad(set_to_none=True)
+    if math.isfinite(losses["total"]):
+        total.backward()
+        limit = config.gradient_clip or math.inf
+        norm = nn.utils.clip_grad_norm_(step_module.parameters(), limit).item()
+        losses["gradient_norm"] = norm
+    if not math.isfinite(losses.get("gradient_norm", math.nan)):
+        files = ", ".join([*batch["degraded_file"], *batch["reference_file"]])
+        values = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+        raise TrainingDivergedError(
+            f"step {step}: loss or gradient is not finite ({values}) on {files}; the last checkpoint is kept"
+        )
+    check_stream_range(outcome.largest_stream)
+    optimizer.step()
+    return outcome, losses
+
+
+def learning_rate(config: TrainingConfig, step: int) -> float:
+    """Of one step: constant, or falling along half a cosine to a hundredth at the last."""
+    if config.schedule == "constant":
+        return config.learning_rate
+    share = step / max(1, config.iterations - 1)
+    return config.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def save_training(
+    run: Path, config: TrainingConfig, step_module: TrainingStep, optimizer: torch.optim.Adam, step: int
+) -> Path:
+    """Writes checkpoint-<step>.safetensors and then removes all but the newest keep_checkpoints."""
+    tensors = {NETWORK_PREFIX + name: value for name, value in step_module.network.state_dict().items()}
+    tensors |= {LOSSES_PREFIX + name: value for name, value in _trained_losses(step_module).items()}
+    names = [name for name, _ in step_module.named_parameters()]
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"{OPTIMIZER_PREFIX}{names[index]}.{key}": value for key, value in state.items()}
+    path = run / f"checkpoint-{step:07d}.safetensors"
+    description = {
+        "architecture": step_module.network.architecture.to_dict(),
+        "training": config.to_dict(),
+        "step": step,
+    }
+    save_checkpoint(path, tensors, description)
+    for old in sorted(run.glob(CHECKPOINT_PATTERN))[: -config.keep_checkpoints]:
+        old.unlink()
+    return path
+
+
+def restore(checkpoint: Checkpoint, path: Path, step_module: TrainingStep, optimizer: torch.optim.Adam) -> int:
+    """Fills network, projection heads and optimiser; returns the number of steps done."""
+    load_parameters(step_module.network, checkpoint.part(NETWORK_PREFIX), path)
+    heads = step_module.losses.contrast
+    if heads is not None:
+        prefix = LOSSES_PREFIX + "contrast."
+        load_parameters(heads, checkpoint.part(prefix), path)
+    moments = checkpoint.part(OPTIMIZER_PREFIX)
+    state = {}
+    for index, (name, _) in enumerate(step_module.named_parameters()):
+        keys = ("step", "exp_avg", "exp_avg_sq")
+        if f"{name}.step" in moments:
+            state[index] = {key: moments[f"{name}.{key}"] for key in keys}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(checkpoint.description["step"])
+
+
+def _trained_losses(step_module: TrainingStep) -> dict[str, Tensor]:
+    """The projection heads' parameters; the VGG's are constants and stay out of checkpoints."""
+    return {name: value for name, value in step_module.losses.named_parameters()}
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    return max(run.glob(CHECKPOINT_PATTERN), default=None)
+
+
+def resumed_config(run: Path, overrides: dict[str, object]) -> TrainingConfig:
+    """Settings of run's newest checkpoint, with those overrides that are not None."""
+    path = newest_checkpoint(run)
+    if path is None:
+        raise UserError(f"{run}: holds no checkpoint to resume from")
+    known = {field.name for field in fields(TrainingConfig)}
+    stored = load_checkpoint(path).description["training"]
+    settings = {name: value for name, value in stored.items() if name in known}
+    settings |= {name: value for name, value in overrides.items() if value is not None}
+    return checked(TrainingConfig(**settings))
+
+
+def _create_run_folder(run: Path, config: TrainingConfig) -> None:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{run}: cannot be written to ({error.strerror})") from error
+
+
+@dataclass
+class StopRequest:
+    """The first SIGINT or SIGTERM that came, 0 while none has."""
+
+    signal: int = 0
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Turns Ctrl-C and SIGTERM into a request that the loop sees after its step; a second one acts at once."""
+    request = StopRequest()
+    previous = {}
+
+    def remember(number: int, frame: object) -> None:
+        request.signal = number
+        signal.signal(number, previous[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.getsignal(number)
+        signal.signal(number, remember)
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _status(smoothed: dict[str, float], rate: float) -> str:
+    shown = " ".join(f"{name} {value:.3g}" for name, value in smoothed.items() if name != "gradient_norm")
+    return f"{shown} · {rate:.2f} images/s"
+
+
+def _warn_of_imbalance(losses: dict[str, float], progress: Progress) -> None:
+    terms = {name: value for name, value in losses.items() if name not in ("total", "gradient_norm")}
+    progress.console.print("weighted losses at step 0: " + ", ".join(f"{k} {v:.3g}" for k, v in terms.items()))
+    *_, second, largest = [0.0, *sorted(terms.values())]
+    if largest > IMBALANCE * second:
+        progress.console.print(f"[yellow]one of them exceeds all others by more than {IMBALANCE} times[/yellow]")
+
+
+def _log(writer: SummaryWriter, step: int, losses: dict[str, float], outcome: StepResult, rate: float) -> None:
+    for name, value in losses.items():
+        writer.add_scalar(f"loss/{name}", value, step)
+    writer.add_scalar("speed/images_per_second", rate, step)
+    writer.add_scalar("transfer/ridge_fallbacks", outcome.ridge_fallbacks.item(), step)
+    writer.add_scalar("transfer/largest_stream", outcome.largest_stream.item(), step)
+
+
+def _log_pictures(writer: SummaryWriter, step: int, batch: dict, outcome: StepResult) -> None:
+    rows = [batch["degraded"][0], batch["reference"][0], outcome.result[0].clamp(0, 1).cpu()]
+    writer.add_image("degraded | reference | result", torch.cat(rows, 2), step)

@@ -1,0 +1,96 @@
+"""Files of weights: round trips, refusals, atomic writing."""
+
+import pickle
+
+import pytest
+import safetensors.torch
+import torch
+
+from restoration.checkpoints import load_checkpoint, load_network, save_checkpoint, save_network
+from restoration.errors import UserError
+from restoration.flow import Architecture, ReversibleNetwork
+
+SMALL = Architecture(half_channels=4, blocks_per_stage=1, refinement_blocks=1)
+
+
+def test_network_round_trip(tmp_path):
+    network = ReversibleNetwork(SMALL)
+    path = tmp_path / "weights.safetensors"
+    save_network(path, network, {"step": 3})
+    loaded = load_network(path)
+    assert loaded.architecture == SMALL
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor.half().float())
+    description = load_checkpoint(path).description
+    assert description["step"] == 3 and description["versions"]["torch"] == torch.__version__
+
+
+def test_shipped_weights_load_and_are_small():
+    from restoration.checkpoints import SHIPPED_WEIGHTS
+
+    assert SHIPPED_WEIGHTS.stat().st_size <= 20e6
+    assert load_network().architecture == Architecture()
+    checkpoint = load_checkpoint(SHIPPED_WEIGHTS)
+    assert all(tensor.dtype == torch.float16 for tensor in checkpoint.tensors.values())
+
+
+def test_shipped_weights_invert_exactly():
+    network = load_network()
+    x = torch.randint(0, 256, (1, 3, 21, 30), generator=torch.Generator().manual_seed(0)) / 255
+    for precision in ("fp32", "bf16"):
+        network.precision = precision
+        with torch.no_grad():
+            restored = network.decode(network.encode(x), (21, 30))
+            assert torch.equal(restored, torch.round(x * 2**16) / 2**16)
+            assert (network(x, x).image - x).abs().max() < 1 / 255
+
+
+def refusals(folder):
+    whole = folder / "whole.safetensors"
+    save_network(whole, ReversibleNetwork(SMALL), {})
+    cut = folder / "cut.safetensors"
+    cut.write_bytes(whole.read_bytes()[:-100])
+    foreign = folder / "foreign.safetensors"
+    safetensors.torch.save_file({"a": torch.zeros(2)}, foreign)
+    pickled = folder / "pickled.pt"
+    pickled.write_bytes(pickle.dumps({"a": 1}))
+    other = folder / "other.safetensors"
+    tensors = {f"network.{name}": tensor for name, tensor in ReversibleNetwork(SMALL).state_dict().items()}
+    save_checkpoint(other, tensors, {"architecture": Architecture(4, 2, 1).to_dict()})
+    unknown = folder / "unknown.safetensors"
+    save_checkpoint(unknown, tensors, {"architecture": {"transformer_layers": 12}})
+    infinite = folder / "infinite.safetensors"
+    first = next(iter(tensors))
+    save_checkpoint(infinite, {**tensors, first: tensors[first] * torch.inf}, {"architecture": SMALL.to_dict()})
+    return [
+        (folder / "missing.safetensors", "no such checkpoint"),
+        (cut, "not a readable safetensors file"),
+        (foreign, "not a checkpoint of this program"),
+        (pickled, "pickled checkpoints are never loaded"),
+        (other, "another architecture"),
+        (unknown, "another architecture"),
+        (infinite, "not finite"),
+    ]
+
+
+def test_refusals(tmp_path):
+    for path, message in refusals(tmp_path):
+        with pytest.raises(UserError, match=message) as caught:
+            load_network(path)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    path = tmp_path / "weights.safetensors"
+    save_checkpoint(path, {"a": torch.zeros(2)}, {})
+    before = path.read_bytes()
+
+    def full_disk(tensors, filename, metadata):
+        filename.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
+    with pytest.raises(UserError, match="No space left on device"):
+        save_checkpoint(path, {"a": torch.ones(2)}, {})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

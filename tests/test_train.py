@@ -1,0 +1,181 @@
+"""The training loop: resuming to the bit, stopping, divergence, what a run leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from restoration.checkpoints import load_checkpoint, load_network
+from restoration.config import TrainingConfig, make_config
+from restoration.errors import UserError
+from restoration.train import (
+    TrainingDivergedError,
+    build_step,
+    learning_rate,
+    newest_checkpoint,
+    resumed_config,
+    train,
+)
+from restoration.vgg import loss_features
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def paintings(tmp_path_factory):
+    """Two styles of three smooth pictures."""
+    root = tmp_path_factory.mktemp("paintings")
+    generator = np.random.default_rng(0)
+    for style in ("ink", "green"):
+        (root / style).mkdir()
+        for number in range(3):
+            coarse = Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+            coarse.resize((80, 60), Image.Resampling.BICUBIC).save(root / style / f"{number}.png")
+    return root
+
+
+def config(**overrides):
+    tiny = {"crop": 24, "batch": 1, "blocks": 1, "iterations": 4, "checkpoint_every": 2, "sample_every": 2}
+    return make_config("small", **{**tiny, **overrides})
+
+
+def tensors(path):
+    return load_checkpoint(path).tensors
+
+
+def test_a_run_leaves_checkpoints_scalars_pictures_settings_and_weights(paintings, tmp_path):
+    run = tmp_path / "run"
+    last = train(paintings, run, config(), device=CPU)
+    assert last == newest_checkpoint(run) == run / "checkpoint-0000004.safetensors"
+    assert json.loads((run / "config.json").read_text())["crop"] == 24
+    events = EventAccumulator(str(run))
+    events.Reload()
+    assert {f"loss/{name}" for name in ("ccp", "style", "matting", "cycle", "total")} <= set(events.Tags()["scalars"])
+    assert events.Tags()["images"]
+    assert not load_network(run / "network.safetensors").training
+    description = load_checkpoint(last).description
+    assert description["step"] == 4 and description["versions"]["torch"] == torch.__version__
+
+
+def test_resuming_is_exact(paintings, tmp_path):
+    whole = train(paintings, tmp_path / "whole", config(), device=CPU)
+    train(paintings, tmp_path / "parts", config(), device=CPU, stop_after=3)
+    assert newest_checkpoint(tmp_path / "parts").name == "checkpoint-0000003.safetensors"
+    parts = train(paintings, tmp_path / "parts", config(), device=CPU, resume=True)
+    expected, resumed = tensors(whole), tensors(parts)
+    assert expected.keys() == resumed.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, resumed[name]), name
+
+
+def test_parameters_move_and_only_the_newest_checkpoints_stay(paintings, tmp_path):
+    run = tmp_path / "run"
+    train(paintings, run, config(checkpoint_every=1, keep_checkpoints=2), device=CPU)
+    kept = sorted(path.name for path in run.glob("checkpoint-*"))
+    assert kept == ["checkpoint-0000003.safetensors", "checkpoint-0000004.safetensors"]
+    before, after = (tensors(run / name) for name in kept)
+    moved = [name for name in before if name.startswith("network.") and not torch.equal(before[name], after[name])]
+    assert len(moved) > 10
+
+
+def test_bf16_and_nearest_pairs_and_ablations_train(paintings, tmp_path):
+    settings = {"precision": "bf16", "pairing": "nearest", "dpca": False, "cafe": False, "ccpl": False}
+    last = train(paintings, tmp_path / "run", config(iterations=2, **settings), device=CPU)
+    assert not any(name.startswith("losses.") for name in tensors(last))
+
+
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(paintings, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    real = torch.nn.Module.__call__
+
+    def poisoned(module, *arguments, **options):
+        outcome = real(module, *arguments, **options)
+        if type(module).__name__ == "TrainingStep" and newest_checkpoint(run) is not None:
+            outcome.losses["style"] = outcome.losses["style"] * float("nan")
+        return outcome
+
+    monkeypatch.setattr(torch.nn.Module, "__call__", poisoned)
+    with pytest.raises(TrainingDivergedError, match=r"step 2: .*style nan.*\.png"):
+        train(paintings, run, config(), device=CPU)
+    assert newest_checkpoint(run).name == "checkpoint-0000002.safetensors"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_before_leaving(paintings, tmp_path, number):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "restoration", "train", "--data", paintings, "--out", run, "--preset", "small"]
+    options = ["--crop", "24", "--batch", "1", "--blocks", "1", "--checkpoint-every", "1000000"]
+    process = subprocess.Popen(
+        [*map(str, command), *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+    )
+    deadline = time.monotonic() + 120
+    while not list(run.glob("events*")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + number
+    assert "stopped by signal" in errors and "Traceback" not in errors
+    assert load_checkpoint(newest_checkpoint(run)).description["step"] >= 1
+
+
+def test_rejects(paintings, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="no checkpoint to resume from"):
+        train(paintings, run, config(), device=CPU, resume=True)
+    with pytest.raises(UserError, match="not a folder"):
+        train(tmp_path / "nowhere", run, config(), device=CPU)
+    with pytest.raises(UserError, match="unknown style 'oil'; known styles: green, ink"):
+        train(paintings, run, config(), device=CPU, styles=["oil"])
+    assert not run.exists()
+    train(paintings, run, config(iterations=1), device=CPU)
+    with pytest.raises(UserError, match="holds a training run already"):
+        train(paintings, run, config(), device=CPU)
+    with pytest.raises(UserError, match="reached step 1 already"):
+        train(paintings, run, config(iterations=1), device=CPU, resume=True)
+    with pytest.raises(UserError, match="another architecture"):
+        train(paintings, run, config(blocks=2), device=CPU, resume=True)
+
+
+def test_presets_and_overrides(tmp_path, paintings):
+    paper = make_config("paper")
+    assert (paper.crop, paper.batch, paper.iterations, paper.learning_rate) == (512, 2, 80_000, 1e-5)
+    assert make_config("small", crop=64, seed=None).crop == 64
+    for overrides, message in (
+        ({"crop": 8}, "--crop must be at least 24, got 8"),
+        ({"learning_rate": float("nan")}, "--learning-rate must lie between"),
+        ({"schedule": "linear"}, "--schedule must be one of constant, cosine, got 'linear'"),
+        ({"batch": 0}, "--batch must be at least 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_config("small", **overrides)
+    with pytest.raises(UserError, match="--preset must be one of paper, small, got 'huge'"):
+        make_config("huge")
+    run = tmp_path / "run"
+    train(paintings, run, config(iterations=1, seed=5), device=CPU)
+    assert resumed_config(run, {"iterations": 9, "seed": None}) == config(iterations=9, seed=5)
+
+
+def test_learning_rate_schedules():
+    constant, cosine = TrainingConfig(iterations=11), TrainingConfig(iterations=11, schedule="cosine")
+    assert {learning_rate(constant, step) for step in range(11)} == {1e-5}
+    rates = [learning_rate(cosine, step) for step in range(11)]
+    assert rates[0] == pytest.approx(1e-5) and rates[-1] == pytest.approx(1e-7)
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_one_backward_pass_gives_every_parameter_a_gradient():
+    torch.manual_seed(0)
+    step = build_step(config(), loss_features())
+    images = torch.nn.functional.interpolate(torch.rand(2, 3, 4, 4), size=(24, 24), mode="bicubic").clamp(0, 1)
+    outcome = step(images[:1], images[1:], torch.Generator().manual_seed(0))
+    sum(outcome.losses.values()).backward()
+    silent = [name for name, parameter in step.named_parameters() if parameter.grad is None]
+    assert not silent
