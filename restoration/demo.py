@@ -1,0 +1,44 @@
+"""The demonstration: the package draws a painting, fades it and brings its colours back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from restoration.errors import UserError
+from restoration.imaging import check_writable, contact_sheet, from_pillow, read_image, write_image
+from restoration.reconstruct import Job, Report, reconstruct_files
+from restoration.samples import sample_pair
+
+SIDE_BY_SIDE_CELL = 480  # brush strokes still show, and three of them fit a page
+
+
+def make_demo(
+    out: Path,
+    *,
+    palette: str = "blue_green",
+    checkpoint: Path | None = None,
+    device: torch.device,
+    force: bool = False,
+) -> Report:
+    """Writes degraded.png, reference.png, result.png and side_by_side.png into the folder out, made where missing."""
+    degraded, reference, result, side_by_side = pictures = [
+        out / f"{name}.png" for name in ("degraded", "reference", "result", "side_by_side")
+    ]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made ({error.strerror})") from error
+    for picture in pictures:
+        check_writable(picture, force=force)
+
+    for path, drawn in zip((degraded, reference), sample_pair(palette), strict=True):
+        write_image(path, from_pillow(Image.fromarray(drawn)), force=force)
+    job = Job(degraded, reference, result)
+    (report,) = reconstruct_files([job], checkpoint=checkpoint, device=device, force=force)
+    row = [read_image(path).rgb for path in (degraded, reference, result)]
+    titles = ("faded", "reference", "recoloured")
+    write_image(side_by_side, contact_sheet([("", row)], titles, cell=SIDE_BY_SIDE_CELL), force=force)
+    return report

@@ -1,0 +1,149 @@
+"""Recolouring files: one painting after one reference, or a folder after a folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from restoration.checkpoints import load_network
+from restoration.errors import UserError
+from restoration.flow import ReversibleNetwork, check_stream_range
+from restoration.imaging import READABLE_SUFFIXES, check_writable, read_image, read_rgb, write_image
+from restoration.metrics import Metrics, measure
+from restoration.vgg import metric_features
+from restoration.whitening import RIDGE_LADDER, transfer_statistics
+
+
+@dataclass(frozen=True)
+class Job:
+    """One painting to recolour."""
+
+    degraded: Path
+    reference: Path
+    output: Path
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a job. notes: what the user should know, e.g. that a flat picture needed a larger ridge."""
+
+    job: Job
+    metrics: Metrics
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def choose_device(name: str) -> torch.device:
+    """'cpu', 'cuda' or 'auto' (CUDA where there is one)."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise UserError(f"--device must be cpu, cuda or auto, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this computer has no CUDA device that PyTorch can use; take cpu or auto")
+    return torch.device(name)
+
+
+def plan(degraded: Path, reference: Path, output: Path, *, force: bool = False) -> list[Job]:
+    """The jobs that two files, or two folders, ask for. UserError, before any work, where one cannot be done.
+
+    Folders pair by file name without suffix; every picture of the degraded folder needs a partner. The output is then
+    a folder (made if missing) of PNG files of the same names.
+    """
+    folders = degraded.is_dir()
+    if folders != reference.is_dir() and degraded.exists() and reference.exists():
+        raise UserError(f"{degraded} and {reference}: must be two files or two folders")
+    jobs = _pair_folders(degraded, reference, output) if folders else [Job(degraded, reference, output)]
+    for job in jobs:
+        picture = read_image(job.degraded)
+        read_rgb(job.reference)
+        if not folders or output.is_dir():
+            check_writable(job.output, force=force, like=picture)
+    return jobs
+
+
+def _pair_folders(degraded: Path, reference: Path, output: Path) -> list[Job]:
+    if not reference.exists():
+        raise UserError(f"{reference}: no such folder of references")
+    references = {path.stem: path for path in _pictures(reference)}
+    jobs = []
+    for path in _pictures(degraded):
+        if path.stem not in references:
+            raise UserError(f"{reference}: holds no reference named {path.stem}.* for {path}")
+        jobs.append(Job(path, references[path.stem], output / f"{path.stem}.png"))
+    if not jobs:
+        raise UserError(f"{degraded}: holds no pictures ({', '.join(READABLE_SUFFIXES)})")
+    names = [job.output.name for job in jobs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{degraded}: holds several pictures that would all become {twice}")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output}: must be a folder where folders are recoloured")
+    if not output.exists() and not output.parent.is_dir():
+        raise UserError(f"{output}: its parent folder does not exist")
+    return jobs
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in READABLE_SUFFIXES)
+
+
+def reconstruct_files(
+    jobs: list[Job],
+    *,
+    checkpoint: Path | None,
+    device: torch.device,
+    vgg: Path | None = None,
+    strength: float = 1.0,
+    force: bool = False,
+) -> Iterator[Report]:
+    """Carries jobs out one by one, yielding a report after each file is written."""
+    if not 0 <= strength <= 1:
+        raise UserError(f"--strength must lie between 0 and 1, got {strength}")
+    network = load_network(checkpoint).to(device)
+    features = metric_features(vgg).to(device)
+    for job in jobs:
+        began = time.monotonic()
+        degraded, reference = read_image(job.degraded), read_image(job.reference)
+        result, notes = recolour(network, degraded.rgb, reference.rgb, device, strength)
+        job.output.parent.mkdir(exist_ok=True)
+        write_image(job.output, result, degraded, force=force)
+        seconds = time.monotonic() - began
+        pictures = (picture.to(device) for picture in (degraded.rgb, reference.rgb, result))
+        yield Report(job, measure(*pictures, features), seconds, notes)
+
+
+@torch.no_grad()
+def recolour(
+    network: ReversibleNetwork, degraded: Tensor, reference: Tensor, device: torch.device, strength: float = 1.0
+) -> tuple[Tensor, tuple[str, ...]]:
+    """degraded [3,H,W] after reference [3,h,w], in [0,1], on the CPU; any sizes. Returns the same kind, and notes.
+
+    UserError where memory does not suffice or these weights cannot treat the picture.
+    """
+    try:
+        content = network.encode(degraded[None].to(device))
+        style = network.encode(reference[None].to(device))
+        transfer = transfer_statistics(content, style, strength=strength)
+        check_stream_range(transfer.z)
+        result = network.decode(transfer.z, degraded.shape[-2:])[0]
+    except torch.cuda.OutOfMemoryError as error:
+        pixels = max(degraded[0].numel(), reference[0].numel()) / 1e6
+        raise UserError(f"a picture of {pixels:.1f} megapixels does not fit this GPU; take --device cpu") from error
+    except OverflowError as error:
+        raise UserError(str(error)) from error
+    if not result.isfinite().all():
+        raise UserError("the result holds values that are not finite: these weights do not suit this picture")
+    rung = int(torch.maximum(transfer.content_ridge, transfer.style_ridge).max())
+    notes = ()
+    if rung > 0:
+        notes = (
+            f"colours nearly flat: statistics were regularised with {RIDGE_LADDER[rung]:g} in place of "
+            f"{RIDGE_LADDER[0]:g}",
+        )
+    return result.clamp(0, 1).cpu(), notes

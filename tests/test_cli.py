@@ -1,0 +1,150 @@
+"""The command line as a person meets it: one line for mistakes, exit codes, every command end to end."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from restoration.checkpoints import save_network
+from restoration.cli import main
+from restoration.flow import Architecture, ReversibleNetwork
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """Paintings of two styles, small weights, and some files that are not what they seem."""
+    root = tmp_path_factory.mktemp("workshop")
+    torch.manual_seed(0)
+    save_network(root / "small.safetensors", ReversibleNetwork(Architecture(4, 1, 1)), {})
+    generator = np.random.default_rng(0)
+    for style in ("ink", "green"):
+        (root / "paintings" / style).mkdir(parents=True)
+        for number in range(3):
+            coarse = Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+            coarse.resize((80, 60), Image.Resampling.BICUBIC).save(root / "paintings" / style / f"{number}.png")
+    picture = root / "paintings" / "ink" / "0.png"
+    (root / "text.png").write_text("no picture")
+    (root / "cut.png").write_bytes(picture.read_bytes()[:200])
+    (root / "empty.png").touch()
+    torch.save({"weights": torch.zeros(2)}, root / "pickled.pt")
+    save_network(root / "other.safetensors", ReversibleNetwork(Architecture(4, 2, 1)), {})
+    other = (root / "other.safetensors").read_bytes()
+    (root / "other.safetensors").write_bytes(other.replace(b'blocks_per_stage\\": 2', b'blocks_per_stage\\": 1'))
+    return root
+
+
+def call(capsys, monkeypatch, *arguments):
+    """Runs the command in this process; returns exit code, standard output and standard error."""
+    monkeypatch.setattr(sys, "argv", ["restoration", *map(str, arguments)])
+    with pytest.raises(SystemExit) as left:
+        main()
+    captured = capsys.readouterr()
+    return left.value.code or 0, captured.out, captured.err
+
+
+def test_module_runs_and_helps():
+    done = subprocess.run([sys.executable, "-m", "restoration", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    for command in ("demo", "reconstruct", "evaluate", "train", "dataset"):
+        assert command in done.stdout
+
+
+def test_help_does_not_wait_for_pytorch():
+    code = "import sys; import restoration.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_reconstruct(workshop, tmp_path, capsys, monkeypatch):
+    ink = workshop / "paintings" / "ink"
+    code, out, _ = call(
+        capsys, monkeypatch, "reconstruct", ink / "0.png", ink / "1.png", "-o", tmp_path / "out.png",
+        "--checkpoint", workshop / "small.safetensors", "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0
+    assert "SSIM" in out and "Gram loss" in out and "seconds" in out
+    assert Image.open(tmp_path / "out.png").size == (80, 60)
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (("missing.png", "{ink}", "-o", "{out}/o.png"), "missing.png"),
+        (("{root}/text.png", "{ink}", "-o", "{out}/o.png"), "text.png"),
+        (("{root}/cut.png", "{ink}", "-o", "{out}/o.png"), "cut.png"),
+        (("{root}/empty.png", "{ink}", "-o", "{out}/o.png"), "empty.png"),
+        (("{ink}", "{ink}", "-o", "{out}/no/o.png"), "does not exist"),
+        (("{ink}", "{ink}", "-o", "{out}/o.png", "--checkpoint", "{root}/pickled.pt"), "never loaded"),
+        (("{ink}", "{ink}", "-o", "{out}/o.png", "--checkpoint", "{root}/other.safetensors"), "another architecture"),
+        (("{ink}", "{ink}", "-o", "{out}/o.png", "--device", "tpu"), "--device"),
+        (("{ink}", "{ink}", "-o", "{out}/o.png", "--strength", "2"), "--strength"),
+        (("{ink}", "{ink}", "-o", "{out}/o.png", "--vgg", "{root}/text.png"), "text.png"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(workshop, tmp_path, capsys, monkeypatch, arguments, message):
+    names = {"root": workshop, "ink": workshop / "paintings" / "ink" / "0.png", "out": tmp_path}
+    if "--checkpoint" not in arguments:
+        arguments += ("--checkpoint", "{root}/small.safetensors")
+    code, out, err = call(capsys, monkeypatch, "reconstruct", *(text.format(**names) for text in arguments))
+    assert code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluate(workshop, tmp_path, capsys, monkeypatch):
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("degraded,reference\nink/0.png,ink/1.png\ngreen/0.png,green/2.png\n")
+    arguments = ("--data", workshop / "paintings", "--pairs", pairs, "--checkpoint", workshop / "small.safetensors")
+    code, out, _ = call(capsys, monkeypatch, "evaluate", *arguments, "--out", tmp_path / "out", "--device", "cpu")
+    assert code == 0 and "ink" in out and "green" in out
+    report = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert report["summary"]["all"]["pairs"] == 2
+    assert {"ssim", "gram", "relative_gram"} <= report["pairs"][0]["result"].keys()
+    assert report["pairs"][0]["untouched"]["ssim"] == 1
+    assert Image.open(tmp_path / "out" / "contact_sheet.png").width > 500
+    code, _, err = call(capsys, monkeypatch, "evaluate", *arguments, "--out", tmp_path / "out", "--device", "cpu")
+    assert code == 2 and "exists already" in err
+
+
+def test_dataset_and_train(workshop, tmp_path, capsys, monkeypatch):
+    code, out, _ = call(
+        capsys,
+        monkeypatch,
+        "dataset",
+        "build",
+        workshop / "paintings",
+        tmp_path / "crops",
+        "--crop",
+        32,
+        "--stride",
+        32,
+    )
+    assert code == 0 and "crops" in out
+    arguments = ("--data", tmp_path / "crops", "--out", tmp_path / "run", "--device", "cpu")
+    tiny = ("--preset", "small", "--crop", 24, "--batch", 1, "--blocks", 1)
+    assert call(capsys, monkeypatch, "train", *arguments, *tiny, "--iterations", 2)[0] == 0
+    assert call(capsys, monkeypatch, "train", *arguments, "--resume", "--iterations", 3)[0] == 0
+    assert (tmp_path / "run" / "checkpoint-0000003.safetensors").is_file()
+    elsewhere = ("--data", tmp_path / "crops", "--out", tmp_path / "elsewhere", "--style", "oil")
+    code, _, err = call(capsys, monkeypatch, "train", *elsewhere)
+    assert code == 2 and "unknown style 'oil'" in err and err.count("\n") == 1
+
+
+def test_demo(workshop, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "demo"
+    arguments = ("demo", "--out", out, "--checkpoint", workshop / "small.safetensors", "--device", "cpu")
+    code, text, _ = call(capsys, monkeypatch, *arguments)
+    assert code == 0 and str(out) in text
+    assert sorted(path.name for path in out.iterdir()) == [
+        "degraded.png",
+        "reference.png",
+        "result.png",
+        "side_by_side.png",
+    ]
+    before = (out / "result.png").read_bytes()
+    assert call(capsys, monkeypatch, *arguments)[0] == 2
+    assert (out / "result.png").read_bytes() == before

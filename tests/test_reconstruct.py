@@ -1,0 +1,143 @@
+"""Recolouring of files: what is kept, what is refused before any work, folders."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from restoration.checkpoints import save_network
+from restoration.errors import UserError
+from restoration.flow import Architecture, ReversibleNetwork
+from restoration.imaging import read_image
+from restoration.reconstruct import choose_device, plan, recolour, reconstruct_files
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    torch.manual_seed(0)
+    save_network(path, ReversibleNetwork(Architecture(4, 1, 1)), {})
+    return path
+
+
+def save_picture(path, height, width, seed=0, mode="RGB", **options):
+    channels = len(mode)
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    Image.fromarray(values, mode if channels > 1 else None).save(path, **options)
+    return path
+
+
+def run(degraded, reference, output, checkpoint, **options):
+    jobs = plan(degraded, reference, output, force=options.get("force", False))
+    return list(reconstruct_files(jobs, checkpoint=checkpoint, device=CPU, **options))
+
+
+def test_one_file(tmp_path, checkpoint):
+    degraded = save_picture(tmp_path / "faded.png", 21, 34)
+    reference = save_picture(tmp_path / "kept.jpg", 50, 18, seed=1)
+    (report,) = run(degraded, reference, tmp_path / "out.png", checkpoint)
+    assert Image.open(tmp_path / "out.png").size == (34, 21)
+    assert 0 < report.metrics.ssim <= 1 and report.seconds > 0
+
+
+def test_alpha_and_orientation_are_kept(tmp_path, checkpoint):
+    degraded = save_picture(tmp_path / "faded.png", 20, 30, mode="RGBA")
+    rotated = tmp_path / "rotated.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: upright, the picture is 20 wide and 30 high
+    save_picture(rotated, 20, 30, exif=exif)
+    run(degraded, rotated, tmp_path / "a.png", checkpoint)
+    run(rotated, degraded, tmp_path / "b.png", checkpoint)
+    alpha = np.asarray(Image.open(tmp_path / "a.png"))[..., 3]
+    assert np.array_equal(alpha, np.asarray(Image.open(degraded))[..., 3])
+    assert Image.open(tmp_path / "b.png").size == (20, 30)
+    assert Image.open(tmp_path / "b.png").getexif().get(0x0112, 1) == 1
+
+
+def test_one_pixel_and_the_same_file_twice(tmp_path, checkpoint):
+    pixel = save_picture(tmp_path / "pixel.png", 1, 1)
+    picture = save_picture(tmp_path / "picture.png", 30, 30)
+    run(pixel, picture, tmp_path / "a.png", checkpoint)
+    assert Image.open(tmp_path / "a.png").size == (1, 1)
+    run(picture, pixel, tmp_path / "b.png", checkpoint)
+    run(picture, picture, tmp_path / "c.png", checkpoint)
+    difference = (read_image(tmp_path / "c.png").rgb - read_image(picture).rgb).abs().max()
+    assert difference <= 1.001 / 255
+
+
+def test_strength_zero_changes_nothing(tmp_path, checkpoint):
+    degraded, reference = save_picture(tmp_path / "a.png", 20, 20), save_picture(tmp_path / "b.png", 20, 20, seed=1)
+    run(degraded, reference, tmp_path / "out.png", checkpoint, strength=0.0)
+    assert torch.equal(read_image(tmp_path / "out.png").rgb, read_image(degraded).rgb)
+
+
+def test_folders_pair_by_name(tmp_path, checkpoint):
+    for folder, suffix in (("faded", "png"), ("kept", "jpg")):
+        (tmp_path / folder).mkdir()
+        for name in ("one", "two"):
+            save_picture(tmp_path / folder / f"{name}.{suffix}", 16, 16)
+    reports = run(tmp_path / "faded", tmp_path / "kept", tmp_path / "out", checkpoint)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["one.png", "two.png"]
+    assert len(reports) == 2
+
+
+def test_nothing_is_overwritten_without_force(tmp_path, checkpoint):
+    picture = save_picture(tmp_path / "a.png", 16, 16)
+    output = save_picture(tmp_path / "out.png", 5, 5)
+    before = output.read_bytes()
+    with pytest.raises(UserError, match="exists already"):
+        plan(picture, picture, output)
+    assert output.read_bytes() == before
+    run(picture, picture, output, checkpoint, force=True)
+    assert Image.open(output).size == (16, 16)
+
+
+def test_refusals_come_before_any_work(tmp_path):
+    picture = save_picture(tmp_path / "a.png", 16, 16)
+    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "cut.png").write_bytes(picture.read_bytes()[:100])
+    for name in ("faded", "kept", "hollow"):
+        (tmp_path / name).mkdir()
+    save_picture(tmp_path / "faded" / "one.png", 8, 8)
+    before = sorted(tmp_path.rglob("*"))
+    for degraded, reference, output, message in (
+        ("missing.png", "a.png", "out.png", "missing.png"),
+        ("a.png", "missing.png", "out.png", "missing.png"),
+        ("text.png", "a.png", "out.png", "text.png"),
+        ("empty.png", "a.png", "out.png", "empty.png"),
+        ("a.png", "cut.png", "out.png", "cut.png"),
+        ("a.png", "a.png", "nowhere/out.png", "does not exist"),
+        ("a.png", "a.png", "out.docx", "must end in"),
+        ("faded", "a.png", "out", "two files or two folders"),
+        ("faded", "kept", "out", "no reference named one"),
+        ("faded", "missing", "out", "missing"),
+        ("hollow", "kept", "out", "holds no pictures"),
+        ("faded", "faded", "a.png", "must be a folder"),
+        ("faded", "faded", "nowhere/out", "does not exist"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            plan(tmp_path / degraded, tmp_path / reference, tmp_path / output)
+        assert "\n" not in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_devices():
+    assert choose_device("cpu") == CPU
+    with pytest.raises(UserError, match="cpu, cuda or auto, got 'tpu'"):
+        choose_device("tpu")
+    if not torch.cuda.is_available():
+        assert choose_device("auto") == CPU
+        with pytest.raises(UserError, match="no CUDA device"):
+            choose_device("cuda")
+
+
+def test_weights_that_overflow_are_named(tmp_path):
+    network = ReversibleNetwork(Architecture(4, 1, 1))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(1e4)
+    with pytest.raises(UserError, match="these weights do not suit"):
+        recolour(network, torch.rand(3, 16, 16), torch.rand(3, 16, 16), CPU)
