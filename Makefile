@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/restoration demo --out demo --force
@@ -10,13 +10,17 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest
 
+# Builds packages and trains for minutes; .ci/run calls it.
+test-slow: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest -m slow
+
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
 # Editable, so that pulled Python changes need no new install; changed build files do.
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt
-	$(PYTHON) -m venv $(VENV)
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@

@@ -1,0 +1,189 @@
+// The border between Python and the kernels: addresses, int64 sizes, a dtype code, and a thread count or a stream.
+// Everything is keyword-only, so that no two pointers can be swapped. Python has checked the tensors; an address of 0
+// stands for an output that is not wanted. The interpreter lock is released while a kernel runs.
+
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+
+#include "dual_pool_attention.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace restoration {
+
+void refuse_dtype(const char* operator_name, DType dtype) {
+  throw std::invalid_argument(std::string(operator_name) +
+                              ": dtype must be one that this kernel was compiled for, got code " +
+                              std::to_string(static_cast<int64_t>(dtype)));
+}
+
+#if defined(RESTORATION_CUDA)
+const char* cuda_unavailable_reason(int64_t device);
+#endif
+
+namespace {
+
+using Address = std::uintptr_t;
+using Unlocked = py::call_guard<py::gil_scoped_release>;
+
+void* pointer(Address address) { return reinterpret_cast<void*>(address); }
+
+const char* const kIsaNames[] = {
+#define NAME(isa) #isa,
+    FOR_EACH_CPU_ISA(NAME)
+#undef NAME
+};
+
+// Index into the instruction sets that the CPU kernels are compiled for: the best of this processor, or the one that
+// the environment variable RESTORATION_CPU_ISA asks for, with which tests run every copy on one machine.
+int choose_cpu_isa() {
+  int best = 0;
+#if defined(RESTORATION_X86)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    best = 1;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
+      best = 2;
+    }
+  }
+#endif
+  const char* wish = std::getenv("RESTORATION_CPU_ISA");
+  if (wish == nullptr) return best;
+  std::string known;
+  for (int isa = 0; isa <= best; ++isa) {
+    if (std::string(wish) == kIsaNames[isa]) return isa;
+    known += std::string(isa == 0 ? "" : ", ") + kIsaNames[isa];
+  }
+  throw py::import_error("RESTORATION_CPU_ISA must be one that this processor runs (" + known + "), got " + wish);
+}
+
+int cpu_isa = 0;
+
+// The copy of a CPU kernel for this processor.
+template <typename Function>
+Function best_copy(std::initializer_list<Function> copies) {
+  return copies.begin()[cpu_isa];
+}
+#if defined(RESTORATION_X86)
+#define CPU_KERNEL(function) best_copy({&baseline::function, &avx2::function, &avx512::function})
+#else
+#define CPU_KERNEL(function) best_copy({&baseline::function})
+#endif
+
+// A fork copies only the calling thread: OpenMP's pool in the child is a list of threads that do not exist, and a
+// parallel region would wait for them for ever (torch's own operators do). So a forked child computes in one thread.
+bool forked = false;
+
+int usable_threads(int64_t threads) { return forked ? 1 : static_cast<int>(threads); }
+
+void bind_dual_pool_attention(py::module_& module) {
+  module.def(
+      "dual_pool_attention_forward_cpu",
+      [](Address x, Address weight, Address y, Address mean, Address scale, int64_t batch, int64_t channels,
+         int64_t height, int64_t width, int64_t taps, int64_t pool_size, int64_t dtype, int64_t threads) {
+        CPU_KERNEL(dual_pool_attention_forward)
+        ({pointer(x), pointer(weight), pointer(y), pointer(mean), pointer(scale)},
+         {batch, channels, height, width, taps, pool_size}, static_cast<DType>(dtype), usable_threads(threads));
+      },
+      py::kw_only(), "x"_a, "weight"_a, "y"_a, "mean"_a, "scale"_a, "batch"_a, "channels"_a, "height"_a, "width"_a,
+      "taps"_a, "pool_size"_a, "dtype"_a, "threads"_a, Unlocked());
+  module.def(
+      "dual_pool_attention_backward_cpu",
+      [](Address grad_y, Address x, Address weight, Address mean, Address scale, Address grad_x, Address grad_weight,
+         int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t taps, int64_t pool_size, int64_t dtype,
+         int64_t threads) {
+        CPU_KERNEL(dual_pool_attention_backward)
+        ({pointer(grad_y), pointer(x), pointer(weight), pointer(mean), pointer(scale), pointer(grad_x),
+          pointer(grad_weight)},
+         {batch, channels, height, width, taps, pool_size}, static_cast<DType>(dtype), usable_threads(threads));
+      },
+      py::kw_only(), "grad_y"_a, "x"_a, "weight"_a, "mean"_a, "scale"_a, "grad_x"_a, "grad_weight"_a, "batch"_a,
+      "channels"_a, "height"_a, "width"_a, "taps"_a, "pool_size"_a, "dtype"_a, "threads"_a, Unlocked());
+#if defined(RESTORATION_CUDA)
+  module.def(
+      "dual_pool_attention_workspace_cuda",
+      [](int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t dtype) {
+        return dual_pool_attention_workspace({batch, channels, height, width, 1, 1}, static_cast<DType>(dtype));
+      },
+      "Bytes of scratch memory on the device that forward and backward need.", py::kw_only(), "batch"_a, "channels"_a,
+      "height"_a, "width"_a, "dtype"_a);
+  module.def(
+      "dual_pool_attention_forward_cuda",
+      [](Address x, Address weight, Address y, Address mean, Address scale, Address workspace, int64_t batch,
+         int64_t channels, int64_t height, int64_t width, int64_t taps, int64_t pool_size, int64_t dtype,
+         Address stream) {
+        launch_dual_pool_attention_forward({pointer(x), pointer(weight), pointer(y), pointer(mean), pointer(scale)},
+                                           {batch, channels, height, width, taps, pool_size}, static_cast<DType>(dtype),
+                                           pointer(workspace), pointer(stream));
+      },
+      py::kw_only(), "x"_a, "weight"_a, "y"_a, "mean"_a, "scale"_a, "workspace"_a, "batch"_a, "channels"_a, "height"_a,
+      "width"_a, "taps"_a, "pool_size"_a, "dtype"_a, "stream"_a, Unlocked());
+  module.def(
+      "dual_pool_attention_backward_cuda",
+      [](Address grad_y, Address x, Address weight, Address mean, Address scale, Address grad_x, Address grad_weight,
+         Address workspace, int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t taps,
+         int64_t pool_size, int64_t dtype, Address stream) {
+        launch_dual_pool_attention_backward({pointer(grad_y), pointer(x), pointer(weight), pointer(mean),
+                                             pointer(scale), pointer(grad_x), pointer(grad_weight)},
+                                            {batch, channels, height, width, taps, pool_size},
+                                            static_cast<DType>(dtype), pointer(workspace), pointer(stream));
+      },
+      py::kw_only(), "grad_y"_a, "x"_a, "weight"_a, "mean"_a, "scale"_a, "grad_x"_a, "grad_weight"_a, "workspace"_a,
+      "batch"_a, "channels"_a, "height"_a, "width"_a, "taps"_a, "pool_size"_a, "dtype"_a, "stream"_a, Unlocked());
+#endif
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = RESTORATION_VERSION;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+#if defined(RESTORATION_CUDA)
+  info["cuda"] = RESTORATION_CUDA_VERSION;
+  info["cuda_architectures"] = py::str(RESTORATION_CUDA_ARCHITECTURES).attr("split")(",");
+#else
+  info["cuda"] = py::none();
+  info["cuda_architectures"] = py::list();
+#endif
+#if defined(_OPENMP)
+  info["openmp"] = _OPENMP;  // year and month of the standard
+#else
+  info["openmp"] = py::none();
+#endif
+  info["cpu_isa"] = kIsaNames[cpu_isa];
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(RESTORATION_MODULE, module) {
+  cpu_isa = choose_cpu_isa();
+#if !defined(_WIN32)
+  pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
+  module.doc() = "Compiled kernels of restoration_kernels. Call the functions of the package instead.";
+  module.attr("DTYPES") = py::dict(
+      "float32"_a = static_cast<int64_t>(DType::float32), "float64"_a = static_cast<int64_t>(DType::float64),
+      "float16"_a = static_cast<int64_t>(DType::float16), "bfloat16"_a = static_cast<int64_t>(DType::bfloat16));
+  module.def("build_info", &build_info, "What the module was built with, and the CPU instruction set in use.");
+#if defined(RESTORATION_CUDA)
+  module.def("cuda_unavailable_reason", &cuda_unavailable_reason, py::kw_only(), "device"_a,
+             "None if the kernels run on this CUDA device, else why they do not.");
+#endif
+  bind_dual_pool_attention(module);
+}
+
+}  // namespace restoration

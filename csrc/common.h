@@ -1,0 +1,50 @@
+// What every source file of the extension shares: the dtype code of the border, host and device qualifiers, rounding.
+// No torch header is included anywhere in csrc: the border to Python is addresses, sizes and a stream.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define HOST_DEVICE __host__ __device__ __forceinline__
+#else
+// Always inlined, so that no copy compiled for one instruction set can be linked into code for another.
+#define HOST_DEVICE inline __attribute__((always_inline))
+#endif
+
+// The namespaces that the CPU kernels are compiled into, slowest first; CMakeLists.txt says with which flags.
+#if defined(RESTORATION_X86)
+#define FOR_EACH_CPU_ISA(declare) declare(baseline) declare(avx2) declare(avx512)
+#else
+#define FOR_EACH_CPU_ISA(declare) declare(baseline)
+#endif
+
+namespace restoration {
+
+// The codes that Python passes as `dtype`; the bindings publish them as DTYPES.
+enum class DType : int64_t { float32 = 0, float64 = 1, float16 = 2, bfloat16 = 3 };
+
+// Sums of 16-bit numbers are kept in float32; float32 and float64 keep their own width.
+template <typename T>
+struct Accumulate {
+  using Type = float;
+};
+template <>
+struct Accumulate<double> {
+  using Type = double;
+};
+template <typename T>
+using AccumulateType = typename Accumulate<T>::Type;
+
+template <typename T>
+struct TypeTag {
+  using Type = T;
+};
+
+// Throws std::invalid_argument; defined once, in bindings.cpp.
+[[noreturn]] void refuse_dtype(const char* operator_name, DType dtype);
+
+HOST_DEVICE constexpr int64_t ceil_divide(int64_t numerator, int64_t denominator) {
+  return (numerator + denominator - 1) / denominator;
+}
+
+}  // namespace restoration

@@ -1,0 +1,144 @@
+// What the CPU kernels share. Each *_cpu.cpp is compiled once for every instruction set into its own namespace CPU_ISA
+// (CMakeLists.txt), and bindings.cpp calls the best that this processor has: fast on new machines without
+// -march=native. Standard templates over plain types would be merged across those copies by the linker, so that AVX-512
+// code could run where there is none: use Buffer here, not std::vector.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "common.h"
+
+namespace restoration::CPU_ISA {
+
+struct BFloat16 {
+  uint16_t bits;
+
+  BFloat16() = default;
+
+  HOST_DEVICE explicit BFloat16(float value) {
+    uint32_t word;
+    std::memcpy(&word, &value, sizeof(word));
+    // Adding just under half of the last kept place, plus the last kept bit, rounds to nearest even; the largest NaN
+    // would overflow into zero, so NaN keeps its upper half and gets a bit that makes it quiet.
+    const uint32_t rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
+    bits = static_cast<uint16_t>(value != value ? (word >> 16) | 0x40 : rounded);
+  }
+
+  HOST_DEVICE operator float() const {
+    const uint32_t word = static_cast<uint32_t>(bits) << 16;
+    float value;
+    std::memcpy(&value, &word, sizeof(value));
+    return value;
+  }
+};
+
+// Uninitialised scratch memory that frees itself.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) : data_(static_cast<T*>(std::malloc(std::max<int64_t>(count, 1) * sizeof(T)))) {
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  T* data() { return data_; }
+  T& operator[](int64_t index) { return data_[index]; }
+
+ private:
+  T* data_;
+};
+
+template <typename Call>
+void dispatch_cpu_dtype(const char* operator_name, DType dtype, Call call) {
+  switch (dtype) {
+    case DType::float32:
+      return call(TypeTag<float>());
+    case DType::float64:
+      return call(TypeTag<double>());
+    case DType::bfloat16:
+      return call(TypeTag<BFloat16>());
+    default:
+      refuse_dtype(operator_name, dtype);
+  }
+}
+
+constexpr int64_t kCacheLineBytes = 64;
+
+// Outputs larger than this leave a last-level cache (4 MB a core and more is rare) before anyone reads them. Writing
+// them past the caches saves the read that an ordinary store makes of every line before it changes it.
+constexpr int64_t kStreamingBytes = int64_t{8} << 20;
+
+// Call before writing a large output for the first time. Fresh memory costs a page fault every 4 KB, which takes longer
+// than the whole operator; in pages of 2 MB it does not. Only advice: where the system does not follow it, nothing
+// changes.
+HOST_DEVICE void advise_huge_pages(void* output, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(output) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(output) + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// Writes one aligned cache line past the caches.
+HOST_DEVICE void stream_line(void* destination, const void* source) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(static_cast<__m512i*>(destination), _mm512_load_si512(source));
+#elif defined(__AVX__)
+  for (int part = 0; part < 2; ++part) {
+    _mm256_stream_si256(static_cast<__m256i*>(destination) + part,
+                        _mm256_load_si256(static_cast<const __m256i*>(source) + part));
+  }
+#elif defined(__SSE2__)
+  for (int part = 0; part < 4; ++part) {
+    _mm_stream_si128(static_cast<__m128i*>(destination) + part,
+                     _mm_load_si128(static_cast<const __m128i*>(source) + part));
+  }
+#else
+  std::memcpy(destination, source, kCacheLineBytes);
+#endif
+}
+
+// destination[i] = value(i) for i below count, past the caches where `streaming` says so; finish_streaming() must
+// follow.
+template <typename T, typename Value>
+HOST_DEVICE void write_values(T* destination, int64_t count, bool streaming, Value value) {
+  int64_t index = 0;
+  if (streaming) {
+    constexpr int64_t kLine = kCacheLineBytes / sizeof(T);
+    const int64_t misaligned = reinterpret_cast<uintptr_t>(destination) % kCacheLineBytes / sizeof(T);
+    const int64_t head = std::min(count, (kLine - misaligned) % kLine);
+    for (; index < head; ++index) destination[index] = value(index);
+    for (; index + kLine <= count; index += kLine) {
+      alignas(kCacheLineBytes) T line[kLine];
+#pragma omp simd
+      for (int64_t place = 0; place < kLine; ++place) line[place] = value(index + place);
+      stream_line(destination + index, line);
+    }
+  }
+#pragma omp simd
+  for (int64_t rest = index; rest < count; ++rest) destination[rest] = value(rest);
+}
+
+// Streamed lines are not ordered with other stores. A thread calls this when it has written its share, before another
+// may look; more often would stall the writes.
+HOST_DEVICE void finish_streaming() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+}  // namespace restoration::CPU_ISA
