@@ -1,0 +1,47 @@
+"""Runs the kernels of the module given as argument, compiled with the address sanitizer, on odd shapes.
+
+Arrays are of exactly the size that a kernel may touch. Without torch, whose own libraries the sanitizer need not watch.
+"""
+
+import importlib.machinery
+import importlib.util
+import itertools
+import sys
+
+import numpy
+
+loader = importlib.machinery.ExtensionFileLoader("_simt", sys.argv[1])
+extension = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+loader.exec_module(extension)
+
+BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
+
+
+def array(count, bytes_each):
+    return numpy.zeros(count * bytes_each, numpy.uint8)
+
+
+def dual_pool_attention(batch, channels, height, width, dtype):
+    size, accumulate_size, taps = BYTES[dtype], max(4, BYTES[dtype]), 5
+    sizes = {"batch": batch, "channels": channels, "height": height, "width": width, "dtype": extension.DTYPES[dtype]}
+    elements = batch * channels * height * width
+    arrays = {
+        **{name: array(elements, size) for name in ("x", "y", "grad_y", "grad_x")},
+        **{name: array(taps, size) for name in ("weight", "grad_weight")},
+        **{name: array(batch * channels, accumulate_size) for name in ("mean", "scale")},
+        "workspace": array(extension.dual_pool_attention_workspace_cuda(**sizes), 1),
+    }
+    addresses = {name: values.ctypes.data for name, values in arrays.items()}
+    forward = {name: addresses[name] for name in ("x", "weight", "y", "mean", "scale")}
+    backward = {name: addresses[name] for name in ("grad_y", "x", "weight", "mean", "scale", "grad_x", "grad_weight")}
+    options = {**sizes, "taps": taps, "pool_size": 50}
+    device = {"workspace": addresses["workspace"], "stream": 0}
+    extension.dual_pool_attention_forward_cuda(**forward, **options, **device)
+    extension.dual_pool_attention_backward_cuda(**backward, **options, **device)
+    if dtype != "float16":
+        extension.dual_pool_attention_forward_cpu(**forward, **options, threads=2)
+        extension.dual_pool_attention_backward_cpu(**backward, **options, threads=2)
+
+
+for shape, dtype in itertools.product([(2, 3, 37, 61), (1, 2, 33, 64), (1, 2, 300, 3), (2, 4, 1, 1)], BYTES):
+    dual_pool_attention(*shape, dtype)
