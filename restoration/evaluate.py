@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
+from rich import box
 from rich.table import Table
 from torch import Tensor
 
@@ -136,18 +137,16 @@ def _report(evaluations: list[Evaluation], size: int) -> dict[str, object]:
 
 def summary_table(evaluations: list[Evaluation]) -> Table:
     """The summary as a table for the terminal."""
-    table = Table(
-        title="Means by style. SSIM: 1 is best; Gram and relative Gram loss (untouched: if not recoloured): 0 is best"
-    )
-    columns = ("style", "pairs", "SSIM", "Gram", "relative", "untouched", "nearer", "clipped")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "style" else "right")
+    table = Table(box=box.SIMPLE, caption="SSIM: 1 is best. Gram losses: 0 is best; before: relative, not recoloured.")
+    table.add_column("style", no_wrap=True)
+    for column in ("pairs", "SSIM", "Gram", "relative", "before", "nearer", "clipped"):
+        table.add_column(column, justify="right")
     for name, row in summarise(evaluations).items():
         table.add_row(
             name,
             str(row["pairs"]),
             f"{row['ssim']:.3f}",
-            f"{row['gram']:.4g}",
+            f"{row['gram']:.3g}",
             f"{row['relative_gram']:.3f}",
             f"{row['untouched_relative_gram']:.3f}",
             f"{row['improved']:.0%}",

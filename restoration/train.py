@@ -121,6 +121,8 @@ def train(
         scale_range=(1.0, config.largest_box),
         describe=statistics_of(metric_features(vgg)) if config.pairing == "nearest" else None,
     )
+    if dataset.skipped:
+        print(f"{len(dataset.skipped)} damaged files left out: {', '.join(map(str, dataset.skipped))}")
     loader = DataLoader(
         dataset,
         batch_size=config.batch,
