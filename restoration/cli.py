@@ -151,6 +151,8 @@ def train(
     from restoration.train import resumed_config
     from restoration.train import train as run_training
 
+    if resume and preset is not None:
+        raise UserError("--preset is chosen when a run starts; --resume goes on with the run's own settings")
     overrides = {name: given[name] for name in OVERRIDABLE}
     config = resumed_config(out, overrides) if resume else make_config(preset or "paper", **overrides)
     try:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from restoration.checkpoints import load_network
@@ -16,7 +17,7 @@ from restoration.flow import ReversibleNetwork, check_stream_range
 from restoration.imaging import READABLE_SUFFIXES, check_writable, read_image, read_rgb, write_image
 from restoration.metrics import Metrics, measure
 from restoration.vgg import metric_features
-from restoration.whitening import RIDGE_LADDER, transfer_statistics
+from restoration.whitening import RIDGE_LADDER, moments, transfer_moments
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,11 @@ def reconstruct_files(
         yield Report(job, measure(*pictures, features), seconds, notes)
 
 
+# Convolutions see zeros past the edge, which shows as a coloured frame some pixels wide after the transfer. With the
+# edge carried on this far, the frame falls outside of the picture.
+MARGIN = 16
+
+
 @torch.no_grad()
 def recolour(
     network: ReversibleNetwork, degraded: Tensor, reference: Tensor, device: torch.device, strength: float = 1.0
@@ -127,11 +133,11 @@ def recolour(
     UserError where memory does not suffice or these weights cannot treat the picture.
     """
     try:
-        content = network.encode(degraded[None].to(device))
-        style = network.encode(reference[None].to(device))
-        transfer = transfer_statistics(content, style, strength=strength)
+        content, style = (network.encode(_with_margin(image).to(device)) for image in (degraded, reference))
+        statistics = [moments(_inside(z, image)) for z, image in ((content, degraded), (style, reference))]
+        transfer = transfer_moments(content, *statistics, strength)
         check_stream_range(transfer.z)
-        result = network.decode(transfer.z, degraded.shape[-2:])[0]
+        result = _inside(network.decode(transfer.z), degraded)[0]
     except torch.cuda.OutOfMemoryError as error:
         pixels = max(degraded[0].numel(), reference[0].numel()) / 1e6
         raise UserError(f"a picture of {pixels:.1f} megapixels does not fit this GPU; take --device cpu") from error
@@ -147,3 +153,14 @@ def recolour(
             f"{RIDGE_LADDER[0]:g}",
         )
     return result.clamp(0, 1).cpu(), notes
+
+
+def _with_margin(image: Tensor) -> Tensor:
+    """[3,H,W] with its edges replicated on all sides, as a batch of one."""
+    return F.pad(image[None], (MARGIN,) * 4, mode="replicate")
+
+
+def _inside(padded: Tensor, image: Tensor) -> Tensor:
+    """The part of padded [1,C,H',W'] that image [3,H,W] covers."""
+    height, width = image.shape[-2:]
+    return padded[..., MARGIN : MARGIN + height, MARGIN : MARGIN + width]

@@ -43,7 +43,7 @@ NORMALISATION_PICTURES = 64  # for channel means of user-given VGG weights
 
 
 class TrainingDivergedError(UserError):
-    """A loss or gradient stopped being finite; the last good checkpoint is kept."""
+    """A loss, a gradient or a stream left its range; the last good checkpoint is kept."""
 
 
 @dataclass
@@ -89,13 +89,11 @@ def train(
     vgg: Path | None = None,
     styles: list[str] | None = None,
     resume: bool = False,
-    stop_after: int | None = None,
 ) -> Path:
     """Trains on the paintings of data and returns the last checkpoint's path.
 
     run receives checkpoints, config.json, TensorBoard events and, at the end, network.safetensors (float16). With
     resume the newest checkpoint of run goes on; on a CPU the result is that of an uninterrupted run, bit for bit.
-    stop_after ends the run at that step as a signal would (for tests).
     """
     checkpoint_path = newest_checkpoint(run)
     if resume and checkpoint_path is None:
@@ -131,7 +129,7 @@ def train(
         pin_memory=device.type == "cuda",
     )
     _create_run_folder(run, config)
-    return _run_steps(run, config, step_module, optimizer, loader, start, device, stop_after)
+    return _run_steps(run, config, step_module, optimizer, loader, start, device)
 
 
 def build_step(config: TrainingConfig, features: VGG19Features) -> TrainingStep:
@@ -173,7 +171,6 @@ def _run_steps(
     loader: DataLoader,
     start: int,
     device: torch.device,
-    stop_after: int | None,
 ) -> Path:
     progress = Progress(
         TextColumn("training"),
@@ -200,14 +197,10 @@ def _run_steps(
                 _log(writer, step, losses, outcome, rate)
             if step % config.sample_every == 0:
                 _log_pictures(writer, step, batch, outcome)
-            if stop_after is not None and done >= stop_after:
-                stop.signal = stop.signal or signal.SIGTERM
             if done % config.checkpoint_every == 0 or done == config.iterations or stop.signal:
                 saved = save_training(run, config, step_module, optimizer, done)
-            if stop.signal and stop_after is None:
-                raise InterruptedError(stop.signal, f"stopped by signal at step {done}; saved {saved}")
             if stop.signal:
-                return saved
+                raise InterruptedError(stop.signal, f"stopped by signal at step {done}; saved {saved}")
     save_network(run / "network.safetensors", step_module.network, {"training": config.to_dict(), "step": done})
     return saved
 
@@ -244,7 +237,10 @@ def _optimise(
         raise TrainingDivergedError(
             f"step {step}: loss or gradient is not finite ({values}) on {files}; the last checkpoint is kept"
         )
-    check_stream_range(outcome.largest_stream)
+    try:
+        check_stream_range(outcome.largest_stream)
+    except OverflowError as error:
+        raise TrainingDivergedError(f"step {step}: {error}; the last checkpoint is kept") from error
     optimizer.step()
     return outcome, losses
 

@@ -141,3 +141,23 @@ def test_weights_that_overflow_are_named(tmp_path):
             parameter.mul_(1e4)
     with pytest.raises(UserError, match="these weights do not suit"):
         recolour(network, torch.rand(3, 16, 16), torch.rand(3, 16, 16), CPU)
+
+
+def test_edges_are_coloured_like_the_inside(monkeypatch):
+    """A plain border must not turn into a frame where convolutions meet the edge."""
+    torch.manual_seed(0)
+    network = ReversibleNetwork(Architecture(4, 1, 1))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(2)
+    degraded = torch.full((3, 120, 120), 0.4)
+    degraded[:, 56:64, 56:64] = torch.rand(3, 8, 8)
+    reference = torch.rand(3, 40, 40)
+
+    def frame():
+        result, _ = recolour(network, degraded, reference, CPU)
+        return (result[:, 0] - result[:, 24]).abs().mean()
+
+    shown = frame()
+    monkeypatch.setattr("restoration.reconstruct.MARGIN", 0)
+    assert shown < 0.1 * frame()

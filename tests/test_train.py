@@ -67,7 +67,7 @@ def test_a_run_leaves_checkpoints_scalars_pictures_settings_and_weights(painting
 
 def test_resuming_is_exact(paintings, tmp_path):
     whole = train(paintings, tmp_path / "whole", config(), device=CPU)
-    train(paintings, tmp_path / "parts", config(), device=CPU, stop_after=3)
+    train(paintings, tmp_path / "parts", config(iterations=3), device=CPU)
     assert newest_checkpoint(tmp_path / "parts").name == "checkpoint-0000003.safetensors"
     parts = train(paintings, tmp_path / "parts", config(), device=CPU, resume=True)
     expected, resumed = tensors(whole), tensors(parts)
