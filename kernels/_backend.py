@@ -16,6 +16,8 @@ from . import _checks
 # Fastest first: the automatic choice takes the first that can run the call.
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 ENVIRONMENT_VARIABLE = "RESTORATION_BACKEND"
+# Triton asks for its interpreter, which runs kernels in Python for tests and debugging, when it is imported.
+_ON_ANY_DEVICE = ("triton", "reference") if os.environ.get("TRITON_INTERPRET") == "1" else ("reference",)
 # torch.autocast leaves float64 alone.
 _AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -42,8 +44,11 @@ class Operator:
         self._warned = False
         OPERATORS[name] = self
 
-    def register(self, backend, run, predicate):
-        """Adds a kernel: run(**arguments) computes, predicate(**arguments) is None or the reason why it cannot."""
+    def register(self, backend, run, predicate=lambda **arguments: None):
+        """Adds a kernel: run(**arguments) computes, predicate(**arguments) is None or the reason why it cannot.
+
+        Whether the backend works here and on the tensors' device is asked first, for all operators.
+        """
         self._runs[backend] = run
         self._predicates[backend] = predicate
 
@@ -55,11 +60,11 @@ class Operator:
         """None if the backend can run this call on this machine, else the reason."""
         if not self.has(backend):
             return f"no {backend} kernel in this version"
-        return why_not_here(backend) or self._predicates[backend](**arguments)
+        return why_not_on(backend, _device(arguments)) or self._predicates[backend](**arguments)
 
     def run(self, wish, **arguments):
         """Runs a checked call on the backend wished for (None: by context, environment, or the fastest that can)."""
-        device = next(value.device for value in arguments.values() if isinstance(value, torch.Tensor))
+        device = _device(arguments)
         run = self._runs[self._choose(wish, device, arguments)]
         if not _autocasts(device):
             return run(**arguments)
@@ -73,15 +78,17 @@ class Operator:
             wish, source = _ambient_wish()
         if wish is not None:
             _checks.backend(self.name, wish, source, BACKENDS)
-        if wish is not None and self.why_not(wish, **arguments) is None:
-            return wish
-        reasons = {name: self.why_not(name, **arguments) for name in BACKENDS}
-        if wish is not None:
-            _checks.able(self.name, wish, source, reasons)
-        chosen = next(name for name in BACKENDS if reasons[name] is None)
+            if self.why_not(wish, **arguments) is None:
+                return wish
+            _checks.able(self.name, wish, source, {name: self.why_not(name, **arguments) for name in BACKENDS})
+        reasons = {}
+        for name in BACKENDS:
+            reasons[name] = self.why_not(name, **arguments)
+            if reasons[name] is None:
+                break
         if not torch.compiler.is_compiling():
-            self._report(chosen, device, reasons)
-        return chosen
+            self._report(name, device, reasons)
+        return name
 
     def _report(self, chosen, device, reasons):
         faster = BACKENDS[: BACKENDS.index(chosen)]
@@ -157,9 +164,29 @@ def why_not_here(backend):
         return extension()[1]
     if backend == "triton" and not _has_triton():
         return "the package triton is not installed"
-    if backend in ("cuda", "triton") and not torch.cuda.is_available():
+    if backend in ("cuda", "triton") and not torch.cuda.is_available() and backend not in _ON_ANY_DEVICE:
         return "torch finds no CUDA device"
+    if backend == "cuda" and extension()[0].build_info()["cuda"] is None:
+        return "the compiled extension was built without CUDA kernels; reinstall the package where nvcc is present"
     return None
+
+
+@torch.compiler.assume_constant_result
+def why_not_on(backend, device):
+    """None if kernels of the backend can run here on tensors of this device, else the reason."""
+    reason = why_not_here(backend)
+    if reason is not None or backend in _ON_ANY_DEVICE:
+        return reason
+    wanted = "cpu" if backend == "cpu" else "cuda"
+    if device.type != wanted:
+        return f"the tensors are on {device.type}, not on {wanted}"
+    return _why_not_on_gpu(device.index) if backend == "cuda" else None
+
+
+@functools.cache
+def _why_not_on_gpu(index):
+    reason = extension()[0].cuda_unavailable_reason(device=index)
+    return reason and f"the compiled kernels do not run on this GPU ({reason}); reinstall the package on this machine"
 
 
 def autocast(tensors, dtype=None):
@@ -176,6 +203,10 @@ def autocast(tensors, dtype=None):
         tensor.to(dtype) if isinstance(tensor, torch.Tensor) and tensor.dtype in _AUTOCAST_DTYPES else tensor
         for tensor in tensors
     )
+
+
+def _device(arguments):
+    return next(value.device for value in arguments.values() if isinstance(value, torch.Tensor))
 
 
 def _autocasts(device):

@@ -24,6 +24,12 @@ def able(operator, name, source, reasons):
         _fail(operator, "backend", must, f"{name!r} from {source}: {reasons[name]}", RuntimeError)
 
 
+def usable(operator, name, device, reason):
+    """Checks that a backend already chosen can run here on tensors of the device, given why it cannot or None."""
+    if reason is not None:
+        _fail(operator, "backend", f"be able to run here on {device.type}", f"{name!r}: {reason}", RuntimeError)
+
+
 def pac_conv2d(operator, x, guide, weight, bias, stride, padding, dilation, residual, alpha, quantum):
     """Checks a pixel-adaptive convolution; returns stride, padding and dilation as (vertical, horizontal) pairs."""
     B, C, H, W = _tensor(operator, "x", x, ("B", "C", "H", "W"))

@@ -151,7 +151,7 @@ _SAMPLES += [
     Sample("dual_pool_attention", "overlapping_bins", "tiny", _dual_pool_attention(2, 3, 4, 5, pool_size=3)),
     Sample("dual_pool_attention", "smaller_than_bins", "tiny", _dual_pool_attention(1, 4, 3, 4)),
     Sample("dual_pool_attention", "one_pixel", "tiny", _dual_pool_attention(1, 3, 1, 1)),
-    Sample("dual_pool_attention", "odd", "odd", _dual_pool_attention(2, 17, 61, 137)),
+    Sample("dual_pool_attention", "odd", "odd", _dual_pool_attention(2, 7, 61, 137)),
     Sample("dual_pool_attention", "16_at_512", "model", _dual_pool_attention(1, 16, 512, 512)),
     Sample("dual_pool_attention", "256_at_128", "model", _dual_pool_attention(1, 256, 128, 128)),
 ]

@@ -9,6 +9,7 @@ import functools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import restoration_kernels
 from restoration_kernels._backend import BACKENDS, OPERATORS
@@ -16,6 +17,8 @@ from restoration_kernels._samples import DIFFERENTIABLE, convert, samples
 
 # Four roundings: of the product, of the sum, of the epilogue, and of the result to its dtype.
 ULPS = 4
+# What has registered ops: the reference is plain PyTorch.
+KERNELS = tuple(name for name in BACKENDS if name != "reference")
 # Of the reference, which has nobody to be compared with. Its intermediate results are rounded to the dtype too, some
 # many times over; in float64 the definitions' own roundings, of sums of thousands of numbers, count as well.
 REFERENCE_ULPS = {torch.float64: 2**12, torch.float32: 32, torch.float16: 32, torch.bfloat16: 32}
@@ -31,16 +34,22 @@ def every_case(*operators):
     return _cases(operators, lambda found: found)
 
 
-def one_case(*operators):
+def every_tiny_case(*operators, backends=BACKENDS):
+    """Parametrises a test over backends and tiny samples: for what calls an operator thousands of times."""
+    return _cases(operators, lambda found: [sample for sample in found if sample.size == "tiny"], backends)
+
+
+def one_case(*operators, backends=BACKENDS):
     """Parametrises a test over backends, with the first sample of each operator, which has all of its tensors."""
-    return _cases(operators, lambda found: found[:1])
+    return _cases(operators, lambda found: found[:1], backends)
 
 
-def _cases(operators, select):
+def _cases(operators, select, backends=BACKENDS):
     cases = [
         pytest.param(backend, sample, id=f"{backend}-{operator}-{sample.name}")
         for operator in operators
         for backend in _backends(operator)
+        if backend in backends
         for sample in select(samples(operator, *(("tiny",) if backend == "reference" else ("tiny", "odd"))))
     ]
     return pytest.mark.parametrize(("backend", "sample"), cases)
@@ -59,12 +68,21 @@ def every_dtype():
 
 def arguments_for(backend, sample, dtype):
     """The sample's arguments on the backend's device; skips, for the predicate's reason, if it cannot run them."""
-    on_gpu = backend in ("cuda", "triton") and torch.cuda.is_available()
-    arguments = sample.arguments(dtype, "cuda" if on_gpu else "cpu")
-    reason = OPERATORS[sample.operator].why_not(backend, **arguments)
-    if reason is not None:
-        pytest.skip(f"{sample.operator} on {backend}: {reason}")
+    arguments = sample.arguments(dtype, device(backend))
+    skip_unless_able(backend, sample.operator, arguments)
     return arguments
+
+
+def device(backend):
+    """Where the backend's tensors live."""
+    return "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
+
+
+def skip_unless_able(backend, operator, arguments):
+    """Skips, for the predicate's reason, if the backend cannot run this call."""
+    reason = OPERATORS[operator].why_not(backend, **arguments)
+    if reason is not None:
+        pytest.skip(f"{operator} on {backend}: {reason}")
 
 
 def differentiate(function, arguments, names):
@@ -153,11 +171,54 @@ def one_thread():
         torch.set_num_threads(threads)
 
 
-def check_compile(backend, sample):
+def check_second_derivatives_refused(backend, sample):
+    """Kernels have no second derivatives and say so; check_gradcheck asks the reference for its."""
+    arguments = arguments_for(backend, sample, torch.float32)
+    name = DIFFERENTIABLE[sample.operator][0]
+    leaf = arguments[name].requires_grad_()
+    output = public(sample.operator, backend)(**arguments)
+    (gradient,) = torch.autograd.grad(output.square().sum(), leaf, create_graph=True)
+    message = f"^{sample.operator}: backend must be 'reference' where second derivatives are taken, got '{backend}'$"
+    with pytest.raises(RuntimeError, match=message):
+        gradient.sum().backward()
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps the calls of the package's registered ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "restoration_kernels":
+            self.calls.append((op, args))
+        return op(*args, **(kwargs or {}))
+
+
+def check_opcheck(backend, sample):
+    """What a call registers with torch.library, forward and backward, keeps torch's rules."""
+    arguments = arguments_for(backend, sample, torch.float32)
+    with _Recorder() as recorder:
+        differentiate(public(sample.operator, backend), arguments, DIFFERENTIABLE[sample.operator])
+    assert len({op for op, _ in recorder.calls}) >= 2
+    for op, args in recorder.calls:
+        # Backward ops refuse to be differentiated, which opcheck would take for a fault.
+        needs_grad = not op.name().endswith("_backward")
+        args = [
+            value.detach().clone().requires_grad_(needs_grad and value.is_floating_point())
+            if torch.is_tensor(value)
+            else value
+            for value in args
+        ]
+        torch.library.opcheck(op, args)
+
+
+def check_compile(backend, sample, compiler="aot_eager"):
     """torch.compile takes the operator as one graph, forward and backward, and changes nothing."""
     arguments = arguments_for(backend, sample, torch.float32)
     function = public(sample.operator, backend)
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=compiler)
     names = DIFFERENTIABLE[sample.operator]
     judge_all(differentiate(compiled, arguments, names), differentiate(function, arguments, names))
 
@@ -203,12 +264,37 @@ def check_empty_batch(backend, sample, batched):
 
 
 def check_only_requested_grads(backend, sample):
-    """A gradient asked for alone is the one that comes when all are asked for."""
+    """A gradient asked for alone is the one that comes when all are asked for, and kernels compute no other."""
     arguments = arguments_for(backend, sample, torch.float32)
     function, names = public(sample.operator, backend), DIFFERENTIABLE[sample.operator]
     everything = differentiate(function, arguments, names)
     for name in everything.keys() - {"output"}:
-        judge(name, differentiate(function, arguments, (name,))[name], everything[name])
+        with _Recorder() as recorder:
+            judge(name, differentiate(function, arguments, (name,))[name], everything[name])
+        for wanted in (value for _, args in recorder.calls for value in args if isinstance(value, list)):
+            assert sum(wanted) == 1
+
+
+def check_export(backend, sample, dynamic):
+    """torch.export takes the operator, with axes of any length: dynamic names them for each tensor."""
+    arguments = arguments_for(backend, sample, torch.float32)
+    tensors = {name: value for name, value in arguments.items() if torch.is_tensor(value)}
+    options = {name: value for name, value in arguments.items() if name not in tensors}
+
+    class Module(torch.nn.Module):
+        def forward(self, tensors):
+            return public(sample.operator, backend)(**tensors, **options)
+
+    axes = {name: dict.fromkeys(dynamic.get(name, ()), torch.export.Dim.AUTO) for name in tensors}
+    program = torch.export.export(Module(), (tensors,), dynamic_shapes=(axes,)).module()
+    for longer in (tensors, {name: _lengthen(value, dynamic.get(name, ())) for name, value in tensors.items()}):
+        judge("output", program(longer), Module()(longer))
+
+
+def _lengthen(tensor, axes):
+    for axis in axes:
+        tensor = torch.cat([tensor, tensor], axis)
+    return tensor
 
 
 def check_deterministic(backend, sample):

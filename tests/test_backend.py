@@ -124,29 +124,99 @@ def test_compile_takes_the_wish_of_its_tracing():
         assert torch.equal(compiled(x), dual_pool_attention(x, weight))
 
 
-def test_extension_that_fails_to_load_keeps_its_error(monkeypatch):
-    def fail(name):
-        raise ImportError("undefined symbol: spam")
+@pytest.fixture
+def extension(monkeypatch):
+    """Replaces the compiled module by what a function returns or raises; "missing" where there is no file."""
 
-    monkeypatch.setattr(_backend.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(_backend.importlib, "import_module", fail)
-    _backend.extension.cache_clear()
-    try:
-        for backend in ("cpu", "cuda"):
-            reason = "the compiled extension failed to load (undefined symbol: spam); reinstall the package"
-            assert _backend.why_not_here(backend) == reason
-    finally:
+    def replace(load):
+        monkeypatch.setattr(_backend.importlib.util, "find_spec", lambda name: None if load == "missing" else object())
+        monkeypatch.setattr(_backend.importlib, "import_module", load)
         _backend.extension.cache_clear()
 
-
-def test_extension_that_was_not_built(monkeypatch):
-    monkeypatch.setattr(_backend.importlib.util, "find_spec", lambda name: None)
+    yield replace
+    monkeypatch.undo()
     _backend.extension.cache_clear()
+
+
+def broken(name):
+    raise ImportError("undefined symbol: spam")
+
+
+@pytest.mark.parametrize(
+    ("load", "reason"),
+    [
+        (broken, "the compiled extension failed to load (undefined symbol: spam); reinstall the package"),
+        ("missing", "the compiled extension was not built; reinstall the package where a C++ compiler is present"),
+    ],
+)
+def test_reference_works_without_the_extension(extension, load, reason, capsys):
+    x, weight = torch.randn(1, 3, 4, 4), torch.randn(3)
+    expected = dual_pool_attention(x, weight, backend="reference")
+    extension(load)
+    assert _backend.why_not_here("cuda") == reason
+    assert torch.equal(dual_pool_attention(x, weight), expected)
+    message = (
+        "dual_pool_attention: backend must be able to run this call (reference can; without a wish the fastest of "
+        f"them does), got 'cpu' from the argument: {reason}"
+    )
+    with pytest.raises(RuntimeError) as raised:
+        dual_pool_attention(x, weight, backend="cpu")
+    assert str(raised.value) == message
+    main()
+    assert f"compiled extension: {reason}\n" in capsys.readouterr().out
+
+
+def test_wish_for_an_absent_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(_backend, "_ON_ANY_DEVICE", ("reference",))
+    for backend in ("cuda", "triton"):
+        with pytest.raises(RuntimeError, match=f"reference can; .* got '{backend}' from the argument: .*no CUDA dev"):
+            dual_pool_attention(torch.zeros(1, 1, 1, 1), torch.zeros(1), backend=backend)
+
+
+def test_tensors_where_the_backend_cannot_read_them(operator, monkeypatch):
+    monkeypatch.setattr(_backend, "why_not_here", lambda backend: None)
+    assert operator.why_not("cuda", x=X) == "the tensors are on cpu, not on cuda"
+    assert operator.why_not("cpu", x=X.to("meta")) == "the tensors are on meta, not on cpu"
+
+
+class Extension:
+    """A compiled module for other GPUs than the one that is there, or for none."""
+
+    def __init__(self, cuda):
+        self.cuda = cuda
+
+    def build_info(self):
+        return {"cuda": self.cuda}
+
+    def cuda_unavailable_reason(self, *, device):
+        return "no kernel image is available" if device == 0 else None
+
+
+def test_extension_without_kernels_for_the_gpu(extension, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    extension(lambda name: Extension(None))
+    assert _backend.why_not_here("cuda").startswith("the compiled extension was built without CUDA kernels; reinstall")
+    extension(lambda name: Extension("13.0"))
+    assert _backend.why_not_here("cuda") is None
+    _backend._why_not_on_gpu.cache_clear()
     try:
-        assert _backend.why_not_here("cpu").startswith("the compiled extension was not built; reinstall")
-        assert _backend.why_not_here("reference") is None
+        reason = _backend.why_not_on("cuda", torch.device("cuda", 0))
+        assert reason.startswith(
+            "the compiled kernels do not run on this GPU (no kernel image is available); reinstall"
+        )
+        assert _backend.why_not_on("cuda", torch.device("cuda", 1)) is None
     finally:
-        _backend.extension.cache_clear()
+        _backend._why_not_on_gpu.cache_clear()
+
+
+def test_triton_runs_on_the_cpu_when_interpreted(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(_backend, "_has_triton", lambda: True)
+    monkeypatch.setattr(_backend, "_ON_ANY_DEVICE", ("triton", "reference"))
+    assert _backend.why_not_here("triton") is None
+    assert _backend.why_not_on("triton", torch.device("cpu")) is None
+    assert _backend.why_not_here("cuda") is not None
 
 
 def test_table_names_every_operator_and_backend(capsys):

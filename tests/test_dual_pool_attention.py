@@ -1,9 +1,11 @@
+"""The template for the tests of an operator: what compare.py asks of every operator, then what is special to this."""
+
 import compare
 import pytest
 import torch
 import torch.nn.functional as F
 
-from restoration_kernels import dual_pool_attention
+from restoration_kernels import _backend, dual_pool_attention
 
 OPERATOR = "dual_pool_attention"
 
@@ -29,14 +31,36 @@ def test_backward(backend, sample, dtype):
     compare.check_values(backend, sample, dtype, definition, ("x", "weight"))
 
 
-@compare.every_case(OPERATOR)
+@compare.every_tiny_case(OPERATOR)
 def test_gradcheck(backend, sample):
     compare.check_gradcheck(backend, sample)
 
 
+@compare.one_case(OPERATOR, backends=compare.KERNELS)
+def test_second_derivatives_refused(backend, sample):
+    compare.check_second_derivatives_refused(backend, sample)
+
+
+@compare.every_tiny_case(OPERATOR, backends=compare.KERNELS)
+def test_opcheck(backend, sample):
+    compare.check_opcheck(backend, sample)
+
+
 @compare.one_case(OPERATOR)
 def test_compile(backend, sample):
-    compare.check_compile(backend, sample)
+    # The reference is plain PyTorch, of which inductor makes C++ that takes ten seconds to compile.
+    compare.check_compile(backend, sample, "aot_eager" if backend == "reference" else "inductor")
+
+
+@pytest.mark.slow
+@compare.one_case(OPERATOR, backends=("reference",))
+def test_compile_reference(backend, sample):
+    compare.check_compile(backend, sample, "inductor")
+
+
+@compare.one_case(OPERATOR)
+def test_export(backend, sample):
+    compare.check_export(backend, sample, dynamic={"x": (0, 1, 2, 3)})
 
 
 @compare.one_case(OPERATOR)
@@ -62,8 +86,8 @@ def test_edge_shapes(backend, sample):
     compare.check_empty_batch(backend, sample, batched=("x",))
     # Rows much longer than columns, more channels than a filter reaches, a filter longer than the channels are many.
     for shape, taps, pool_size in (((1, 1, 1, 300), 1, 50), ((1, 40, 2, 3), 3, 1), ((3, 2, 55, 51), 9, 50)):
-        x = torch.randn(shape, dtype=torch.float64)
-        weight = torch.randn(taps, dtype=torch.float64)
+        x = torch.randn(shape, dtype=torch.float64, device=compare.device(backend))
+        weight = torch.randn(taps, dtype=torch.float64, device=x.device)
         ours = dual_pool_attention(x, weight, pool_size=pool_size, backend=backend)
         compare.judge(str(shape), ours, definition(x, weight, pool_size), ulps=compare.REFERENCE_ULPS[torch.float64])
 
@@ -87,9 +111,10 @@ def test_identity_zero_weight_halves(backend, sample):
 @compare.every_backend(OPERATOR)
 def test_identity_constant_maps(backend):
     """The pooled mean of a constant is that constant, whatever the overlap of the bins."""
-    x = torch.full((1, 3, 61, 37), 0.5, dtype=torch.float64)
-    weight = torch.tensor([0.0, 2.0, 0.0], dtype=torch.float64)
-    expected = 0.5 * torch.sigmoid(torch.tensor(1.0, dtype=torch.float64))
+    x = torch.full((1, 3, 61, 37), 0.5, dtype=torch.float64, device=compare.device(backend))
+    weight = torch.tensor([0.0, 2.0, 0.0]).to(x)
+    compare.skip_unless_able(backend, OPERATOR, {"x": x, "weight": weight})
+    expected = 0.5 * torch.sigmoid(torch.ones_like(x[:1, :1, :1, :1]))
     torch.testing.assert_close(dual_pool_attention(x, weight, backend=backend), expected.expand_as(x))
 
 
@@ -125,3 +150,10 @@ def test_rejects(arguments, error, message, backend):
 def test_rejects_pool_size(pool_size):
     with pytest.raises(ValueError, match=r"^dual_pool_attention: pool_size must be an integer of at least 1, got "):
         dual_pool_attention(X, WEIGHT, pool_size=pool_size)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_gpu_kernels_refuse_sides_that_they_cannot_count(backend, monkeypatch):
+    monkeypatch.setattr(_backend, "why_not_on", lambda backend, device: None)
+    with pytest.raises(RuntimeError, match=r": its kernel takes at most 2\^30 rows or columns$"):
+        dual_pool_attention(X[:1, :1, :1, :1].expand(1, 1, 1, 2**30 + 1), WEIGHT, backend=backend)

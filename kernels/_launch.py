@@ -1,0 +1,56 @@
+"""The border to the compiled kernels: addresses instead of tensors, codes instead of dtypes, an explicit stream.
+
+Kernels know no strides: what they read and write must be contiguous. And an address keeps nothing alive: a tensor stays
+bound to a name until the call that uses its address has returned.
+"""
+
+import contextlib
+import functools
+
+import torch
+
+from . import _backend
+
+
+def run(kernel, backend, tensors, sizes, dtype):
+    """Runs the extension's function ``kernel_cpu`` or ``kernel_cuda``.
+
+    Args:
+        kernel: name of the function without its backend.
+        backend: "cpu" or "cuda"; the tensors live there, on the current device.
+        tensors: tensors by argument, each contiguous; None for an output that is not wanted.
+        sizes: integers by argument.
+        dtype: the dtype of the call.
+    """
+    function = getattr(_backend.extension()[0], f"{kernel}_{backend}")
+    addresses = {name: address(tensor) for name, tensor in tensors.items()}
+    if backend == "cpu":
+        function(**addresses, **sizes, dtype=dtype_code(dtype), threads=torch.get_num_threads())
+    else:
+        function(**addresses, **sizes, dtype=dtype_code(dtype), stream=torch.cuda.current_stream().cuda_stream)
+
+
+def workspace(operator, sizes, like):
+    """Scratch memory for a CUDA kernel, as much as the extension's ``<operator>_workspace_cuda`` says."""
+    count = getattr(_backend.extension()[0], f"{operator}_workspace_cuda")
+    return torch.empty(count(**sizes, dtype=dtype_code(like.dtype)), dtype=torch.uint8, device=like.device)
+
+
+def address(tensor):
+    """Where a contiguous tensor's numbers start; 0 for None."""
+    if tensor is None:
+        return 0
+    if not tensor.is_contiguous():
+        raise ValueError(f"address: tensor must be contiguous, got strides {tensor.stride()} for {tuple(tensor.shape)}")
+    return tensor.data_ptr()
+
+
+@functools.cache
+def dtype_code(dtype):
+    """The number that stands for a dtype in the extension."""
+    return _backend.extension()[0].DTYPES[str(dtype).removeprefix("torch.")]
+
+
+def on_device(device):
+    """Context in which kernels start on this device, a CPU included."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

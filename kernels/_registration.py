@@ -1,0 +1,102 @@
+"""How an operator reaches torch.library: one op for its forward and one for its backward, for all kernels.
+
+An op takes tensors, options, and last the name of a backend. Its ``allocate`` makes the outputs, uninitialised: all
+that torch.compile and torch.export see of it. Its ``launch`` fills them. Both come from the operator's own file.
+"""
+
+import torch
+
+from . import _backend, _checks, _launch
+
+# Registered for as long as this object lives.
+_LIBRARY = torch.library.Library("restoration_kernels", "FRAGMENT")
+
+
+def define(schema, allocate, launch):
+    """Registers an op that changes none of its inputs, and returns it.
+
+    Args:
+        schema: name, arguments and results as torch.library writes them. The first argument is a tensor, the last is
+            ``str backend``.
+        allocate: function of all arguments but backend. It returns the outputs: a tuple of contiguous tensors or, where
+            the schema says ``Tensor[]``, a list with None for each tensor that is not wanted.
+        launch: function of backend, outputs and the other arguments, which fills the outputs. It is called with
+            contiguous tensors on the current device.
+    """
+    name = schema.partition("(")[0]
+
+    def run(*arguments):
+        *arguments, backend = arguments
+        device = arguments[0].device
+        # A graph that torch.export made on another machine, or that was moved since, comes here unchecked.
+        _checks.usable(name, backend, device, _backend.why_not_on(backend, device))
+        outputs = allocate(*arguments)
+        contiguous = [value.contiguous() if isinstance(value, torch.Tensor) else value for value in arguments]
+        with _launch.on_device(device):
+            launch(backend, outputs, *contiguous)
+        return _results(outputs)
+
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(
+        f"{_LIBRARY.ns}::{name}", lambda *arguments: _results(allocate(*arguments[:-1])), lib=_LIBRARY
+    )
+    return getattr(getattr(torch.ops, _LIBRARY.ns), name).default
+
+
+def differentiate(forward, backward, save, count):
+    """Gives an op its gradients, of its first output by its first tensors.
+
+    Args:
+        forward: an op. Outputs after its first are for backward alone.
+        backward: the op ``(Tensor grad_output, ..., bool[] wanted, str backend) -> Tensor[]`` that returns, of the
+            gradients to the first tensors of forward, those that are wanted.
+        save: function of the arguments and the outputs of forward that returns what backward takes between grad_output
+            and wanted: tensors, None, and options.
+        count: how many of forward's arguments, the first ones, have gradients.
+    """
+    others = len(forward._schema.arguments) - count
+
+    def setup_context(ctx, inputs, output):
+        outputs = output if isinstance(output, tuple) else (output,)
+        saved = save(inputs, outputs)
+        ctx.save_for_backward(*(value if isinstance(value, torch.Tensor) else None for value in saved))
+        ctx.options = [None if isinstance(value, torch.Tensor) else value for value in saved]
+        ctx.backend = inputs[-1]
+        ctx.mark_non_differentiable(*outputs[1:])
+        # Else zeros would be made for every output that backward makes no use of.
+        ctx.set_materialize_grads(False)
+
+    def gradients(ctx, grad_output, *_):
+        wanted = ctx.needs_input_grad[:count]
+        if grad_output is None:
+            return (None,) * (count + others)
+        saved = [
+            option if tensor is None else tensor for tensor, option in zip(ctx.saved_tensors, ctx.options, strict=True)
+        ]
+        found = iter(backward(grad_output, *saved, wanted, ctx.backend))
+        return (*(next(found) if wish else None for wish in wanted), *(None,) * others)
+
+    torch.library.register_autograd(forward, gradients, setup_context=setup_context, lib=_LIBRARY)
+    torch.library.register_autograd(backward, _refuse(forward), setup_context=_keep_backend, lib=_LIBRARY)
+
+
+def _keep_backend(ctx, inputs, output):
+    ctx.backend = inputs[-1]
+
+
+def _refuse(forward):
+    operator = forward._schema.name.partition("::")[2]
+
+    def refuse(ctx, *_):
+        raise RuntimeError(
+            f"{operator}: backend must be 'reference' where second derivatives are taken, got {ctx.backend!r}"
+        )
+
+    return refuse
+
+
+def _results(outputs):
+    if isinstance(outputs, list):
+        return [output for output in outputs if output is not None]
+    return outputs[0] if len(outputs) == 1 else outputs

@@ -1,0 +1,57 @@
+"""The border to the compiled kernels. The CUDA kernels are reached without a GPU, through the runner of simt_build."""
+
+from types import SimpleNamespace
+
+import compare
+import pytest
+import simt_build
+import torch
+
+from restoration_kernels import _backend, _launch
+from restoration_kernels._samples import DIFFERENTIABLE, convert
+
+EXTENSION, REASON = _backend.extension()
+
+
+def test_address():
+    tensor = torch.zeros(3, 4)
+    assert _launch.address(tensor) == tensor.data_ptr()
+    assert _launch.address(tensor[1:]) == tensor.data_ptr() + 4 * tensor.element_size()
+    assert _launch.address(None) == 0
+    with pytest.raises(ValueError, match=r"^address: tensor must be contiguous, got strides \(1, 4\) for \(4, 3\)$"):
+        _launch.address(tensor.T)
+
+
+@pytest.mark.skipif(EXTENSION is None, reason=str(REASON))
+def test_dtype_codes_are_those_of_the_extension():
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        assert _launch.dtype_code(dtype) == EXTENSION.DTYPES[str(dtype)[len("torch.") :]]
+
+
+@pytest.fixture
+def simulated_gpu(monkeypatch):
+    """Lets the cuda backend run on CPU tensors."""
+    if simt_build.compiler() is None:
+        pytest.skip("no C++ compiler")
+    module = simt_build.load_extension()
+    monkeypatch.setattr(_backend, "extension", lambda: (module, None))
+    monkeypatch.setattr(_backend, "why_not_on", lambda backend, device: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+
+
+@compare.every_tiny_case(*_backend.OPERATORS, backends=("cuda",))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cuda_backend_on_a_simulated_gpu(simulated_gpu, backend, sample, dtype):
+    arguments, names = sample.arguments(dtype), DIFFERENTIABLE[sample.operator]
+    reference = compare.public(sample.operator, "reference")
+    ours = compare.differentiate(compare.public(sample.operator, backend), arguments, names)
+    exact = compare.differentiate(reference, convert(arguments, torch.float64, "cpu"), names)
+    compare.judge_all(ours, exact, compare.differentiate(reference, arguments, names))
+
+
+def test_op_of_an_exported_graph_checks_its_device(monkeypatch):
+    """The choice of a backend is part of the graph, where nobody can see that its tensors have moved."""
+    monkeypatch.setattr(_backend, "why_not_here", lambda backend: None)
+    message = "^dual_pool_attention: backend must be able to run here on cpu, got 'cuda': the tensors are on cpu, not "
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.restoration_kernels.dual_pool_attention(torch.zeros(1, 1, 1, 1), torch.zeros(1), 50, "cuda")

@@ -1,0 +1,62 @@
+"""The Triton kernels without a GPU: their values under Triton's interpreter, and their machine code."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from restoration_kernels._backend import OPERATORS
+
+TESTS = Path(__file__).parent
+SOURCES = sorted((TESTS.parent / "kernels").glob("*_triton.py"))
+ARCHITECTURES = {86, 90}
+
+pytest.importorskip("triton")
+
+
+def run(command, **environment):
+    """What a process of its own prints: Triton decides between interpreter and compiler when it is imported."""
+    outer = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, *command], env={**outer, **environment}, capture_output=True, text=True, cwd=TESTS.parent
+    )
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-8000:]
+    return result.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which the operators' own tests run")
+def test_values_under_the_interpreter(tmp_path):
+    """The judge of every operator, on forward and backward."""
+    files = [TESTS / f"test_{path.name.removesuffix('_triton.py')}.py" for path in SOURCES]
+    chosen = "triton and ((test_backward and not float64) or test_edge_shapes)"
+    options = ["-q", "-p", "no:cacheprovider", "-k", chosen, f"--junitxml={tmp_path / 'report.xml'}"]
+    run(["-m", "pytest", *options, *map(str, files)], TRITON_INTERPRET="1")
+    cases = list(ElementTree.parse(tmp_path / "report.xml").iter("testcase"))
+    assert not [case.get("name") for case in cases if case.find("skipped") is not None]
+    for name, operator in OPERATORS.items():
+        assert operator.has("triton") == any(f"triton-{name}-" in case.get("name") for case in cases)
+
+
+@pytest.fixture(scope="module")
+def machine_code():
+    return [json.loads(line) for line in run([TESTS / "triton_build.py"]).splitlines()]
+
+
+def test_every_kernel_compiles_for_every_architecture(machine_code):
+    written = {name for path in SOURCES for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M)}
+    compiled = {(kernel["kernel"], kernel["architecture"]) for kernel in machine_code}
+    assert compiled - {("spilling_kernel", architecture) for architecture in ARCHITECTURES} == {
+        (name, architecture) for name in written for architecture in ARCHITECTURES
+    }
+
+
+def test_no_kernel_spills(machine_code):
+    """Registers that overflow go to the stack, in memory."""
+    spilling = {kernel["kernel"] for kernel in machine_code if kernel["STACK"] or kernel["LOCAL"]}
+    assert spilling == {"spilling_kernel"}, [kernel for kernel in machine_code if kernel["STACK"] or kernel["LOCAL"]]

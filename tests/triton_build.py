@@ -1,0 +1,96 @@
+"""Compiles the Triton kernels of all operators for GPUs that are not there. Run as a script, in its own process.
+
+Prints one line of JSON for each kernel, architecture and combination of argument types: the registers, stack and local
+memory of the machine code. Operators are called on sample inputs, with a driver that names the GPU wished for and with
+launches that only compile, so that each kernel is compiled for exactly the arguments that it is given.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+
+import compare
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction
+
+from restoration_kernels import _backend
+from restoration_kernels._samples import DIFFERENTIABLE, samples
+
+# Of the RTX 3090 and of Hopper, by the numbers that Triton calls them.
+ARCHITECTURES = (86, 90)
+WARP_THREADS = 32
+
+
+class AbsentGpu:
+    """As much of a Triton driver as compilation asks for."""
+
+    def __init__(self, architecture):
+        self.architecture = architecture
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.architecture, WARP_THREADS)
+
+    def get_current_device(self):
+        # Triton keeps what is compiled for one device apart from what is compiled for another.
+        return self.architecture
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@triton.jit
+def spilling_kernel(x, y, BLOCK: tl.constexpr):
+    """Holds more numbers a thread than there are registers: shows that the report tells."""
+    index = tl.arange(0, BLOCK)
+    values = tl.load(x + index)
+    tl.store(y + index, values - tl.max(values))
+
+
+def launch_everything():
+    """Calls what launches every kernel, forward and backward."""
+    x = torch.zeros(256 * WARP_THREADS)
+    spilling_kernel[(1,)](x, x, x.numel(), num_warps=1)
+    for name, operator in _backend.OPERATORS.items():
+        if not operator.has("triton"):
+            continue
+        # Rows that are no whole vectors take most registers, those that are take other instructions, and a size of one,
+        # which the last of the tiny samples has, is a constant of another type to Triton.
+        chosen = [(samples(name, "odd")[0], torch.float32), (samples(name, "model")[0], torch.bfloat16)]
+        for sample, dtype in [*chosen, (samples(name, "tiny")[-1], torch.float64)]:
+            compare.differentiate(compare.public(name, "triton"), sample.arguments(dtype), DIFFERENTIABLE[name])
+
+
+def resources(kernel):
+    """Numbers of a compiled kernel such as {"REG": 24, "STACK": 0, "SHARED": 0, "LOCAL": 0}, memory in bytes."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(number) for name, number in re.findall(r"\b([A-Z]+):(\d+)", report)}
+
+
+def main():
+    """Compiles and prints."""
+    launch = JITFunction.run
+    kernels = {}
+
+    def compile_only(function, *arguments, grid, warmup, **options):
+        kernel = launch(function, *arguments, grid=grid, warmup=True, **options)
+        kernels[kernel.hash] = kernel
+
+    JITFunction.run = compile_only
+    _backend.why_not_on = lambda backend, device: None
+    for architecture in ARCHITECTURES:
+        triton.runtime.driver.set_active(AbsentGpu(architecture))
+        launch_everything()
+    for kernel in kernels.values():
+        print(json.dumps({"kernel": kernel.name, "architecture": kernel.metadata.target.arch, **resources(kernel)}))
+
+
+if __name__ == "__main__":
+    main()
