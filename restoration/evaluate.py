@@ -137,10 +137,13 @@ def _report(evaluations: list[Evaluation], size: int) -> dict[str, object]:
 
 def summary_table(evaluations: list[Evaluation]) -> Table:
     """The summary as a table for the terminal."""
-    table = Table(box=box.SIMPLE, caption="SSIM: 1 is best. Gram losses: 0 is best; before: relative, not recoloured.")
-    table.add_column("style", no_wrap=True)
-    for column in ("pairs", "SSIM", "Gram", "relative", "before", "nearer", "clipped"):
-        table.add_column(column, justify="right")
+    table = Table(
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+        caption="SSIM: 1 is best. Gram losses: 0 is best; before: relative, not recoloured.",
+    )
+    for column in ("style", "pairs", "SSIM", "Gram", "relative", "before", "nearer", "clipped"):
+        table.add_column(column, justify="left" if column == "style" else "right", no_wrap=True)
     for name, row in summarise(evaluations).items():
         table.add_row(
             name,
