@@ -43,11 +43,15 @@ struct BFloat16 {
   }
 };
 
-// Uninitialised scratch memory that frees itself.
+constexpr int64_t kCacheLineBytes = 64;
+
+// Uninitialised scratch memory that begins with a cache line and frees itself.
 template <typename T>
 class Buffer {
  public:
-  explicit Buffer(int64_t count) : data_(static_cast<T*>(std::malloc(std::max<int64_t>(count, 1) * sizeof(T)))) {
+  explicit Buffer(int64_t count)
+      : data_(static_cast<T*>(std::aligned_alloc(
+            kCacheLineBytes, ceil_divide(std::max<int64_t>(count, 1) * sizeof(T), kCacheLineBytes) * kCacheLineBytes))) {
     if (data_ == nullptr) throw std::bad_alloc();
   }
   ~Buffer() { std::free(data_); }
@@ -74,8 +78,6 @@ void dispatch_cpu_dtype(const char* operator_name, DType dtype, Call call) {
       refuse_dtype(operator_name, dtype);
   }
 }
-
-constexpr int64_t kCacheLineBytes = 64;
 
 // Outputs larger than this leave a last-level cache (4 MB a core and more is rare) before anyone reads them. Writing
 // them past the caches saves the read that an ordinary store makes of every line before it changes it.

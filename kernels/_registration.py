@@ -44,6 +44,26 @@ def define(schema, allocate, launch):
     return getattr(getattr(torch.ops, _LIBRARY.ns), name).default
 
 
+def define_in_place(schema, launch):
+    """Registers an op that writes into its first tensor, returns nothing, and has no gradients.
+
+    Args:
+        schema: as for :func:`define`; the first argument is ``Tensor(a!)``, contiguous.
+        launch: function of backend, the first tensor and the other arguments.
+    """
+    name = schema.partition("(")[0]
+
+    def run(output, *arguments):
+        contiguous = [value.contiguous() if isinstance(value, torch.Tensor) else value for value in arguments[:-1]]
+        with _launch.on_device(output.device):
+            launch(arguments[-1], output, *contiguous)
+
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{_LIBRARY.ns}::{name}", lambda *arguments: None, lib=_LIBRARY)
+    return getattr(getattr(torch.ops, _LIBRARY.ns), name).default
+
+
 def differentiate(forward, backward, save, count):
     """Gives an op its gradients, of its first output by its first tensors.
 

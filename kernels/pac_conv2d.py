@@ -1,11 +1,12 @@
 """Pixel-adaptive convolution: a convolution whose every tap is weighted by the likeness of two pixels of a guide."""
 
+import functools
 import math
 
 import torch
 from torch import Tensor, nn
 
-from . import _backend, _checks
+from . import _backend, _checks, _launch, _registration
 from .pac_conv2d_reference import pac_conv2d_reference, pac_conv2d_reference_, pac_kernel2d_reference
 
 IntOrPair = int | tuple[int, int]
@@ -54,8 +55,9 @@ def pac_conv2d(
         backend: "cuda", "triton", "cpu" or "reference"; None leaves the choice to :func:`use_backend`.
 
     Returns:
-        [B, O, H', W'] in the dtype of residual, or of x. The reference holds about K²·(2C + G) numbers for each output
-        place. Gradients: x, guide, weight, bias, residual; the reference can be differentiated twice. Inf or NaN in the
+        [B, O, H', W'] in the dtype of residual, or of x. Memory beside it: below 1 MB a thread and a copy of weight on
+        the CPU, in backward another copy a thread and, in bfloat16, the gradients of x and guide in float32; the
+        reference holds about K²·(2C + G) numbers for each output place. Saved for backward: the inputs. Gradients: x, guide, weight, bias, residual; the reference can be differentiated twice. Inf or NaN in the
         guide spoils the output and the gradients of x and guide in reach of one kernel only: next to a pixel of Inf the
         taps vanish, at it the centre remains, and the guide's gradient is NaN there.
 
@@ -227,3 +229,125 @@ class PacConv2d(nn.Module):
             f"weight={list(self.weight.shape)}, stride={self.stride}, padding={self.padding}, "
             f"dilation={self.dilation}, bias={self.bias is not None}, normalize_kernel={self.normalize_kernel}"
         )
+
+
+def _cpu_cannot(x, **others):
+    return "its kernel takes no float16" if x.dtype == torch.float16 else None
+
+
+def _output_size(x, weight, stride, padding, dilation):
+    """Sizes of the output [B, O, H', W'] of checked arguments."""
+    reach = weight.shape[-1] - 1
+    rows, columns = (
+        (x.shape[2 + axis] + 2 * padding[axis] - dilation[axis] * reach - 1) // stride[axis] + 1 for axis in (0, 1)
+    )
+    return x.shape[0], x.shape[1] if _is_shared(weight) else weight.shape[0], rows, columns
+
+
+def _is_shared(weight):
+    # One filter of one channel is both; sharing it gives the same.
+    return weight.shape[0] == 1 and weight.shape[1] == 1
+
+
+def _options(x, guide, weight, stride, padding, dilation, normalize):
+    """What the kernels are told beside addresses."""
+    B, C, H, W = x.shape
+    return {
+        "batch": B,
+        "channels": C,
+        "guide_channels": guide.shape[1],
+        "out_channels": C if _is_shared(weight) else weight.shape[0],
+        "height": H,
+        "width": W,
+        "kernel_size": weight.shape[-1],
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+        "normalize": normalize,
+        "shared": _is_shared(weight),
+    }
+
+
+def _allocate_forward(x, guide, weight, bias, residual, stride, padding, dilation, normalize, alpha, quantum):
+    like = x if residual is None else residual
+    return (like.new_empty(_output_size(x, weight, stride, padding, dilation)),)
+
+
+def _launch_forward(
+    backend, outputs, x, guide, weight, bias, residual, stride, padding, dilation, normalize, alpha, quantum
+):
+    (y,) = outputs
+    options = _options(x, guide, weight, stride, padding, dilation, normalize)
+    options.update(alpha=alpha, quantum=quantum or 0.0, output_dtype=_launch.dtype_code(y.dtype))
+    tensors = {"x": x, "guide": guide, "weight": weight, "bias": bias, "residual": residual, "y": y}
+    _launch.run("pac_conv2d_forward", backend, tensors, options, x.dtype)
+
+
+def _launch_in_place(backend, residual, *arguments):
+    x, guide, weight, bias, *options = arguments
+    _launch_forward(backend, (residual,), x, guide, weight, bias, residual, *options)
+
+
+def _allocate_backward(grad_y, x, guide, weight, stride, padding, dilation, normalize, alpha, wanted):
+    out_channels = x.shape[1] if _is_shared(weight) else weight.shape[0]
+    outputs = (
+        (x, x.shape),
+        (guide, guide.shape),
+        (weight, weight.shape),
+        (weight, (out_channels,)),
+        (grad_y, grad_y.shape),
+    )
+    return [like.new_empty(shape) if wish else None for (like, shape), wish in zip(outputs, wanted, strict=True)]
+
+
+def _launch_backward(backend, outputs, grad_y, x, guide, weight, stride, padding, dilation, normalize, alpha, wanted):
+    *gradients, grad_residual = outputs
+    if grad_residual is not None:
+        # A copy: an op may not return what it was given.
+        grad_residual.copy_(grad_y)
+    if all(gradient is None for gradient in gradients):
+        return
+    options = _options(x, guide, weight, stride, padding, dilation, normalize)
+    options.update(alpha=alpha, output_dtype=_launch.dtype_code(grad_y.dtype))
+    names = ("grad_x", "grad_guide", "grad_weight", "grad_bias")
+    tensors = {"grad_y": grad_y, "x": x, "guide": guide, "weight": weight, **dict(zip(names, gradients, strict=True))}
+    _launch.run("pac_conv2d_backward", backend, tensors, options, x.dtype)
+
+
+def _save_for_backward(inputs, outputs):
+    x, guide, weight, _, _, stride, padding, dilation, normalize, alpha, _, _ = inputs
+    return x, guide, weight, stride, padding, dilation, normalize, alpha
+
+
+_GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, bool normalize, float alpha"
+_forward = _registration.define(
+    "pac_conv2d(Tensor x, Tensor guide, Tensor weight, Tensor? bias, Tensor? residual, "
+    f"{_GEOMETRY}, float? quantum, str backend) -> Tensor",
+    _allocate_forward,
+    _launch_forward,
+)
+_forward_in_place = _registration.define_in_place(
+    "pac_conv2d_(Tensor(a!) residual, Tensor x, Tensor guide, Tensor weight, Tensor? bias, "
+    f"{_GEOMETRY}, float? quantum, str backend) -> ()",
+    _launch_in_place,
+)
+_backward = _registration.define(
+    f"pac_conv2d_backward(Tensor grad_y, Tensor x, Tensor guide, Tensor weight, {_GEOMETRY}, bool[] wanted, "
+    "str backend) -> Tensor[]",
+    _allocate_backward,
+    _launch_backward,
+)
+_registration.differentiate(_forward, _backward, _save_for_backward, count=5)
+
+
+def _run(backend, x, guide, weight, bias, *, residual, stride, padding, dilation, normalize, alpha, quantum):
+    return _forward(x, guide, weight, bias, residual, stride, padding, dilation, normalize, alpha, quantum, backend)
+
+
+def _run_in_place(backend, residual, x, guide, weight, bias, *, stride, padding, dilation, normalize, alpha, quantum):
+    _forward_in_place(residual, x, guide, weight, bias, stride, padding, dilation, normalize, alpha, quantum, backend)
+    return residual
+
+
+_OPERATOR.register("cpu", functools.partial(_run, "cpu"), _cpu_cannot)
+_IN_PLACE.register("cpu", functools.partial(_run_in_place, "cpu"), _cpu_cannot)

@@ -66,9 +66,24 @@ def test_backward(backend, sample, dtype):
     compare.check_values(backend, sample, dtype, definition, GRADIENTS)
 
 
-@compare.every_case(OPERATOR)
+@compare.every_tiny_case(OPERATOR)
 def test_gradcheck(backend, sample):
     compare.check_gradcheck(backend, sample)
+
+
+@compare.one_case(OPERATOR, backends=compare.KERNELS)
+def test_second_derivatives_refused(backend, sample):
+    compare.check_second_derivatives_refused(backend, sample)
+
+
+@compare.every_tiny_case(OPERATOR, backends=compare.KERNELS)
+def test_opcheck(backend, sample):
+    compare.check_opcheck(backend, sample)
+
+
+@compare.one_case("pac_conv2d_", backends=compare.KERNELS)
+def test_opcheck_in_place(backend, sample):
+    compare.check_opcheck_in_place(backend, sample)
 
 
 @compare.one_case(OPERATOR)
@@ -159,7 +174,8 @@ def test_quantum_passes_the_gradient(backend, sample):
 @compare.every_backend(OPERATOR)
 def test_quantum_of_half_precision(backend):
     """Numbers times 2^16 overflow float16, numbers do not."""
-    x = torch.full((1, 1, 1, 1), 3.0, dtype=torch.float16)
+    x = torch.full((1, 1, 1, 1), 3.0, dtype=torch.float16, device=compare.device(backend))
+    compare.skip_unless_able(backend, OPERATOR, {"x": x, "guide": x, "weight": x})
     assert pac_conv2d(x, x, torch.ones_like(x), quantum=2.0**-16, backend=backend).item() == 3.0
 
 

@@ -1,0 +1,416 @@
+// Pixel-adaptive convolution on the CPU, backward. With v = alpha · grad_y and u_t(p)[c] = sum over o of W[o,c,t] v[o](p):
+//   grad_W[o,c,t] = sum over p of v[o](p) k_t(p) x[c](p+t),   grad_b[o] = sum over p of v[o](p),
+//   grad_x[c](p+t) += k_t(p) u_t(p)[c],   m_t(p) = sum over c of k_t(p) x[c](p+t) u_t(p)[c],
+//   grad_g(p) -= m_t(p) (g(p) - g(p+t)),   grad_g(p+t) += the same.
+// m_t is k_t times the gradient of k_t; with normalize, k_t is divided by the sum and m_t loses k_t · (sum over r of m_r).
+// A thread takes a strip as forward does; u is made tile by tile by one product, and used at once for both grad_x and m.
+// Strips add to pixels of their neighbours: bands of rows, so high that only neighbouring bands meet, run in two turns,
+// even ones and odd ones. So grad_x and grad_guide do not depend on the thread count; grad_weight and grad_bias are
+// added up in each thread and then in order, the same for the same number of threads.
+// Scratch memory: a strip and a copy of grad_weight for each thread; in bfloat16 grad_x and grad_guide in float32 too.
+
+#include "pac_conv2d_strips_cpu.h"
+
+namespace restoration::CPU_ISA {
+namespace {
+
+// Columns and grad_y of a strip: with the weights in passing, they stay in a second-level cache of 1 MB.
+constexpr int64_t kOperandBytes = int64_t{512} << 10;
+
+// Longer strips save nothing more, and images of few pixels would give too few strips to share among threads.
+constexpr int64_t kMostPlaces = 1024;
+
+// Low bands share small images among threads; each is at least this high, as turns between bands cost time.
+constexpr int64_t kLeastBandRows = 8;
+
+// A call of fewer products takes less time than waking the threads.
+constexpr int64_t kParallelProducts = int64_t{1} << 18;
+
+constexpr int64_t kCopyElements = int64_t{1} << 16;
+
+// Gradient that strips add to: the output itself, or float32 memory that is rounded to it in the end.
+template <typename T>
+class SummedGradient {
+ public:
+  using A = AccumulateType<T>;
+
+  SummedGradient(void* output, int64_t count, int threads)
+      : output_(static_cast<T*>(output)),
+        count_(output == nullptr ? 0 : count),
+        threads_(threads),
+        memory_(std::is_same_v<A, T> ? 0 : count_) {
+    A* sums = this->sums();
+    advise_huge_pages(sums, count_ * int64_t{sizeof(A)});
+    for_each_block([=](int64_t first, int64_t last) { std::memset(sums + first, 0, (last - first) * sizeof(A)); });
+  }
+
+  bool wanted() const { return output_ != nullptr; }
+
+  A* sums() {
+    if constexpr (std::is_same_v<A, T>) {
+      return output_;
+    } else {
+      return memory_.data();
+    }
+  }
+
+  void finish() {
+    if constexpr (!std::is_same_v<A, T>) {
+      const A* sums = this->sums();
+      T* output = output_;
+      for_each_block([=](int64_t first, int64_t last) {
+#pragma omp simd
+        for (int64_t index = first; index < last; ++index) output[index] = T(sums[index]);
+      });
+    }
+  }
+
+ private:
+  template <typename Call>
+  void for_each_block(Call call) {
+    const int64_t count = count_;
+#pragma omp parallel for schedule(static) num_threads(threads_) if (count > 4 * kCopyElements)
+    for (int64_t first = 0; first < count; first += kCopyElements) {
+      call(first, std::min(count, first + kCopyElements));
+    }
+  }
+
+  T* output_;
+  int64_t count_;
+  int threads_;
+  Buffer<A> memory_;
+};
+
+// One thread's arrays beside those of StripScratch.
+template <typename A>
+struct BackwardScratch {
+  A* grad_y;       // [tiles, output_rows, kTile]: alpha · grad_y, zero where there is no pixel
+  A* guide_slope;  // [K², places]: m_t(p)
+  A* guide_row;    // gradient of one row of the guide under the centre tap
+  A* grad_bias;    // [O]
+  A* grad_weight;  // in blocks as add_block_products makes them; with shared filters [K²]
+
+  static int64_t output_rows(const PacConv2dSizes& sizes) { return round_up(sizes.out_channels, kBlockRows); }
+  static int64_t weight_sums(const PacConv2dSizes& sizes) {
+    return sizes.shared ? sizes.taps() : output_rows(sizes) * StripScratch<A>::column_rows(sizes);
+  }
+
+  BackwardScratch(Carver<A>& carver, const PacConv2dSizes& sizes, const StripTiles<A>& largest)
+      : grad_y(carver.take(output_rows(sizes) * largest.places())),
+        guide_slope(carver.take(sizes.taps() * largest.places())),
+        guide_row(carver.take(largest.places_per_row())),
+        grad_bias(carver.take(sizes.out_channels)),
+        grad_weight(carver.take(weight_sums(sizes))) {}
+};
+
+// The work of one thread.
+template <typename T, typename R>
+class Worker {
+ public:
+  using A = AccumulateType<T>;
+
+  Worker(const PacConv2dBackward& arguments, const PacConv2dSizes& sizes, const StripShape<A>& shape, const A* panels,
+         A* grad_x, A* grad_guide, A* memory)
+      : sizes_(sizes),
+        x_(static_cast<const T*>(arguments.x)),
+        guide_(static_cast<const T*>(arguments.guide)),
+        weight_(static_cast<const T*>(arguments.weight)),
+        grad_y_(static_cast<const R*>(arguments.grad_y)),
+        panels_(panels),
+        grad_x_(grad_x),
+        grad_guide_(grad_guide),
+        wants_weight_(arguments.grad_weight != nullptr),
+        wants_bias_(arguments.grad_bias != nullptr),
+        alpha_(A(arguments.alpha)),
+        carver_(memory),
+        strip_(carver_, sizes, shape.largest()),
+        own_(carver_, sizes, shape.largest()) {}
+
+  int64_t memory_used() const { return carver_.used(); }
+  const A* grad_weight() const { return own_.grad_weight; }
+  const A* grad_bias() const { return own_.grad_bias; }
+
+  void clear() {
+    std::memset(own_.grad_bias, 0, sizes_.out_channels * sizeof(A));
+    std::memset(own_.grad_weight, 0, BackwardScratch<A>::weight_sums(sizes_) * sizeof(A));
+  }
+
+  void run(const Strip& strip) {
+    const StripTiles<A> tiles(strip);
+    pack_grad_y(tiles);
+    const bool wants_columns = wants_weight_ || grad_guide_ != nullptr;
+    const bool wants_products = grad_x_ != nullptr || grad_guide_ != nullptr;
+    if (wants_columns || wants_products) pack_kernel(tiles, sizes_, guide_, strip_);
+    if (wants_columns) pack_columns(tiles, sizes_, x_, strip_);
+    if (wants_weight_) sizes_.shared ? add_filter_gradient(tiles) : add_weight_gradient(tiles);
+    if (grad_guide_ != nullptr) std::memset(own_.guide_slope, 0, sizes_.taps() * tiles.places() * sizeof(A));
+    if (wants_products) sizes_.shared ? filter_grad_y(tiles) : multiply_grad_y(tiles);
+    if (grad_guide_ != nullptr) add_guide_gradient(tiles);
+  }
+
+ private:
+  int64_t column_stride() const { return StripScratch<A>::column_rows(sizes_) * kTile<A>; }
+  int64_t grad_y_stride() const { return BackwardScratch<A>::output_rows(sizes_) * kTile<A>; }
+
+  void pack_grad_y(const StripTiles<A>& tiles) {
+    const A alpha = alpha_;
+    for (int64_t tile = 0; tile < tiles.tiles(); ++tile) {
+      A* packed = own_.grad_y + tile * grad_y_stride();
+      const int64_t pixels = tiles.pixels(tile);
+      for (int64_t channel = 0; channel < sizes_.out_channels; ++channel, packed += kTile<A>) {
+        const R* values = grad_y_ + tiles.output_offset(sizes_, channel, tile);
+        A sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t place = 0; place < pixels; ++place) {
+          packed[place] = alpha * static_cast<A>(values[place]);
+          sum += packed[place];
+        }
+        for (int64_t place = pixels; place < kTile<A>; ++place) packed[place] = 0;
+        if (wants_bias_) own_.grad_bias[channel] += sum;
+      }
+      const int64_t filling = BackwardScratch<A>::output_rows(sizes_) - sizes_.out_channels;
+      std::memset(packed, 0, filling * kTile<A> * sizeof(A));
+    }
+  }
+
+  void add_weight_gradient(const StripTiles<A>& tiles) {
+    const int64_t rows = BackwardScratch<A>::output_rows(sizes_), columns = StripScratch<A>::column_rows(sizes_);
+    A* sums = own_.grad_weight;
+    for (int64_t column = 0; column < columns; column += kBlockColumns) {
+      for (int64_t row = 0; row < rows; row += kBlockRows, sums += kBlockSums) {
+        add_block_products(own_.grad_y + row * kTile<A>, grad_y_stride(), strip_.columns + column * kTile<A>,
+                           column_stride(), tiles.tile_rows(), sums);
+      }
+    }
+  }
+
+  void add_filter_gradient(const StripTiles<A>& tiles) {
+    for (int64_t tile = 0; tile < tiles.tiles(); ++tile) {
+      const int64_t pixels = tiles.pixels(tile);
+      for (int64_t row = 0; row < sizes_.depth(); ++row) {
+        const A* columns = strip_.columns + tile * column_stride() + row * kTile<A>;
+        const A* grad_y = own_.grad_y + tile * grad_y_stride() + row % sizes_.channels * kTile<A>;
+        A sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t place = 0; place < pixels; ++place) sum += columns[place] * grad_y[place];
+        own_.grad_weight[row / sizes_.channels] += sum;
+      }
+    }
+  }
+
+  void multiply_grad_y(const StripTiles<A>& tiles) {
+    alignas(kCacheLineBytes) A product[kPanelRows * kTile<A>];
+    for (int64_t first = 0; first < sizes_.depth(); first += kPanelRows) {
+      const A* panel = panels_ + first * sizes_.out_channels;
+      const int64_t last = std::min<int64_t>(first + kPanelRows, sizes_.depth());
+      for (int64_t tile = 0; tile < tiles.tiles(); ++tile) {
+        panel_times_tile(panel, own_.grad_y + tile * grad_y_stride(), sizes_.out_channels, tiles.pixels(tile), product);
+        for (int64_t row = first; row < last; ++row) use_product(tiles, tile, row, product + (row - first) * kTile<A>);
+      }
+    }
+  }
+
+  void filter_grad_y(const StripTiles<A>& tiles) {
+    alignas(kCacheLineBytes) A product[kTile<A>];
+    for (int64_t row = 0; row < sizes_.depth(); ++row) {
+      const A factor = static_cast<A>(weight_[row / sizes_.channels]);
+      for (int64_t tile = 0; tile < tiles.tiles(); ++tile) {
+        const A* grad_y = own_.grad_y + tile * grad_y_stride() + row % sizes_.channels * kTile<A>;
+        for (int64_t place = 0; place < kTile<A>; ++place) product[place] = factor * grad_y[place];
+        use_product(tiles, tile, row, product);
+      }
+    }
+  }
+
+  // What row `row` of u, for the pixels of one tile, adds to grad_x and to the slope of the guide.
+  HOST_DEVICE void use_product(const StripTiles<A>& tiles, int64_t tile, int64_t row, const A* product) {
+    const int64_t tap = row / sizes_.channels, channel = row % sizes_.channels;
+    if (grad_guide_ != nullptr && (sizes_.normalize || tap != sizes_.taps() / 2)) {
+      const A* columns = strip_.columns + tile * column_stride() + row * kTile<A>;
+      A* slope = own_.guide_slope + tap * tiles.places() + tile * kTile<A>;
+      const int64_t pixels = tiles.pixels(tile);
+      for (int64_t place = 0; place < pixels; place += kLanes<A>) {
+        store(slope + place, load(slope + place) + load(columns + place) * load(product + place));
+      }
+    }
+    if (grad_x_ != nullptr) {
+      const A* kernel = strip_.kernel + tap * tiles.places() + tile * kTile<A>;
+      A* plane = grad_x_ + (tiles.strip.image * sizes_.channels + channel) * sizes_.pixels();
+      add_inside(tiles, tiles.row(tile), tap, tiles.column(tile), tiles.pixels(tile), plane,
+                 [=](int64_t place) { return kernel[place] * product[place]; });
+    }
+  }
+
+  // plane(p+t) += value(p) for `count` places from `first` on in a row of the strip, where p+t is inside the image.
+  template <typename Value>
+  HOST_DEVICE void add_inside(const StripTiles<A>& tiles, int64_t row, int64_t tap, int64_t first, int64_t count,
+                              A* plane, Value value) {
+    const InsideRange range = inside(tiles, sizes_, row, tap);
+    const int64_t begin = std::max<int64_t>(range.begin - first, 0);
+    const int64_t end = std::min(range.end - first, count);
+    if (begin >= end) return;
+    const int64_t step = sizes_.horizontal.stride;
+    A* sums = plane + range.input_row * sizes_.horizontal.size + range.first_column + first * step;
+    if (step == 1) {
+#pragma omp simd
+      for (int64_t place = begin; place < end; ++place) sums[place] += value(place);
+    } else {
+      for (int64_t place = begin; place < end; ++place) sums[place * step] += value(place);
+    }
+  }
+
+  // k_t(p) is a share of the sum: a change of k_t changes the shares of all taps.
+  void center_slope(const StripTiles<A>& tiles, int64_t row) {
+    const int64_t count = tiles.computed_per_row(), stride = tiles.places();
+    A* total = own_.guide_row;
+    std::memset(total, 0, count * sizeof(A));
+    A* row_slope = own_.guide_slope + row * tiles.places_per_row();
+    const A* row_kernel = strip_.kernel + row * tiles.places_per_row();
+    for (int64_t tap = 0; tap < sizes_.taps(); ++tap) {
+      for (int64_t place = 0; place < count; ++place) total[place] += row_slope[tap * stride + place];
+    }
+    for (int64_t tap = 0; tap < sizes_.taps(); ++tap) {
+      for (int64_t place = 0; place < count; ++place) {
+        row_slope[tap * stride + place] -= row_kernel[tap * stride + place] * total[place];
+      }
+    }
+  }
+
+  void add_guide_gradient(const StripTiles<A>& tiles) {
+    const int64_t middle = sizes_.taps() / 2;
+    const int64_t pixels = tiles.strip.columns, count = tiles.computed_per_row();
+    for (int64_t row = 0; row < tiles.strip.rows; ++row) {
+      if (sizes_.normalize) center_slope(tiles, row);
+      for (int64_t channel = 0; channel < sizes_.guide_channels; ++channel) {
+        const int64_t offset = (tiles.strip.image * sizes_.guide_channels + channel) * sizes_.pixels();
+        const A* centre = centre_row(tiles, sizes_, guide_ + offset, row, strip_.centre);
+        std::memset(own_.guide_row, 0, count * sizeof(A));
+        for (int64_t tap_row = 0; tap_row < sizes_.kernel_size; ++tap_row) {
+          for_each_tap(tiles, sizes_, guide_ + offset, row, tap_row, strip_.source, [&](int64_t tap, const A* values) {
+            if (tap == middle) return;
+            const A* slope = own_.guide_slope + tap * tiles.places() + row * tiles.places_per_row();
+            A* own_row = own_.guide_row;
+            for (int64_t place = 0; place < count; place += kLanes<A>) {
+              store(own_row + place, load(own_row + place) - load(slope + place) * (load(centre + place) - load(values + place)));
+            }
+            add_inside(tiles, row, tap, 0, pixels, grad_guide_ + offset,
+                       [=](int64_t place) { return slope[place] * (centre[place] - values[place]); });
+          });
+        }
+        const A* own_row = own_.guide_row;
+        add_inside(tiles, row, middle, 0, pixels, grad_guide_ + offset, [=](int64_t place) { return own_row[place]; });
+      }
+    }
+  }
+
+  const PacConv2dSizes& sizes_;
+  const T* x_;
+  const T* guide_;
+  const T* weight_;
+  const R* grad_y_;
+  const A* panels_;
+  A* grad_x_;
+  A* grad_guide_;
+  bool wants_weight_;
+  bool wants_bias_;
+  A alpha_;
+  Carver<A> carver_;
+  StripScratch<A> strip_;
+  BackwardScratch<A> own_;
+};
+
+// [C·K², O]: the transpose of what forward multiplies with.
+template <typename A, typename T>
+void pack_transposed_weight(A* panels, const PacConv2dSizes& sizes, const T* weight) {
+  pack_panels<A>(panels, sizes.depth(), sizes.out_channels, [&](int64_t row, int64_t step) {
+    return static_cast<A>(weight[step * sizes.depth() + row % sizes.channels * sizes.taps() + row / sizes.channels]);
+  });
+}
+
+// Place of grad_W[o,c,t] in BackwardScratch::grad_weight.
+template <typename A>
+int64_t weight_sum(const PacConv2dSizes& sizes, int64_t output, int64_t channel, int64_t tap) {
+  if (sizes.shared) return tap;
+  const int64_t column = tap * sizes.channels + channel;
+  const int64_t block = column / kBlockColumns * (BackwardScratch<A>::output_rows(sizes) / kBlockRows) + output / kBlockRows;
+  return block * kBlockSums + output % kBlockRows * kBlockColumns + column % kBlockColumns;
+}
+
+template <typename T, typename R>
+void backward(const PacConv2dBackward& arguments, const PacConv2dSizes& sizes, int threads) {
+  using A = AccumulateType<T>;
+  const T* weight = static_cast<const T*>(arguments.weight);
+  const int64_t work = sizes.batch * sizes.out_pixels() * sizes.out_channels * sizes.depth();
+  const int workers = work < kParallelProducts ? 1 : threads;
+
+  Buffer<A> panels(sizes.shared ? 0 : round_up(sizes.depth(), kPanelRows) * sizes.out_channels);
+  if (!sizes.shared) pack_transposed_weight(panels.data(), sizes, weight);
+  SummedGradient<T> grad_x(arguments.grad_x, sizes.batch * sizes.channels * sizes.pixels(), workers);
+  SummedGradient<T> grad_guide(arguments.grad_guide, sizes.batch * sizes.guide_channels * sizes.pixels(), workers);
+
+  const int64_t rows = StripScratch<A>::column_rows(sizes) + BackwardScratch<A>::output_rows(sizes);
+  const StripShape<A> shape(sizes, std::min(kOperandBytes / (rows * int64_t{sizeof(A)}), kMostPlaces));
+  auto worker = [&](A* memory) {
+    return Worker<T, R>(arguments, sizes, shape, panels.data(), grad_x.wanted() ? grad_x.sums() : nullptr,
+                        grad_guide.wanted() ? grad_guide.sums() : nullptr, memory);
+  };
+  const int64_t worker_memory = worker(nullptr).memory_used();
+  Buffer<A> memory(workers * worker_memory);
+  for (int number = 0; number < workers; ++number) worker(memory.data() + number * worker_memory).clear();
+
+  // Rows that the taps of one output row reach over, in output rows: bands two apart then have no input row in common.
+  const int64_t reach = ceil_divide((sizes.kernel_size - 1) * sizes.vertical.dilation, sizes.vertical.stride);
+  const int64_t band_rows = std::max({reach, shape.rows, kLeastBandRows});
+  const int64_t bands = ceil_divide(sizes.out_height(), band_rows);
+#pragma omp parallel num_threads(workers) if (workers > 1)
+  {
+    Worker<T, R> own = worker(memory.data() + thread_number() * worker_memory);
+    for (int64_t turn = 0; turn < 2; ++turn) {
+      const int64_t turn_bands = (bands + 1 - turn) / 2;
+      // Fixed shares, so that the sums of each thread are the same in every call.
+#pragma omp for schedule(static)
+      for (int64_t index = 0; index < sizes.batch * turn_bands; ++index) {
+        const int64_t first_row = (index % turn_bands * 2 + turn) * band_rows;
+        for_each_strip(shape, sizes, index / turn_bands, first_row,
+                       std::min(sizes.out_height(), first_row + band_rows), [&](const Strip& strip) { own.run(strip); });
+      }
+    }
+  }
+
+  grad_x.finish();
+  grad_guide.finish();
+  auto sum_of_workers = [&](auto value) {
+    A sum = 0;
+    for (int number = 0; number < workers; ++number) sum += value(worker(memory.data() + number * worker_memory));
+    return T(sum);
+  };
+  if (arguments.grad_weight != nullptr) {
+    const int64_t outputs = sizes.shared ? 1 : sizes.out_channels, channels = sizes.shared ? 1 : sizes.channels;
+    T* grad_weight = static_cast<T*>(arguments.grad_weight);
+    for (int64_t output = 0; output < outputs; ++output) {
+      for (int64_t channel = 0; channel < channels; ++channel) {
+        for (int64_t tap = 0; tap < sizes.taps(); ++tap) {
+          const int64_t place = weight_sum<A>(sizes, output, channel, tap);
+          *grad_weight++ = sum_of_workers([=](const auto& worker) { return worker.grad_weight()[place]; });
+        }
+      }
+    }
+  }
+  if (arguments.grad_bias != nullptr) {
+    T* grad_bias = static_cast<T*>(arguments.grad_bias);
+    for (int64_t output = 0; output < sizes.out_channels; ++output) {
+      grad_bias[output] = sum_of_workers([=](const auto& worker) { return worker.grad_bias()[output]; });
+    }
+  }
+}
+
+}  // namespace
+
+void pac_conv2d_backward(const PacConv2dBackward& arguments, const PacConv2dSizes& sizes, DType dtype,
+                         DType output_dtype, int threads) {
+  dispatch_pac_conv2d(dtype, output_dtype, [&](auto tag, auto output_tag) {
+    backward<typename decltype(tag)::Type, typename decltype(output_tag)::Type>(arguments, sizes, threads);
+  });
+}
+
+}  // namespace restoration::CPU_ISA
