@@ -104,21 +104,28 @@ class Carver {
   int64_t used_ = 0;
 };
 
+// Channels of the guide whose distances are summed in registers: those of the model.
+constexpr int kGuideBlock = 8;
+
 // What is packed for a strip. Rows of the columns are filled up to whole blocks (add_block_products).
 template <typename A>
 struct StripScratch {
   A* kernel;   // [K², places]: k_t(p), or with normalize its share of the sum
   A* columns;  // [tiles, column_rows, kTile]
-  A* source;   // values of one row of the input under one row of taps
-  A* centre;   // of one row of the guide under the centre tap
+  A* source;   // [kGuideBlock, source_size]: one row of the input under one row of taps
+  A* centre;   // [kGuideBlock, places of a row]: one row of the guide under the centre tap
 
   static int64_t column_rows(const PacConv2dSizes& sizes) { return round_up(sizes.depth(), kBlockColumns); }
 
   StripScratch(Carver<A>& carver, const PacConv2dSizes& sizes, const StripTiles<A>& largest)
       : kernel(carver.take(sizes.taps() * largest.places())),
         columns(carver.take(column_rows(sizes) * largest.places())),
-        source(carver.take(largest.places_per_row() + shared_reach(sizes))),
-        centre(carver.take(largest.places_per_row())) {}
+        source(carver.take(kGuideBlock * source_size(sizes, largest))),
+        centre(carver.take(kGuideBlock * largest.places_per_row())) {}
+
+  static int64_t source_size(const PacConv2dSizes& sizes, const StripTiles<A>& tiles) {
+    return round_up(tiles.places_per_row() + shared_reach(sizes), kCacheLineBytes / sizeof(A));
+  }
 
   // Pixels beyond the places of a row that its taps reach, if they read one copy of the row.
   static int64_t shared_reach(const PacConv2dSizes& sizes) {
@@ -225,28 +232,66 @@ void normalize_kernel(const StripTiles<A>& tiles, const PacConv2dSizes& sizes, i
   }
 }
 
+// distance[p] += the squared differences of kChannels rows, summed in registers.
+template <int kChannels, typename A>
+HOST_DEVICE void add_squares(A* distance, const A* const* centres, const A* const* values, int64_t offset,
+                             int64_t count) {
+  for (int64_t place = 0; place < count; place += kLanes<A>) {
+    Vector<A> sum = load(distance + place);
+#pragma GCC unroll 8
+    for (int channel = 0; channel < kChannels; ++channel) {
+      const Vector<A> difference = load(centres[channel] + place) - load(values[channel] + offset + place);
+      sum += difference * difference;
+    }
+    store(distance + place, sum);
+  }
+}
+
+// Adds what kChannels channels of the guide, the first of them in `planes`, contribute to all distances of a row.
+template <int kChannels, typename A, typename T>
+void add_distances(const StripTiles<A>& tiles, const PacConv2dSizes& sizes, const T* planes, int64_t row,
+                   const StripScratch<A>& scratch, A* distances) {
+  const int64_t count = tiles.computed_per_row();
+  const int64_t source_size = StripScratch<A>::source_size(sizes, tiles);
+  const int64_t first = sizes.horizontal.position(tiles.strip.first_column, 0);
+  const int64_t gap = sizes.horizontal.dilation;
+  const bool shared = StripScratch<A>::shares_source(sizes);
+  const A* centres[kChannels];
+  const A* values[kChannels] = {};
+  for (int channel = 0; channel < kChannels; ++channel) {
+    centres[channel] = centre_row(tiles, sizes, planes + channel * sizes.pixels(), row,
+                                  scratch.centre + channel * tiles.places_per_row());
+  }
+  for (int64_t tap = 0; tap < sizes.taps(); ++tap) {
+    const int64_t tap_column = tap % sizes.kernel_size;
+    if (!shared || tap_column == 0) {
+      const int64_t input = sizes.vertical.position(tiles.strip.first_row + row, tap / sizes.kernel_size);
+      for (int channel = 0; channel < kChannels; ++channel) {
+        values[channel] = input_row(planes + channel * sizes.pixels(), sizes, input, first + (shared ? 0 : tap_column * gap),
+                                    sizes.horizontal.stride, count + StripScratch<A>::shared_reach(sizes),
+                                    scratch.source + channel * source_size);
+      }
+    }
+    // The distance of the centre stays 0: its k is 1 by definition, also for Inf.
+    if (tap == sizes.taps() / 2) continue;
+    add_squares<kChannels>(distances + tap * tiles.places(), centres, values, shared ? tap_column * gap : 0, count);
+  }
+}
+
 // Fills scratch.kernel.
 template <typename A, typename T>
 void pack_kernel(const StripTiles<A>& tiles, const PacConv2dSizes& sizes, const T* guide, const StripScratch<A>& scratch) {
   const int64_t count = tiles.computed_per_row(), stride = tiles.places();
-  const int64_t middle = sizes.taps() / 2;
   const T* image = guide + tiles.strip.image * sizes.guide_channels * sizes.pixels();
   for (int64_t row = 0; row < tiles.strip.rows; ++row) {
     A* kernel = scratch.kernel + row * tiles.places_per_row();
     for (int64_t tap = 0; tap < sizes.taps(); ++tap) std::memset(kernel + tap * stride, 0, count * sizeof(A));
-    for (int64_t channel = 0; channel < sizes.guide_channels; ++channel) {
-      const T* plane = image + channel * sizes.pixels();
-      const A* centre = centre_row(tiles, sizes, plane, row, scratch.centre);
-      for (int64_t tap_row = 0; tap_row < sizes.kernel_size; ++tap_row) {
-        for_each_tap(tiles, sizes, plane, row, tap_row, scratch.source, [&](int64_t tap, const A* values) {
-          if (tap == middle) return;
-          A* distance = kernel + tap * stride;
-          for (int64_t place = 0; place < count; place += kLanes<A>) {
-            const Vector<A> difference = load(centre + place) - load(values + place);
-            store(distance + place, load(distance + place) + difference * difference);
-          }
-        });
-      }
+    int64_t channel = 0;
+    for (; channel + kGuideBlock <= sizes.guide_channels; channel += kGuideBlock) {
+      add_distances<kGuideBlock>(tiles, sizes, image + channel * sizes.pixels(), row, scratch, kernel);
+    }
+    for (; channel < sizes.guide_channels; ++channel) {
+      add_distances<1>(tiles, sizes, image + channel * sizes.pixels(), row, scratch, kernel);
     }
     for (int64_t tap = 0; tap < sizes.taps(); ++tap) {
       A* values = kernel + tap * stride;

@@ -55,11 +55,12 @@ def pac_conv2d(
         backend: "cuda", "triton", "cpu" or "reference"; None leaves the choice to :func:`use_backend`.
 
     Returns:
-        [B, O, H', W'] in the dtype of residual, or of x. Memory beside it: below 1 MB a thread and a copy of weight on
-        the CPU, in backward another copy a thread and, in bfloat16, the gradients of x and guide in float32; the
-        reference holds about K²·(2C + G) numbers for each output place. Saved for backward: the inputs. Gradients: x, guide, weight, bias, residual; the reference can be differentiated twice. Inf or NaN in the
-        guide spoils the output and the gradients of x and guide in reach of one kernel only: next to a pixel of Inf the
-        taps vanish, at it the centre remains, and the guide's gradient is NaN there.
+        [B, O, H', W'] in the dtype of residual, or of x. Gradients: x, guide, weight, bias, residual; the reference can
+        be differentiated twice. Saved for backward: the inputs. Memory beside the results: on the CPU below 1 MB a
+        thread and a copy of weight, in backward another copy a thread and, in bfloat16, the gradients of x and guide in
+        float32; the reference holds about K²·(2C + G) numbers for each output place. Inf or NaN in the guide spoils the
+        output and the gradients of x and guide in reach of one kernel only: next to a pixel of Inf the taps vanish, at
+        it the centre remains, and the guide's gradient is NaN there.
 
     Raises:
         TypeError, ValueError: an argument is not as said here.

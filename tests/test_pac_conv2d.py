@@ -1,9 +1,13 @@
+import os
+import subprocess
+import sys
+
 import compare
 import pytest
 import torch
 import torch.nn.functional as F
 
-from restoration_kernels import PacConv2d, pac_conv2d, pac_conv2d_, pac_kernel2d
+from restoration_kernels import PacConv2d, _backend, pac_conv2d, pac_conv2d_, pac_kernel2d
 from restoration_kernels._samples import samples
 
 OPERATOR = "pac_conv2d"
@@ -143,6 +147,128 @@ def test_identity_constant_guide(backend, geometry):
     guide = torch.zeros(2, 5, 8, 9, dtype=torch.float64)
     output = pac_conv2d(x, guide, weight, bias, **geometry, backend=backend)
     compare.judge(str(geometry), output, F.conv2d(x, weight, bias, **geometry), ulps=compare.REFERENCE_ULPS[x.dtype])
+
+
+@compare.every_backend(OPERATOR)
+def test_identity_grad_x(backend):
+    """k_t(p) = k_-t(p+t): the gradient to x is the same operator on grad_y with the weights transposed and flipped."""
+    x = torch.randn(2, 3, 9, 14, dtype=torch.float64, device=compare.device(backend), requires_grad=True)
+    guide, grad_y = torch.randn(2, 2, 9, 14).to(x), torch.randn(2, 5, 9, 14).to(x)
+    weight = torch.randn(5, 3, 3, 3).to(x)
+    geometry = {"padding": 2, "dilation": 2, "backend": backend}
+    (grad_x,) = torch.autograd.grad(pac_conv2d(x, guide, weight, **geometry), x, grad_y)
+    expected = pac_conv2d(grad_y, guide, weight.transpose(0, 1).flip(2, 3), **geometry)
+    compare.judge("grad_x", grad_x, expected, ulps=compare.REFERENCE_ULPS[x.dtype])
+
+
+@compare.every_backend(OPERATOR)
+def test_identity_distant_guide(backend):
+    """Between colours far apart every kernel but the centre's is 0, to the bit: what is left is a 1x1 convolution."""
+    rows, columns = torch.meshgrid(torch.arange(9), torch.arange(20), indexing="ij")
+    # Distances of 1e4 and more between any two neighbours.
+    guide = (1e4 * (rows % 2 + 2 * (columns % 2)).double())[None, None].to(compare.device(backend))
+    x, weight, bias = torch.randn(1, 3, 9, 20).to(guide), torch.randn(5, 3, 3, 3).to(guide), torch.randn(5).to(guide)
+    output = pac_conv2d(x, guide, weight, bias, padding=1, backend=backend)
+    alone = weight.clone()
+    alone.view(5, 3, 9)[:, :, [0, 1, 2, 3, 5, 6, 7, 8]] = 0
+    assert torch.equal(output, pac_conv2d(x, torch.zeros_like(guide), alone, bias, padding=1, backend=backend))
+    compare.judge("1x1", output, F.conv2d(x, alone[:, :, 1:2, 1:2], bias), ulps=compare.REFERENCE_ULPS[x.dtype])
+
+
+@compare.every_backend(OPERATOR)
+@pytest.mark.parametrize("magnitude", [1e-40, 1e-20, 1e4, 1e30])
+def test_guide_of_any_magnitude(backend, magnitude):
+    """Denormal, tiny, huge and overflowing differences give kernels of 1 or 0 and finite gradients."""
+    same = next(sample for sample in samples(OPERATOR) if sample.name == "same")
+    arguments = compare.arguments_for(backend, same, torch.float32)
+    arguments["guide"] *= magnitude
+    results = compare.differentiate(compare.public(OPERATOR, backend), arguments, GRADIENTS)
+    kernel = (1, 1) if magnitude < 1 else (0, 1)
+    reach = torch.full((3, 3), float(kernel[0]))
+    reach[1, 1] = 1
+    weight = arguments["weight"] * reach.to(arguments["weight"])
+    expected = F.conv2d(arguments["x"], weight, arguments["bias"], padding=1)
+    torch.testing.assert_close(results["output"], expected)
+    assert results["x"].isfinite().all()
+    assert results["guide"].isfinite().all()
+
+
+# Beyond what the samples reach: strips narrower than the image, taps read one by one, channels of the guide in blocks.
+@pytest.mark.parametrize(
+    ("channels", "outputs", "guides", "size", "taps", "options"),
+    [
+        (70, 9, 9, (9, 130), 3, {"padding": 1}),
+        (70, 3, 17, (11, 210), 3, {"padding": (1, 3), "stride": (1, 2), "normalize": True}),
+        (40, 2, 1, (19, 140), 5, {"padding": 20, "dilation": (3, 16)}),
+        (40, 40, 8, (19, 140), 5, {"padding": 32, "dilation": 16}),
+    ],
+    ids=["narrow_strips", "stride", "dilation", "far_taps"],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_many_channels(channels, outputs, guides, size, taps, options, dtype):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    arguments = {
+        "x": normal(1, channels, *size),
+        "guide": normal(1, guides, *size) / (2 * guides) ** 0.5,
+        "weight": normal(outputs, channels, taps, taps) / (channels * taps**2) ** 0.5,
+        "bias": normal(outputs),
+        **options,
+    }
+    reference = compare.public(OPERATOR, "reference")
+    ours = compare.differentiate(compare.public(OPERATOR, "cpu"), arguments, GRADIENTS)
+    exact = compare.differentiate(reference, compare.convert(arguments, torch.float64, "cpu"), GRADIENTS)
+    if dtype == torch.float64:
+        compare.judge_all(ours, exact, ulps=compare.REFERENCE_ULPS[dtype])
+    else:
+        compare.judge_all(ours, exact, compare.differentiate(reference, arguments, GRADIENTS))
+
+
+def test_any_thread_count():
+    """Threads share the strips of an image; what they add to the same gradients does not depend on who was first."""
+    arguments = next(sample for sample in samples(OPERATOR, "odd")).arguments(torch.float32)
+    function, threads = compare.public(OPERATOR, "cpu"), torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 3):
+            torch.set_num_threads(count)
+            results.append(compare.differentiate(function, arguments, GRADIENTS))
+    finally:
+        torch.set_num_threads(threads)
+    for name, value in results[0].items():
+        for other in results[1:]:
+            if name in ("output", "x", "guide"):
+                assert torch.equal(other[name], value), name
+            compare.judge(name, other[name], value.double())
+        assert torch.equal(results[2][name], results[3][name]), name
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_lesser_instruction_sets(isa, tmp_path):
+    """What the kernel does on older processors; all other tests run the best that this one has."""
+    sample = next(sample for sample in samples(OPERATOR, "odd"))
+    arguments = compare.arguments_for("cpu", sample, torch.float32)
+    if _backend.extension()[0].build_info()["cpu_isa"] == "baseline":
+        pytest.skip("this processor runs one instruction set")
+    torch.save(arguments, tmp_path / "arguments")
+    script = (
+        "import compare, torch; from restoration_kernels import _backend; "
+        f"assert _backend.extension()[0].build_info()['cpu_isa'] == {isa!r}; "
+        f"arguments = torch.load({str(tmp_path / 'arguments')!r}); "
+        f"results = compare.differentiate(compare.public({OPERATOR!r}, 'cpu'), arguments, {GRADIENTS!r}); "
+        f"torch.save(results, {str(tmp_path / 'results')!r})"
+    )
+    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    environment = {**os.environ, "RESTORATION_CPU_ISA": isa, "PYTHONPATH": path}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+    reference = compare.public(OPERATOR, "reference")
+    exact = compare.differentiate(reference, compare.convert(arguments, torch.float64, "cpu"), GRADIENTS)
+    plain = compare.differentiate(reference, arguments, GRADIENTS)
+    results = torch.load(tmp_path / "results")
+    compare.judge_all(results, exact, plain)
 
 
 @compare.every_backend(OPERATOR)
