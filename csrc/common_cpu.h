@@ -51,7 +51,8 @@ class Buffer {
  public:
   explicit Buffer(int64_t count)
       : data_(static_cast<T*>(std::aligned_alloc(
-            kCacheLineBytes, ceil_divide(std::max<int64_t>(count, 1) * sizeof(T), kCacheLineBytes) * kCacheLineBytes))) {
+            kCacheLineBytes,
+            ceil_divide(std::max<int64_t>(count, 1) * sizeof(T), kCacheLineBytes) * kCacheLineBytes))) {
     if (data_ == nullptr) throw std::bad_alloc();
   }
   ~Buffer() { std::free(data_); }

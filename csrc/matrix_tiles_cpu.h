@@ -163,7 +163,8 @@ HOST_DEVICE void add_block_products(const A* left, int64_t left_stride, const A*
       for (int64_t offset = 0; offset < vectors * kLanes<A>; offset += kLanes<A>) {
         Vector<A> columns[kBlockColumns];
 #pragma GCC unroll 4
-        for (int column = 0; column < kBlockColumns; ++column) columns[column] = load(right + column * kTile<A> + offset);
+        for (int column = 0; column < kBlockColumns; ++column)
+          columns[column] = load(right + column * kTile<A> + offset);
 #pragma GCC unroll 4
         for (int row = 0; row < kBlockRows; ++row) {
           const Vector<A> factor = load(left + row * kTile<A> + offset);

@@ -67,11 +67,10 @@ struct PacConv2dBackward {
 };
 
 // output_dtype is that of y.
-#define DECLARE_PAC_CONV2D_CPU(isa)                                                                             \
-  namespace isa {                                                                                               \
-  void pac_conv2d_forward(const PacConv2dForward&, const PacConv2dSizes&, DType, DType output_dtype, int threads); \
-  void pac_conv2d_backward(const PacConv2dBackward&, const PacConv2dSizes&, DType, DType output_dtype,          \
-                           int threads);                                                                        \
+#define DECLARE_PAC_CONV2D_CPU(isa)                                                                                  \
+  namespace isa {                                                                                                    \
+  void pac_conv2d_forward(const PacConv2dForward&, const PacConv2dSizes&, DType, DType output_dtype, int threads);   \
+  void pac_conv2d_backward(const PacConv2dBackward&, const PacConv2dSizes&, DType, DType output_dtype, int threads); \
   }
 FOR_EACH_CPU_ISA(DECLARE_PAC_CONV2D_CPU)
 

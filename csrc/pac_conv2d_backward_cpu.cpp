@@ -1,13 +1,15 @@
-// Pixel-adaptive convolution on the CPU, backward. With v = alpha · grad_y and u_t(p)[c] = sum over o of W[o,c,t] v[o](p):
+// Pixel-adaptive convolution on the CPU, backward. With v = alpha · grad_y and
+// u_t(p)[c] = sum over o of W[o,c,t] v[o](p):
 //   grad_W[o,c,t] = sum over p of v[o](p) k_t(p) x[c](p+t),   grad_b[o] = sum over p of v[o](p),
 //   grad_x[c](p+t) += k_t(p) u_t(p)[c],   m_t(p) = sum over c of k_t(p) x[c](p+t) u_t(p)[c],
 //   grad_g(p) -= m_t(p) (g(p) - g(p+t)),   grad_g(p+t) += the same.
-// m_t is k_t times the gradient of k_t; with normalize, k_t is divided by the sum and m_t loses k_t · (sum over r of m_r).
-// A thread takes a strip as forward does; u is made tile by tile by one product, and used at once for both grad_x and m.
+// m_t is k_t times its gradient; with normalize, k_t is a share of the sum and m_t loses k_t · (sum over r of m_r).
+// A thread takes a strip as forward does; u is made tile by tile by one product, and used at once for grad_x and m.
+// Scratch memory: a strip and a copy of grad_weight for each thread; in bfloat16 grad_x and grad_guide in float32 too.
+//
 // Strips add to pixels of their neighbours: bands of rows, so high that only neighbouring bands meet, run in two turns,
 // even ones and odd ones. So grad_x and grad_guide do not depend on the thread count; grad_weight and grad_bias are
-// added up in each thread and then in order, the same for the same number of threads.
-// Scratch memory: a strip and a copy of grad_weight for each thread; in bfloat16 grad_x and grad_guide in float32 too.
+// summed in each thread and then in order, to the same bits for the same number of threads.
 
 #include "pac_conv2d_strips_cpu.h"
 
@@ -17,16 +19,11 @@ namespace {
 // Columns and grad_y of a strip: with the weights in passing, they stay in a second-level cache of 1 MB.
 constexpr int64_t kOperandBytes = int64_t{512} << 10;
 
-// Longer strips save nothing more, and images of few pixels would give too few strips to share among threads.
-constexpr int64_t kMostPlaces = 1024;
-
 // Low bands share small images among threads; each is at least this high, as turns between bands cost time.
 constexpr int64_t kLeastBandRows = 8;
 
-// A call of fewer products takes less time than waking the threads.
-constexpr int64_t kParallelProducts = int64_t{1} << 18;
-
-constexpr int64_t kCopyElements = int64_t{1} << 16;
+// Gradients are cleared and rounded in pieces of 256 KB of float32, long beside the cost of handing one to a thread.
+constexpr int64_t kPieceElements = int64_t{1} << 16;
 
 // Gradient that strips add to: the output itself, or float32 memory that is rounded to it in the end.
 template <typename T>
@@ -69,9 +66,9 @@ class SummedGradient {
   template <typename Call>
   void for_each_block(Call call) {
     const int64_t count = count_;
-#pragma omp parallel for schedule(static) num_threads(threads_) if (count > 4 * kCopyElements)
-    for (int64_t first = 0; first < count; first += kCopyElements) {
-      call(first, std::min(count, first + kCopyElements));
+#pragma omp parallel for schedule(static) num_threads(threads_) if (count > kPieceElements)
+    for (int64_t first = 0; first < count; first += kPieceElements) {
+      call(first, std::min(count, first + kPieceElements));
     }
   }
 
@@ -291,7 +288,8 @@ class Worker {
             const A* slope = own_.guide_slope + tap * tiles.places() + row * tiles.places_per_row();
             A* own_row = own_.guide_row;
             for (int64_t place = 0; place < count; place += kLanes<A>) {
-              store(own_row + place, load(own_row + place) - load(slope + place) * (load(centre + place) - load(values + place)));
+              store(own_row + place,
+                    load(own_row + place) - load(slope + place) * (load(centre + place) - load(values + place)));
             }
             add_inside(tiles, row, tap, 0, pixels, grad_guide_ + offset,
                        [=](int64_t place) { return slope[place] * (centre[place] - values[place]); });
@@ -332,7 +330,8 @@ template <typename A>
 int64_t weight_sum(const PacConv2dSizes& sizes, int64_t output, int64_t channel, int64_t tap) {
   if (sizes.shared) return tap;
   const int64_t column = tap * sizes.channels + channel;
-  const int64_t block = column / kBlockColumns * (BackwardScratch<A>::output_rows(sizes) / kBlockRows) + output / kBlockRows;
+  const int64_t block =
+      column / kBlockColumns * (BackwardScratch<A>::output_rows(sizes) / kBlockRows) + output / kBlockRows;
   return block * kBlockSums + output % kBlockRows * kBlockColumns + column % kBlockColumns;
 }
 
@@ -371,8 +370,8 @@ void backward(const PacConv2dBackward& arguments, const PacConv2dSizes& sizes, i
 #pragma omp for schedule(static)
       for (int64_t index = 0; index < sizes.batch * turn_bands; ++index) {
         const int64_t first_row = (index % turn_bands * 2 + turn) * band_rows;
-        for_each_strip(shape, sizes, index / turn_bands, first_row,
-                       std::min(sizes.out_height(), first_row + band_rows), [&](const Strip& strip) { own.run(strip); });
+        for_each_strip(shape, sizes, index / turn_bands, first_row, std::min(sizes.out_height(), first_row + band_rows),
+                       [&](const Strip& strip) { own.run(strip); });
       }
     }
   }

@@ -14,12 +14,6 @@ namespace {
 // Columns of a strip: with the weights in passing, they stay in a second-level cache of 1 MB.
 constexpr int64_t kColumnBytes = int64_t{320} << 10;
 
-// Longer strips save nothing more, and images of few pixels would give too few strips to share among threads.
-constexpr int64_t kMostPlaces = 1024;
-
-// A call of fewer products takes less time than waking the threads.
-constexpr int64_t kParallelProducts = int64_t{1} << 18;
-
 template <typename A>
 StripShape<A> strip_shape(const PacConv2dSizes& sizes) {
   const int64_t places = kColumnBytes / (StripScratch<A>::column_rows(sizes) * int64_t{sizeof(A)});
@@ -58,8 +52,7 @@ class Epilogue {
     const R* residual = residual_ + offset;
     R* y = y_ + offset;
     if (quantum != 0) {
-      finish(sums, residual, y, count,
-             [=](A sum) { return alpha * round_to_multiple(sum + bias, quantum, inverse); });
+      finish(sums, residual, y, count, [=](A sum) { return alpha * round_to_multiple(sum + bias, quantum, inverse); });
     } else {
       finish(sums, residual, y, count, [=](A sum) { return alpha * (sum + bias); });
     }
@@ -70,7 +63,8 @@ class Epilogue {
   HOST_DEVICE void finish(const A* sums, const R* residual, R* y, int64_t count, Value value) const {
     if (residual_ != nullptr) {
 #pragma omp simd
-      for (int64_t place = 0; place < count; ++place) y[place] = R(static_cast<A>(residual[place]) + value(sums[place]));
+      for (int64_t place = 0; place < count; ++place)
+        y[place] = R(static_cast<A>(residual[place]) + value(sums[place]));
     } else {
 #pragma omp simd
       for (int64_t place = 0; place < count; ++place) y[place] = R(value(sums[place]));
@@ -94,7 +88,8 @@ void multiply_strip(const StripTiles<A>& tiles, const PacConv2dSizes& sizes, con
   for (int64_t first = 0; first < sizes.out_channels; first += kPanelRows) {
     for (int64_t tile = 0; tile < tiles.tiles(); ++tile) {
       const int64_t pixels = tiles.pixels(tile);
-      panel_times_tile(panels + first * sizes.depth(), scratch.columns + tile * tile_stride, sizes.depth(), pixels, sums);
+      panel_times_tile(panels + first * sizes.depth(), scratch.columns + tile * tile_stride, sizes.depth(), pixels,
+                       sums);
       const int64_t last = std::min<int64_t>(first + kPanelRows, sizes.out_channels);
       for (int64_t channel = first; channel < last; ++channel) {
         finish(sums + (channel - first) * kTile<A>, channel, tiles.output_offset(sizes, channel, tile), pixels);
@@ -160,8 +155,9 @@ void forward(const PacConv2dForward& arguments, const PacConv2dSizes& sizes, int
   for (int64_t index = 0; index < strips; ++index) {
     const int64_t row = index / strips_across % strips_down * shape.rows;
     const int64_t column = index % strips_across * shape.columns;
-    const StripTiles<A> tiles({index / (strips_across * strips_down), row, std::min(shape.rows, sizes.out_height() - row),
-                               column, std::min(shape.columns, sizes.out_width() - column)});
+    const StripTiles<A> tiles({index / (strips_across * strips_down), row,
+                               std::min(shape.rows, sizes.out_height() - row), column,
+                               std::min(shape.columns, sizes.out_width() - column)});
     Carver<A> carver(memory.data() + thread_number() * scratch_size);
     const StripScratch<A> scratch(carver, sizes, shape.largest());
     pack_kernel(tiles, sizes, guide, scratch);
@@ -176,8 +172,8 @@ void forward(const PacConv2dForward& arguments, const PacConv2dSizes& sizes, int
 
 }  // namespace
 
-void pac_conv2d_forward(const PacConv2dForward& arguments, const PacConv2dSizes& sizes, DType dtype,
-                        DType output_dtype, int threads) {
+void pac_conv2d_forward(const PacConv2dForward& arguments, const PacConv2dSizes& sizes, DType dtype, DType output_dtype,
+                        int threads) {
   dispatch_pac_conv2d(dtype, output_dtype, [&](auto tag, auto output_tag) {
     forward<typename decltype(tag)::Type, typename decltype(output_tag)::Type>(arguments, sizes, threads);
   });

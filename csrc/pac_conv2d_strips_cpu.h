@@ -14,6 +14,12 @@
 
 namespace restoration::CPU_ISA {
 
+// Longer strips save nothing more, and images of few pixels would give too few strips to share among threads.
+constexpr int64_t kMostPlaces = 1024;
+
+// A call of fewer products takes less time than waking the threads.
+constexpr int64_t kParallelProducts = int64_t{1} << 18;
+
 HOST_DEVICE int64_t thread_number() {
 #if defined(_OPENMP)
   return omp_get_thread_num();
@@ -54,9 +60,7 @@ struct StripTiles {
     return (plane * sizes.out_height() + strip.first_row + row(tile)) * sizes.out_width() + strip.first_column +
            column(tile);
   }
-  TileRows tile_rows() const {
-    return {strip.rows, tiles_per_row, ceil_divide(pixels(tiles_per_row - 1), kLanes<A>)};
-  }
+  TileRows tile_rows() const { return {strip.rows, tiles_per_row, ceil_divide(pixels(tiles_per_row - 1), kLanes<A>)}; }
 };
 
 // How an image of the output is cut into strips of about `places` pixels.
@@ -186,7 +190,7 @@ HOST_DEVICE void for_each_tap(const StripTiles<A>& tiles, const PacConv2dSizes& 
 
 // Places of a row of the strip whose tap `tap` lies inside the image.
 struct InsideRange {
-  int64_t input_row;  // the row that the tap reads
+  int64_t input_row;     // the row that the tap reads
   int64_t first_column;  // the column that it reads for place 0, inside or not
   int64_t begin;
   int64_t end;
@@ -267,9 +271,10 @@ void add_distances(const StripTiles<A>& tiles, const PacConv2dSizes& sizes, cons
     if (!shared || tap_column == 0) {
       const int64_t input = sizes.vertical.position(tiles.strip.first_row + row, tap / sizes.kernel_size);
       for (int channel = 0; channel < kChannels; ++channel) {
-        values[channel] = input_row(planes + channel * sizes.pixels(), sizes, input, first + (shared ? 0 : tap_column * gap),
-                                    sizes.horizontal.stride, count + StripScratch<A>::shared_reach(sizes),
-                                    scratch.source + channel * source_size);
+        values[channel] =
+            input_row(planes + channel * sizes.pixels(), sizes, input, first + (shared ? 0 : tap_column * gap),
+                      sizes.horizontal.stride, count + StripScratch<A>::shared_reach(sizes),
+                      scratch.source + channel * source_size);
       }
     }
     // The distance of the centre stays 0: its k is 1 by definition, also for Inf.
@@ -280,7 +285,8 @@ void add_distances(const StripTiles<A>& tiles, const PacConv2dSizes& sizes, cons
 
 // Fills scratch.kernel.
 template <typename A, typename T>
-void pack_kernel(const StripTiles<A>& tiles, const PacConv2dSizes& sizes, const T* guide, const StripScratch<A>& scratch) {
+void pack_kernel(const StripTiles<A>& tiles, const PacConv2dSizes& sizes, const T* guide,
+                 const StripScratch<A>& scratch) {
   const int64_t count = tiles.computed_per_row(), stride = tiles.places();
   const T* image = guide + tiles.strip.image * sizes.guide_channels * sizes.pixels();
   for (int64_t row = 0; row < tiles.strip.rows; ++row) {
