@@ -16,6 +16,7 @@
 #endif
 
 #include "dual_pool_attention.h"
+#include "matting_laplacian.h"
 #include "pac_conv2d.h"
 
 namespace py = pybind11;
@@ -146,6 +147,39 @@ void bind_dual_pool_attention(py::module_& module) {
 #endif
 }
 
+void bind_matting_laplacian(py::module_& module) {
+  module.def(
+      "matting_laplacian_cpu",
+      [](Address image, Address guide, Address product, Address energy, double factor, double eps, int64_t batch,
+         int64_t channels, int64_t height, int64_t width, int64_t radius, int64_t dtype, int64_t threads) {
+        CPU_KERNEL(matting_laplacian)
+        ({pointer(image), pointer(guide), pointer(product), pointer(energy), factor, eps},
+         {batch, channels, height, width, radius}, static_cast<DType>(dtype), usable_threads(threads));
+      },
+      py::kw_only(), "image"_a, "guide"_a, "product"_a, "energy"_a, "factor"_a, "eps"_a, "batch"_a, "channels"_a,
+      "height"_a, "width"_a, "radius"_a, "dtype"_a, "threads"_a, Unlocked());
+#if defined(RESTORATION_CUDA)
+  module.def(
+      "matting_laplacian_workspace_cuda",
+      [](int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t radius, int64_t dtype) {
+        return matting_laplacian_workspace({batch, channels, height, width, radius}, static_cast<DType>(dtype));
+      },
+      "Bytes of scratch memory on the device that the kernel needs.", py::kw_only(), "batch"_a, "channels"_a,
+      "height"_a, "width"_a, "radius"_a, "dtype"_a);
+  module.def(
+      "matting_laplacian_cuda",
+      [](Address image, Address guide, Address product, Address energy, Address workspace, double factor, double eps,
+         int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t radius, int64_t dtype,
+         Address stream) {
+        launch_matting_laplacian({pointer(image), pointer(guide), pointer(product), pointer(energy), factor, eps},
+                                 {batch, channels, height, width, radius}, static_cast<DType>(dtype),
+                                 pointer(workspace), pointer(stream));
+      },
+      py::kw_only(), "image"_a, "guide"_a, "product"_a, "energy"_a, "workspace"_a, "factor"_a, "eps"_a, "batch"_a,
+      "channels"_a, "height"_a, "width"_a, "radius"_a, "dtype"_a, "stream"_a, Unlocked());
+#endif
+}
+
 using Pair = std::array<int64_t, 2>;
 
 PacConv2dSizes pac_conv2d_sizes(int64_t batch, int64_t channels, int64_t guide_channels, int64_t out_channels,
@@ -240,6 +274,7 @@ PYBIND11_MODULE(RESTORATION_MODULE, module) {
              "None if the kernels run on this CUDA device, else why they do not.");
 #endif
   bind_dual_pool_attention(module);
+  bind_matting_laplacian(module);
   bind_pac_conv2d(module);
 }
 

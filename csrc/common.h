@@ -6,7 +6,10 @@
 
 #if defined(__CUDACC__)
 #define HOST_DEVICE __host__ __device__ __forceinline__
+// Before a loop over an array that nvcc is to keep in registers.
+#define UNROLL _Pragma("unroll")
 #else
+#define UNROLL
 // Always inlined, so that no copy compiled for one instruction set can be linked into code for another.
 #define HOST_DEVICE inline __attribute__((always_inline))
 #endif
