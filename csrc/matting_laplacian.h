@@ -113,12 +113,17 @@ struct RadiusTag {
   static constexpr int value = kValue;
 };
 
-// Python has checked the radius.
+// Calls call(type tag, radius tag). Half precision is widened in Python, which has also checked the radius.
 template <typename Call>
-void dispatch_radius(int64_t radius, Call call) {
-  if (radius == 1) return call(RadiusTag<1>());
-  if (radius == 2) return call(RadiusTag<2>());
-  return call(RadiusTag<3>());
+void dispatch_matting_laplacian(DType dtype, int64_t radius, Call call) {
+  const auto with_type = [&](auto tag) {
+    if (radius == 1) return call(tag, RadiusTag<1>());
+    if (radius == 2) return call(tag, RadiusTag<2>());
+    return call(tag, RadiusTag<3>());
+  };
+  if (dtype == DType::float32) return with_type(TypeTag<float>());
+  if (dtype == DType::float64) return with_type(TypeTag<double>());
+  refuse_dtype("matting_laplacian", dtype);
 }
 
 #define DECLARE_MATTING_LAPLACIAN_CPU(isa)                                                                 \

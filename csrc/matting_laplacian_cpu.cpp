@@ -226,18 +226,9 @@ void run(const MattingLaplacian& arguments, const MattingLaplacianSizes& sizes, 
 
 void matting_laplacian(const MattingLaplacian& arguments, const MattingLaplacianSizes& sizes, DType dtype,
                        int threads) {
-  const auto run_with = [&](auto tag) {
-    using T = typename decltype(tag)::Type;
-    dispatch_radius(sizes.radius, [&](auto radius) { run<T, decltype(radius)::value>(arguments, sizes, threads); });
-  };
-  switch (dtype) {
-    case DType::float32:
-      return run_with(TypeTag<float>());
-    case DType::float64:
-      return run_with(TypeTag<double>());
-    default:
-      refuse_dtype("matting_laplacian", dtype);
-  }
+  dispatch_matting_laplacian(dtype, sizes.radius, [&](auto tag, auto radius) {
+    run<typename decltype(tag)::Type, decltype(radius)::value>(arguments, sizes, threads);
+  });
 }
 
 }  // namespace restoration::CPU_ISA

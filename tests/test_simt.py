@@ -10,6 +10,8 @@ import simt_build
 import torch
 import torch.nn.functional as F
 
+from restoration_kernels import matting_laplacian_apply, matting_laplacian_energy
+
 needs_compiler = pytest.mark.skipif(simt_build.compiler() is None, reason="no C++ compiler")
 needs_nvcc = pytest.mark.skipif(simt_build.nvcc() is None, reason="no nvcc")
 
@@ -24,6 +26,8 @@ HOT_KERNELS = {
         "dual_pool_attention_backward_reduce_kernel",
         "dual_pool_attention_backward_input_kernel",
     ],
+    # float32 and float64 at radius 1; the windows of radius 2 and 3 are larger than a thread's registers.
+    "matting_laplacian_cuda.cu": ["matting_laplacian_kernelIfLi1E", "matting_laplacian_kernelIdLi1E"],
 }
 
 
@@ -216,6 +220,44 @@ def test_dual_pool_attention_refuses_an_unknown_dtype():
         extension.dual_pool_attention_workspace_cuda(batch=1, channels=1, height=1, width=1, dtype=7)
 
 
+# Odd, one window, no window, several tiles each way, one row of windows.
+MATTING_SHAPES = [(2, 3, 37, 61), (1, 1, 3, 3), (5, 2, 2, 6), (1, 2, 40, 70), (1, 4, 3, 80)]
+
+
+@needs_compiler
+@both_orders
+@pytest.mark.parametrize("radius", [1, 2, 3])
+@pytest.mark.parametrize("shape", MATTING_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_matting_laplacian(shape, radius, dtype, order):
+    batch, channels, height, width = shape
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype)
+    guide = torch.rand(batch, 3, height, width, generator=generator, dtype=torch.float64).to(dtype)
+    energy, product = run_matting_laplacian(image, guide, radius=radius)
+    options = {"radius": radius, "backend": "reference"}
+    exact_energy = matting_laplacian_energy(image.double(), guide.double(), **options)
+    exact_product = matting_laplacian_apply(image.double(), guide.double(), **options)
+    ulps = compare.REFERENCE_ULPS[dtype] if dtype == torch.float64 else compare.ULPS
+    compare.judge("energy", energy, exact_energy, ulps=ulps)
+    compare.judge("product", product, exact_product, ulps=ulps)
+
+
+@needs_compiler
+def test_matting_laplacian_computes_what_is_wanted():
+    image, guide = torch.rand(2, 2, 3, 9, 40)
+    energy, product = run_matting_laplacian(image, guide)
+    assert torch.equal(run_matting_laplacian(image, guide, wanted=("energy",))[0], energy)
+    assert torch.equal(run_matting_laplacian(image, guide, wanted=("product",))[1], product)
+
+
+@needs_compiler
+def test_matting_laplacian_without_images():
+    energy, product = run_matting_laplacian(*torch.rand(2, 0, 3, 5, 7))
+    assert energy.shape == (0,)
+    assert product.shape == (0, 3, 5, 7)
+
+
 @needs_compiler
 @pytest.mark.slow
 def test_kernels_stay_within_their_memory():
@@ -297,3 +339,24 @@ def run_dual_pool_attention(x, weight, grad_y, wanted=("grad_x", "grad_weight"))
         **common,
     )
     return y, grad_x, grad_weight
+
+
+def run_matting_laplacian(image, guide, *, eps=1e-7, radius=1, wanted=("energy", "product")):
+    """Energy and product by the CUDA kernels. What they do not write stays NaN."""
+    extension = simt_build.load_extension()
+    sizes = dict(zip(("batch", "channels", "height", "width"), image.shape, strict=True), radius=radius)
+    sizes["dtype"] = simt_build.dtype_code(image)
+    energy, product = torch.full_like(image[:, 0, 0, 0], torch.nan), torch.full_like(image, torch.nan)
+    workspace = torch.full((extension.matting_laplacian_workspace_cuda(**sizes),), 255, dtype=torch.uint8)
+    extension.matting_laplacian_cuda(
+        image=image.data_ptr(),
+        guide=guide.data_ptr(),
+        product=product.data_ptr() if "product" in wanted else 0,
+        energy=energy.data_ptr() if "energy" in wanted else 0,
+        workspace=workspace.data_ptr(),
+        factor=1.0,
+        eps=eps,
+        stream=0,
+        **sizes,
+    )
+    return energy, product
