@@ -1,11 +1,12 @@
 """The Matting Laplacian: how far an image is from being, window by window, a linear function of a guide's colours."""
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import _backend, _checks
+from . import _backend, _checks, _launch, _registration
 from .matting_laplacian_reference import (
     matting_laplacian_apply_reference,
     matting_laplacian_energy_reference,
@@ -39,9 +40,11 @@ def matting_laplacian_energy(
 
     Returns:
         [B], in the dtype of image, or float32 where that is of half precision. An image smaller than a window has no
-        energy: 0. The sums are float64 inside. Under torch.autocast, half precision arguments are cast to float32.
-        The reference holds about 7·(n + 3)·(C + 1) float64 numbers a pixel in training. Gradients: image, and by the
-        reference alone, which can be differentiated twice, also guide.
+        energy: 0. Everything is float64 inside: guides that are nearly grey leave float32 no correct digit
+        (docs/matting_laplacian.md). Half precision arguments are cast to float32. Gradients: image, computed in the
+        same pass as the energy and kept, so that training holds one tensor like image; the reference holds about
+        7·(n + 3)·(C + 1) float64 numbers a pixel. By the reference alone, which can be differentiated twice, also
+        guide.
 
     Raises:
         TypeError, ValueError: an argument is not as said here.
@@ -89,3 +92,111 @@ def matting_laplacian_matrix(guide: Tensor, *, eps: float = 1e-7, radius: int = 
     """
     _checks.matting_laplacian_matrix(guide, eps, radius)
     return matting_laplacian_matrix_reference(guide, eps=eps, radius=radius)
+
+
+def _cannot(image, guide, **_):
+    if guide.requires_grad and torch.is_grad_enabled():
+        return "its kernel gives no gradient to guide; use backend='reference', or guide.detach()"
+    return None
+
+
+def _cuda_cannot(image, guide, **_):
+    # The kernel counts rows and columns, and those of a tile beyond the edge, in 32 bits.
+    too_large = "its kernel takes at most 2^30 rows or columns" if max(image.shape[2:]) > 2**30 else None
+    return too_large or _cannot(image, guide)
+
+
+def _launch_kernel(backend, image, guide, product, energy, factor, eps, radius):
+    """product = factor · M image and energy, either of which may be None."""
+    if backend == "triton":
+        # Importing triton takes a second: only for those who use it.
+        from . import matting_laplacian_triton
+
+        matting_laplacian_triton.run(image, guide, product, energy, factor, eps, radius)
+        return
+    tensors = {"image": image, "guide": guide, "product": product, "energy": energy}
+    sizes = dict(zip(("batch", "channels", "height", "width"), image.shape, strict=True), radius=radius)
+    if backend == "cuda":
+        tensors["workspace"] = _launch.workspace("matting_laplacian", sizes, image)
+    _launch.run("matting_laplacian", backend, tensors, {**sizes, "factor": factor, "eps": eps}, image.dtype)
+
+
+def _allocate_energy(image, guide, eps, radius, with_gradient):
+    return image.new_empty(image.shape[0]), image.new_empty(image.shape if with_gradient else 0)
+
+
+def _launch_energy(backend, outputs, image, guide, eps, radius, with_gradient):
+    energy, gradient = outputs
+    factor = 2 / (image.shape[2] * image.shape[3])
+    _launch_kernel(backend, image, guide, gradient if with_gradient else None, energy, factor, eps, radius)
+
+
+def _allocate_energy_backward(grad_energy, gradient, wanted):
+    return [gradient.new_empty(gradient.shape)]
+
+
+def _launch_energy_backward(backend, outputs, grad_energy, gradient, wanted):
+    torch.mul(gradient, grad_energy[:, None, None, None], out=outputs[0])
+
+
+def _allocate_apply(image, guide, eps, radius):
+    return image.new_empty(image.shape)
+
+
+def _launch_apply(backend, product, image, guide, eps, radius):
+    _launch_kernel(backend, image, guide, product, None, 1.0, eps, radius)
+
+
+def _allocate_apply_backward(grad_product, guide, eps, radius, wanted):
+    return [grad_product.new_empty(grad_product.shape)]
+
+
+def _launch_apply_backward(backend, outputs, grad_product, guide, eps, radius, wanted):
+    # M is symmetric.
+    _launch_apply(backend, outputs[0], grad_product, guide, eps, radius)
+
+
+_energy = _registration.define(
+    "matting_laplacian_energy(Tensor image, Tensor guide, float eps, SymInt radius, bool with_gradient, str backend)"
+    " -> (Tensor energy, Tensor gradient)",
+    _allocate_energy,
+    _launch_energy,
+)
+_energy_backward = _registration.define(
+    "matting_laplacian_energy_backward(Tensor grad_energy, Tensor gradient, bool[] wanted, str backend) -> Tensor[]",
+    _allocate_energy_backward,
+    _launch_energy_backward,
+)
+_registration.differentiate(_energy, _energy_backward, lambda inputs, outputs: (outputs[1],), count=1)
+
+_apply = _registration.define(
+    "matting_laplacian_apply(Tensor image, Tensor guide, float eps, SymInt radius, str backend) -> Tensor",
+    _allocate_apply,
+    _launch_apply,
+)
+_apply_backward = _registration.define(
+    "matting_laplacian_apply_backward(Tensor grad_product, Tensor guide, float eps, SymInt radius, bool[] wanted,"
+    " str backend) -> Tensor[]",
+    _allocate_apply_backward,
+    _launch_apply_backward,
+)
+_registration.differentiate(_apply, _apply_backward, lambda inputs, outputs: inputs[1:4], count=1)
+
+
+def _run_energy(backend, image, guide, eps, radius):
+    image, guide = _widened(image), _widened(guide)
+    return _energy(image, guide, eps, radius, image.requires_grad and torch.is_grad_enabled(), backend)[0]
+
+
+def _run_apply(backend, image, guide, eps, radius):
+    return _apply(_widened(image), _widened(guide), eps, radius, backend).to(image.dtype)
+
+
+def _widened(tensor):
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+for _operator, _run in ((_ENERGY, _run_energy), (_APPLY, _run_apply)):
+    _operator.register("cuda", functools.partial(_run, "cuda"), _cuda_cannot)
+    _operator.register("triton", functools.partial(_run, "triton"), _cannot)
+    _operator.register("cpu", functools.partial(_run, "cpu"), _cannot)
