@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import compare
+import matting_guides
 import pytest
 import simt_build
 import torch
@@ -230,7 +231,7 @@ MATTING_SHAPES = [(2, 3, 37, 61), (1, 1, 3, 3), (5, 2, 2, 6), (1, 2, 40, 70), (1
 @pytest.mark.parametrize("shape", MATTING_SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_matting_laplacian(shape, radius, dtype, order):
-    batch, channels, height, width = shape
+    batch, _, height, width = shape
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype)
     guide = torch.rand(batch, 3, height, width, generator=generator, dtype=torch.float64).to(dtype)
@@ -241,6 +242,21 @@ def test_matting_laplacian(shape, radius, dtype, order):
     ulps = compare.REFERENCE_ULPS[dtype] if dtype == torch.float64 else compare.ULPS
     compare.judge("energy", energy, exact_energy, ulps=ulps)
     compare.judge("product", product, exact_product, ulps=ulps)
+
+
+@needs_compiler
+@pytest.mark.parametrize("eps", [1e-7, 1e-5])
+@pytest.mark.parametrize("picture", matting_guides.PICTURES)
+def test_matting_laplacian_accuracy(picture, eps):
+    """The bounds of test_accuracy_in_float32, in the CUDA kernel."""
+    guide = matting_guides.draw(picture)
+    for name, energy_bound in (("stylised", 2e-7), ("affine", 1e-6)):
+        image = matting_guides.recolour(name, guide)
+        ours = run_matting_laplacian(image, guide, eps=eps)
+        pair, options = (image.double(), guide.double()), {"eps": eps, "backend": "reference"}
+        exact = matting_laplacian_energy(*pair, **options), matting_laplacian_apply(*pair, **options)
+        for result, right, bound in zip(ours, exact, (energy_bound, 1e-5), strict=True):
+            assert (result.double() - right).abs().max() <= bound * right.abs().max(), name
 
 
 @needs_compiler

@@ -43,5 +43,24 @@ def dual_pool_attention(batch, channels, height, width, dtype):
         extension.dual_pool_attention_backward_cpu(**backward, **options, threads=2)
 
 
+def matting_laplacian(batch, channels, height, width, radius, dtype):
+    size = BYTES[dtype]
+    sizes = {"batch": batch, "channels": channels, "height": height, "width": width, "radius": radius}
+    sizes["dtype"] = extension.DTYPES[dtype]
+    arrays = {
+        **{name: array(batch * channels * height * width, size) for name in ("image", "product")},
+        "guide": array(batch * 3 * height * width, size),
+        "energy": array(batch, size),
+    }
+    workspace = array(extension.matting_laplacian_workspace_cuda(**sizes), 1)
+    options = {**{name: values.ctypes.data for name, values in arrays.items()}, **sizes, "factor": 1.0, "eps": 1e-7}
+    extension.matting_laplacian_cuda(**options, workspace=workspace.ctypes.data, stream=0)
+    extension.matting_laplacian_cpu(**options, threads=2)
+
+
 for shape, dtype in itertools.product([(2, 3, 37, 61), (1, 2, 33, 64), (1, 2, 300, 3), (2, 4, 1, 1)], BYTES):
     dual_pool_attention(*shape, dtype)
+for shape, radius, dtype in itertools.product(
+    [(2, 3, 37, 61), (1, 2, 3, 3), (1, 1, 70, 2), (5, 1, 8, 9)], (1, 2, 3), ("float32", "float64")
+):
+    matting_laplacian(*shape, radius, dtype)
