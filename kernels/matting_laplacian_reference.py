@@ -64,11 +64,15 @@ def _centred_windows(image, radius):
     return windows - windows.mean(2, keepdim=True)
 
 
-def matting_laplacian_matrix_reference(guide, *, eps=1e-7, radius=1):
-    """M as a sparse matrix [H·W, H·W] for one guide [3, H, W]: the sum of all windows' Id - 1/n - C_w (...)^-1 C_w^T.
+# Windows that are worked on at a time: a hundred arrays of as many float64 numbers stay in a cache of 2 MB.
+_BLOCK_WINDOWS = 2048
 
-    The blocks are never held at once. A pixel meets the (4·radius+1)² pixels that share a window with it, so the matrix
-    is that many diagonals, each an image; entry (i, j) of all blocks is added to the diagonal of its offset j - i.
+
+def matting_laplacian_matrix_reference(guide, *, eps=1e-7, radius=1):
+    """M as a sparse matrix [H·W, H·W] for one guide [3, H, W]: the sum over windows of Id - 1/n - C_w (...)^-1 C_w^T.
+
+    A pixel meets the (4·radius+1)² pixels that share a window with it, so the matrix is that many diagonals, each an
+    image; entry (i, j) of the windows' blocks is added to the diagonal of its offset j - i.
     """
     from scipy.sparse import csr_array  # a quarter of a second to import, for the only function that needs it
 
@@ -76,8 +80,11 @@ def matting_laplacian_matrix_reference(guide, *, eps=1e-7, radius=1):
     height, width = guide.shape[1:]
     side, reach = 2 * radius + 1, 2 * radius
     diagonals = np.zeros((2 * reach + 1, 2 * reach + 1, height, width))
+    step = max(1, _BLOCK_WINDOWS // width)
     if min(height, width) >= side:
-        _add_window_blocks(diagonals, guide, eps, side)
+        for row in range(0, height - reach, step):
+            rows = slice(row, min(row + step + reach, height))
+            _add_window_blocks(diagonals[:, :, rows], guide[:, rows], eps, side)
     rows = np.arange(height)[:, None] + np.arange(-reach, reach + 1)
     columns = np.arange(width)[:, None] + np.arange(-reach, reach + 1)
     # Axes: pixel row, pixel column, row offset, column offset; in that order a row's entries come sorted.
@@ -88,14 +95,27 @@ def matting_laplacian_matrix_reference(guide, *, eps=1e-7, radius=1):
 
 
 def _add_window_blocks(diagonals, guide, eps, side):
+    """Adds the blocks of all windows inside some rows of the guide."""
     rows, columns = guide.shape[1] - side + 1, guide.shape[2] - side + 1
     places = [(i, j) for i in range(side) for j in range(side)]
-    pixels = np.stack([guide[:, i : i + rows, j : j + columns] for i, j in places])
-    pixels -= pixels.mean(0)
-    covariance = np.einsum("nghw,nkhw->hwgk", pixels, pixels) + eps * np.eye(3)
-    # With the Cholesky factor L of the covariance, C (...)^-1 C^T is E^T E for E = L^-1 C^T.
-    whitened = np.linalg.solve(np.linalg.cholesky(covariance), np.moveaxis(pixels, (0, 1), (3, 2)))
+    pixels = np.stack([guide[:, i : i + rows, j : j + columns] for i, j in places], axis=1)
+    pixels -= pixels.mean(1, keepdims=True)
+    basis = _orthonormal_basis(pixels, eps)
     for a, (i, j) in enumerate(places):
-        for b, (k, l) in enumerate(places):
-            block = (a == b) - 1 / len(places) - (whitened[..., a] * whitened[..., b]).sum(-1)
+        # Blocks are symmetric: (a, b) gives (b, a).
+        for b, (k, l) in enumerate(places[a:], a):
+            block = (a == b) - 1 / len(places) - np.einsum("ghw,ghw->hw", basis[:, a], basis[:, b])
             diagonals[k - i + side - 1, l - j + side - 1, i : i + rows, j : j + columns] += block
+            if a != b:
+                diagonals[i - k + side - 1, j - l + side - 1, k : k + rows, l : l + columns] += block
+
+
+def _orthonormal_basis(colours, eps):
+    """The first n rows of an orthonormal basis of three columns [3, n, rows, columns] over √eps·Id, as above."""
+    basis = np.concatenate([colours, np.zeros((3, 3, *colours.shape[2:]))], axis=1)
+    for column in range(3):
+        basis[column, column - 3] = eps**0.5
+        for earlier in range(column):
+            basis[column] -= basis[earlier] * np.einsum("nhw,nhw->hw", basis[earlier], basis[column])
+        basis[column] /= np.sqrt(np.einsum("nhw,nhw->hw", basis[column], basis[column]))
+    return basis[:, :-3]
