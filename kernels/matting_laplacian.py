@@ -140,11 +140,11 @@ def _launch_energy_backward(backend, outputs, grad_energy, gradient, wanted):
 
 
 def _allocate_apply(image, guide, eps, radius):
-    return image.new_empty(image.shape)
+    return (image.new_empty(image.shape),)
 
 
-def _launch_apply(backend, product, image, guide, eps, radius):
-    _launch_kernel(backend, image, guide, product, None, 1.0, eps, radius)
+def _launch_apply(backend, outputs, image, guide, eps, radius):
+    _launch_kernel(backend, image, guide, outputs[0], None, 1.0, eps, radius)
 
 
 def _allocate_apply_backward(grad_product, guide, eps, radius, wanted):
@@ -153,7 +153,7 @@ def _allocate_apply_backward(grad_product, guide, eps, radius, wanted):
 
 def _launch_apply_backward(backend, outputs, grad_product, guide, eps, radius, wanted):
     # M is symmetric.
-    _launch_apply(backend, outputs[0], grad_product, guide, eps, radius)
+    _launch_apply(backend, outputs, grad_product, guide, eps, radius)
 
 
 _energy = _registration.define(
