@@ -41,6 +41,13 @@ def energy_definition(image, guide, eps=1e-7, radius=1):
     return (image * apply_definition(image, guide, eps, radius)).sum((1, 2, 3)) / image[0, 0].numel()
 
 
+def prepare(backend, operator, *tensors):
+    """Image and guide on the backend's device; skips if it cannot run them."""
+    image, guide = (tensor.to(compare.device(backend)) for tensor in tensors)
+    compare.skip_unless_able(backend, operator, {"image": image, "guide": guide})
+    return image, guide
+
+
 DEFINITIONS = dict(zip(OPERATORS, (energy_definition, apply_definition), strict=True))
 
 
@@ -115,7 +122,8 @@ def test_edge_shapes(backend, sample):
     compare.check_empty_batch(backend, sample, batched=("image", "guide"))
     function = compare.public(sample.operator, backend)
     for size in ((1, 1), (2, 5), (5, 2)):
-        arguments = {"image": torch.rand(2, 3, *size), "guide": torch.rand(2, 3, *size)}
+        pair = torch.rand(2, 2, 3, *size, device=compare.device(backend))
+        arguments = dict(zip(("image", "guide"), pair, strict=True))
         for name, result in compare.differentiate(function, arguments, ("image",)).items():
             assert not result.any(), f"{name}: an image smaller than a window has no energy"
 
@@ -147,9 +155,9 @@ def test_matrix(sample):
 @compare.every_backend(OPERATORS[1])
 @pytest.mark.parametrize("radius", [1, 2, 3])
 def test_identity_apply_is_the_matrix(backend, radius):
-    image, guide = torch.rand(2, 1, 3, 9, 8, dtype=torch.float64)
+    image, guide = prepare(backend, OPERATORS[1], *torch.rand(2, 1, 3, 9, 8, dtype=torch.float64))
     matrix = matting_laplacian_matrix(guide[0], radius=radius)
-    expected = torch.from_numpy((matrix @ image[0].flatten(1).numpy().T).T).view_as(image)
+    expected = torch.from_numpy((matrix @ image[0].flatten(1).cpu().numpy().T).T).view_as(image)
     output = matting_laplacian_apply(image, guide, radius=radius, backend=backend)
     compare.judge("M V", output, expected, ulps=compare.REFERENCE_ULPS[torch.float64])
 
@@ -157,7 +165,7 @@ def test_identity_apply_is_the_matrix(backend, radius):
 @compare.every_backend(OPERATORS[0])
 def test_identity_gradient(backend):
     """2 M V / (H·W), with M V by the reference."""
-    image, guide = torch.rand(2, 2, 3, 7, 6, dtype=torch.float64)
+    image, guide = prepare(backend, OPERATORS[0], *torch.rand(2, 2, 3, 7, 6, dtype=torch.float64))
     (gradient,) = torch.autograd.grad(
         matting_laplacian_energy(image.requires_grad_(), guide, backend=backend).sum(), image
     )
@@ -169,8 +177,10 @@ def test_identity_gradient(backend):
 @pytest.mark.parametrize("radius", [1, 2, 3])
 def test_identity_symmetric_and_positive(backend, radius):
     """<x, M y> = <M x, y>, <x, M x> >= 0 and M 1 = 0, however grey the guide."""
-    guide = 0.5 + 1e-4 * torch.rand(1, 3, 9, 8, dtype=torch.float64)
-    x, y = torch.rand(2, 1, 1, 9, 8, dtype=torch.float64)
+    images, guides = torch.rand(2, 2, 3, 9, 8, dtype=torch.float64)
+    images, guide = prepare(backend, OPERATORS[1], images, 0.5 + 1e-4 * guides)
+    x, y = images[:1], images[1:]
+    guide = guide[:1]
     apply = functools.partial(matting_laplacian_apply, guide=guide, radius=radius, backend=backend)
     products = x * apply(y)
     assert (products.sum() - (y * apply(x)).sum()).abs() < 1e-12 * products.abs().sum()
@@ -184,7 +194,7 @@ def test_identity_symmetric_and_positive(backend, radius):
 )
 def test_identity_mirrored(backend, change):
     """Mirroring image and guide mirrors the gradient and leaves the energy alone."""
-    image, guide = torch.rand(2, 1, 3, 40, 21, dtype=torch.float64)
+    image, guide = prepare(backend, OPERATORS[0], *torch.rand(2, 1, 3, 40, 21, dtype=torch.float64))
     energy = compare.public(OPERATORS[0], backend)
     plain, mirrored = (
         compare.differentiate(energy, {"image": pair[0], "guide": pair[1]}, ("image",))
@@ -201,6 +211,7 @@ def test_identity_explained_by_the_guide(backend):
     guide = torch.rand(1, 3, 7, 6, dtype=torch.float64)
     slopes, eps = torch.tensor([0.2, -0.5, 0.3], dtype=torch.float64), 1e-5
     image = 0.4 + torch.einsum("c,bchw->bhw", slopes, guide)[:, None]
+    image, guide = prepare(backend, OPERATORS[0], image, guide)
     limit = eps * slopes.square().sum() * (5 * 4) / (7 * 6)
     energy = matting_laplacian_energy(image, guide, eps=eps, backend=backend)
     assert 0.99 * limit < energy < limit
@@ -215,13 +226,15 @@ def test_accuracy_in_float32(backend, picture, eps):
     """Greyness of the guide must not show: bounds far below what a covariance in float32 allows."""
     guide = matting_guides.draw(picture)
     for name, energy_bound in (("stylised", 2e-7), ("affine", 1e-6)):
-        arguments = {"image": matting_guides.recolour(name, guide), "guide": guide, "eps": eps}
-        compare.skip_unless_able(backend, OPERATORS[0], arguments)
+        pair = prepare(backend, OPERATORS[0], matting_guides.recolour(name, guide), guide)
+        arguments = {"image": pair[0], "guide": pair[1], "eps": eps}
         ours = compare.differentiate(compare.public(OPERATORS[0], backend), arguments, ("image",))
         exact = compare.differentiate(
             compare.public(OPERATORS[0], "reference"), convert(arguments, torch.float64, "cpu"), ("image",)
         )
-        errors = {key: ((ours[key].double() - exact[key]).abs().max() / exact[key].abs().max()).item() for key in exact}
+        errors = {
+            key: ((ours[key].cpu().double() - exact[key]).abs().max() / exact[key].abs().max()).item() for key in exact
+        }
         assert errors["output"] <= energy_bound, name
         assert errors["image"] <= 1e-5, name
 
