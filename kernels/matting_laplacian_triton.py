@@ -9,11 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
-# One warp, with one window in each lane: sums over the pixels of a window stay within a thread.
-_WINDOWS = 32
-_PIXELS = 256
-# Numbers of a window that a thread holds; larger windows are shared by more warps.
-_NUMBERS = 16
+# Numbers of one plane that a program holds. A thread of 4 warps has 16, of four planes at a time: as many float64 as
+# registers allow. At radius 1 these are one window, whose sums then stay within the thread.
+_NUMBERS = 2048
+# Pixels of a program of the product: 4 a thread, so that the gathers of one hide the delays of another.
+_PIXELS = 512
 
 
 def run(image, guide, product, energy, factor, eps, radius):
@@ -21,25 +21,14 @@ def run(image, guide, product, energy, factor, eps, radius):
     B, C, H, W = image.shape
     side = 2 * radius + 1
     windows = max(H - 2 * radius, 0) * max(W - 2 * radius, 0)
-    blocks = triton.cdiv(windows, _WINDOWS)
+    numbers = triton.next_power_of_2(side * side + 3)
+    block = _NUMBERS // numbers
+    blocks = triton.cdiv(windows, block)
     fits = image.new_empty(B, C, 4, windows, dtype=torch.float64)
     partial = image.new_empty(B, blocks, dtype=torch.float64)
-    numbers = triton.next_power_of_2(side * side + 3)
     if partial.numel() > 0:
         matting_laplacian_fit_kernel[(partial.numel(),)](
-            image,
-            guide,
-            fits,
-            partial,
-            C,
-            W,
-            H * W,
-            windows,
-            eps,
-            side,
-            numbers,
-            _WINDOWS,
-            num_warps=numbers // _NUMBERS,
+            image, guide, fits, partial, C, W, H * W, windows, eps, side, numbers, block
         )
     if energy is not None:
         energy.copy_(partial.sum(1) / (H * W))
