@@ -203,6 +203,10 @@ template <typename T, int kRadius>
 void run(const MattingLaplacian& arguments, const MattingLaplacianSizes& sizes, int threads) {
   const int64_t strips_per_image = ceil_divide(sizes.height, kStripRows);
   const int64_t strips = sizes.batch * strips_per_image;
+  if (arguments.product != nullptr) {
+    const int64_t bytes = sizes.batch * sizes.channels * sizes.pixels() * int64_t{sizeof(T)};
+    advise_huge_pages(arguments.product, bytes);
+  }
   Buffer<double> energy(strips);
   const bool parallel = threads > 1 && sizes.batch * sizes.pixels() >= kParallelPixels;
 #pragma omp parallel num_threads(threads) if (parallel)
