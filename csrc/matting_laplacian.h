@@ -1,5 +1,5 @@
-// Matting Laplacian M of a guide (Levin, Lischinski, Weiss 2008, eq. 12; as a loss Sun 2025, eq. 9). In each window w of
-// n = (2·radius+1)² pixels inside the image, C_w (n x 3) the guide's colours and x_w the values of one channel, both
+// Matting Laplacian M of a guide (Levin, Lischinski, Weiss 2008, eq. 12; as a loss Sun 2025, eq. 9). In each window w
+// of n = (2·radius+1)² pixels inside the image, C_w (n x 3) the guide's colours and x_w the values of one channel, both
 // less their mean, a_w minimises |x_w - C_w a_w|² + eps |a_w|², and r_w = x_w - C_w a_w. Then
 //   (M x)_i = sum over windows that contain i of r_w[i],    x^T M x = sum over windows of |r_w|² + eps |a_w|².
 // Here: the mathematics of one window that the CPU and the CUDA kernels share, the arguments, and the entry points.
@@ -21,7 +21,7 @@ struct MattingLaplacianSizes {
   int64_t window_columns() const { return width > 2 * radius ? width - 2 * radius : 0; }
 };
 
-// image and product [B,C,H,W], guide [B,3,H,W] and energy [B] are of the call's dtype.
+// image and product [B,C,H,W], guide [B,3,H,W] and energy [B] are of the call's dtype, float32 or float64.
 struct MattingLaplacian {
   const void* image;
   const void* guide;
@@ -48,9 +48,9 @@ HOST_DEVICE void centre_window(Real (&values)[kPixels]) {
 }
 
 // The colours of one window, over √eps·Id, as three orthogonal columns of n + 3 numbers. What an ordinary least squares
-// fit by them leaves of x_w over three zeros is r_w over -√eps·a_w. The columns come from modified Gram-Schmidt, without
-// the 3x3 covariance: that of nearly grey colours is nearly singular, and its condition is the square of the columns'.
-// Real is a number, or a vector of numbers that holds a window in each lane.
+// fit by them leaves of x_w over three zeros is r_w over -√eps·a_w. The columns come from modified Gram-Schmidt,
+// without the 3x3 covariance: that of nearly grey colours is nearly singular, and its condition is the square of the
+// columns'. Real is a float64 number, or a vector of them that holds a window in each lane.
 template <typename Real, int kPixels>
 struct WindowBasis {
   Real colours[3][kPixels];
@@ -126,9 +126,9 @@ void dispatch_matting_laplacian(DType dtype, int64_t radius, Call call) {
   refuse_dtype("matting_laplacian", dtype);
 }
 
-#define DECLARE_MATTING_LAPLACIAN_CPU(isa)                                                                 \
-  namespace isa {                                                                                          \
-  void matting_laplacian(const MattingLaplacian&, const MattingLaplacianSizes&, DType, int threads);       \
+#define DECLARE_MATTING_LAPLACIAN_CPU(isa)                                                           \
+  namespace isa {                                                                                    \
+  void matting_laplacian(const MattingLaplacian&, const MattingLaplacianSizes&, DType, int threads); \
   }
 FOR_EACH_CPU_ISA(DECLARE_MATTING_LAPLACIAN_CPU)
 

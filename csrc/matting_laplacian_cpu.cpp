@@ -2,7 +2,7 @@
 // A strip of rows is the work of one thread at a time; windows that reach over its border are computed in both strips,
 // so that no two threads write the same pixel and the result does not depend on the thread count. A strip goes down one
 // row of windows after the other, neighbouring windows in the lanes of float64 vectors: rounding to float32 anywhere
-// before the end would be seen where the guide is grey. Scratch memory of a thread, for W columns and side = 2·radius+1:
+// before the end would be seen where the guide is grey. Scratch memory of a thread, with side = 2·radius+1:
 // side·(3 + 2·C)·W numbers, rows of guide, image and product in float64, and the residuals of a block of windows.
 
 #include <cmath>
@@ -26,8 +26,8 @@ typedef double Lanes __attribute__((vector_size(kLanes * sizeof(double))));
 // 3 channels take 14 KB), and many enough that no vector is read back while it is still being written.
 constexpr int64_t kBlock = 64;
 
-// Short enough to occupy 16 threads with one picture of 512², long beside the 2·radius rows of windows that neighbouring
-// strips both compute.
+// Short enough to occupy 16 threads with one picture of 512², long beside the 2·radius rows of windows that two
+// neighbouring strips both compute.
 constexpr int64_t kStripRows = 32;
 
 // Images below this size take less time than waking the threads.
@@ -41,7 +41,7 @@ HOST_DEVICE Lanes load(const double* values) {
 
 HOST_DEVICE void store(double* values, Lanes lanes) { std::memcpy(values, &lanes, sizeof(lanes)); }
 
-// The first `side` rows from some row on, for several planes; a row gives its place to the one `side` below.
+// As many rows of several planes as a window has, in float64; a row gives its place to the one `side` below.
 class RowRing {
  public:
   RowRing(int64_t planes, int64_t side, int64_t stride)

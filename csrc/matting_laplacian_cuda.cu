@@ -1,10 +1,10 @@
-// Matting Laplacian in CUDA: formula in matting_laplacian.h. Energy and product in one kernel, image and guide read once
-// from memory (nine times through the L1 cache), the product written once.
+// Matting Laplacian in CUDA: formula in matting_laplacian.h. Energy and product in one kernel: image and guide are read
+// once from memory (nine times through the L1 cache), the product is written once.
 // A block owns a tile of windows, a thread one window and the pixel in that window's upper left corner. The thread fits
 // its window by the guide's colours, keeps the basis in registers, and takes one channel after the other: residuals,
-// their sums along a row of pixels by shuffles within a warp, and along a column through shared memory. Tiles overlap by
-// 2·radius windows, so that every pixel finds all of its windows in one block: no atomics, the same bits on every run.
-// In float64: where the guide is grey, float32 fits lose what the loss is about.
+// their sums along a row of pixels by shuffles within a warp, then along a column through shared memory. Tiles overlap
+// by 2·radius windows, so that every pixel finds all of its windows in one block: no atomics, the same bits always.
+// All of it in float64, whose accuracy docs/matting_laplacian.md compares with that of float32.
 
 #include <algorithm>
 #include <cmath>
@@ -89,9 +89,10 @@ __global__ void __launch_bounds__(kFitThreads, 1)
                              int64_t batch, int64_t channels) {
   constexpr int kSide = 2 * kRadius + 1, kHalo = 2 * kRadius;
   SHARED_ARRAY(double, sums, kSide * kFitThreads);
-  const int row = static_cast<int>(blockIdx.x / tiles.column_tiles) * tiles.rows + static_cast<int>(threadIdx.y) - kHalo;
-  const int column =
-      static_cast<int>(blockIdx.x % tiles.column_tiles) * tiles.columns + static_cast<int>(threadIdx.x) - kHalo;
+  const int tile_row = static_cast<int>(blockIdx.x / tiles.column_tiles);
+  const int tile_column = static_cast<int>(blockIdx.x % tiles.column_tiles);
+  const int row = tile_row * tiles.rows + static_cast<int>(threadIdx.y) - kHalo;
+  const int column = tile_column * tiles.columns + static_cast<int>(threadIdx.x) - kHalo;
   const bool exists = row >= 0 && row < tiles.window_rows && column >= 0 && column < tiles.window_columns;
   const bool owned = threadIdx.y >= kHalo && threadIdx.x >= kHalo && row < tiles.height && column < tiles.width;
   const int64_t pixel = int64_t{row} * tiles.width + column;
