@@ -15,6 +15,7 @@
 #include <pthread.h>
 #endif
 
+#include "ccpl.h"
 #include "dual_pool_attention.h"
 #include "matting_laplacian.h"
 #include "pac_conv2d.h"
@@ -40,6 +41,7 @@ using Address = std::uintptr_t;
 using Unlocked = py::call_guard<py::gil_scoped_release>;
 
 void* pointer(Address address) { return reinterpret_cast<void*>(address); }
+const int64_t* integers(Address address) { return reinterpret_cast<const int64_t*>(address); }
 
 const char* const kIsaNames[] = {
 #define NAME(isa) #isa,
@@ -144,6 +146,100 @@ void bind_dual_pool_attention(py::module_& module) {
       },
       py::kw_only(), "grad_y"_a, "x"_a, "weight"_a, "mean"_a, "scale"_a, "grad_x"_a, "grad_weight"_a, "workspace"_a,
       "batch"_a, "channels"_a, "height"_a, "width"_a, "taps"_a, "pool_size"_a, "dtype"_a, "stream"_a, Unlocked());
+#endif
+}
+
+void bind_neighbor_difference(py::module_& module) {
+  module.def(
+      "neighbor_difference_forward_cpu",
+      [](Address x, Address places, Address y, int64_t batch, int64_t channels, int64_t map_places, int64_t anchors,
+         int64_t channel_stride, int64_t place_stride, int64_t dtype, int64_t threads) {
+        CPU_KERNEL(neighbor_difference_forward)
+        ({pointer(x), integers(places), pointer(y)},
+         {batch, channels, map_places, anchors, channel_stride, place_stride}, static_cast<DType>(dtype),
+         usable_threads(threads));
+      },
+      py::kw_only(), "x"_a, "places"_a, "y"_a, "batch"_a, "channels"_a, "map_places"_a, "anchors"_a,
+      "channel_stride"_a, "place_stride"_a, "dtype"_a, "threads"_a, Unlocked());
+  module.def(
+      "neighbor_difference_backward_cpu",
+      [](Address grad_y, Address places, Address order, Address grad_x, int64_t batch, int64_t channels,
+         int64_t map_places, int64_t anchors, int64_t channel_stride, int64_t place_stride, int64_t dtype,
+         int64_t threads) {
+        CPU_KERNEL(neighbor_difference_backward)
+        ({pointer(grad_y), integers(places), integers(order), pointer(grad_x)},
+         {batch, channels, map_places, anchors, channel_stride, place_stride}, static_cast<DType>(dtype),
+         usable_threads(threads));
+      },
+      py::kw_only(), "grad_y"_a, "places"_a, "order"_a, "grad_x"_a, "batch"_a, "channels"_a, "map_places"_a,
+      "anchors"_a, "channel_stride"_a, "place_stride"_a, "dtype"_a, "threads"_a, Unlocked());
+#if defined(RESTORATION_CUDA)
+  module.def(
+      "neighbor_difference_forward_cuda",
+      [](Address x, Address places, Address y, int64_t batch, int64_t channels, int64_t map_places, int64_t anchors,
+         int64_t channel_stride, int64_t place_stride, int64_t dtype, Address stream) {
+        launch_neighbor_difference_forward({pointer(x), integers(places), pointer(y)},
+                                           {batch, channels, map_places, anchors, channel_stride, place_stride},
+                                           static_cast<DType>(dtype), pointer(stream));
+      },
+      py::kw_only(), "x"_a, "places"_a, "y"_a, "batch"_a, "channels"_a, "map_places"_a, "anchors"_a,
+      "channel_stride"_a, "place_stride"_a, "dtype"_a, "stream"_a, Unlocked());
+  module.def(
+      "neighbor_difference_backward_cuda",
+      [](Address grad_y, Address places, Address order, Address grad_x, int64_t batch, int64_t channels,
+         int64_t map_places, int64_t anchors, int64_t channel_stride, int64_t place_stride, int64_t dtype,
+         Address stream) {
+        launch_neighbor_difference_backward({pointer(grad_y), integers(places), integers(order), pointer(grad_x)},
+                                            {batch, channels, map_places, anchors, channel_stride, place_stride},
+                                            static_cast<DType>(dtype), pointer(stream));
+      },
+      "Adds to grad_x, which is zero; atomically where order is 0.", py::kw_only(), "grad_y"_a, "places"_a, "order"_a,
+      "grad_x"_a, "batch"_a, "channels"_a, "map_places"_a, "anchors"_a, "channel_stride"_a, "place_stride"_a,
+      "dtype"_a, "stream"_a, Unlocked());
+#endif
+}
+
+void bind_info_nce(py::module_& module) {
+  module.def(
+      "info_nce_forward_cpu",
+      [](Address query, Address key, Address loss, Address log_sum, int64_t batch, int64_t rows, int64_t width,
+         double temperature, int64_t dtype, int64_t threads) {
+        CPU_KERNEL(info_nce_forward)
+        ({pointer(query), pointer(key), pointer(loss), pointer(log_sum)}, {batch, rows, width}, temperature,
+         static_cast<DType>(dtype), usable_threads(threads));
+      },
+      py::kw_only(), "query"_a, "key"_a, "loss"_a, "log_sum"_a, "batch"_a, "rows"_a, "width"_a, "temperature"_a,
+      "dtype"_a, "threads"_a, Unlocked());
+  module.def(
+      "info_nce_backward_cpu",
+      [](Address grad_loss, Address query, Address key, Address log_sum, Address grad_query, int64_t batch,
+         int64_t rows, int64_t width, double temperature, int64_t dtype, int64_t threads) {
+        CPU_KERNEL(info_nce_backward)
+        ({pointer(grad_loss), pointer(query), pointer(key), pointer(log_sum), pointer(grad_query)},
+         {batch, rows, width}, temperature, static_cast<DType>(dtype), usable_threads(threads));
+      },
+      py::kw_only(), "grad_loss"_a, "query"_a, "key"_a, "log_sum"_a, "grad_query"_a, "batch"_a, "rows"_a, "width"_a,
+      "temperature"_a, "dtype"_a, "threads"_a, Unlocked());
+#if defined(RESTORATION_CUDA)
+  module.def(
+      "info_nce_forward_cuda",
+      [](Address query, Address key, Address loss, Address log_sum, int64_t batch, int64_t rows, int64_t width,
+         double temperature, int64_t dtype, Address stream) {
+        launch_info_nce_forward({pointer(query), pointer(key), pointer(loss), pointer(log_sum)}, {batch, rows, width},
+                                temperature, static_cast<DType>(dtype), pointer(stream));
+      },
+      py::kw_only(), "query"_a, "key"_a, "loss"_a, "log_sum"_a, "batch"_a, "rows"_a, "width"_a, "temperature"_a,
+      "dtype"_a, "stream"_a, Unlocked());
+  module.def(
+      "info_nce_backward_cuda",
+      [](Address grad_loss, Address query, Address key, Address log_sum, Address grad_query, int64_t batch,
+         int64_t rows, int64_t width, double temperature, int64_t dtype, Address stream) {
+        launch_info_nce_backward(
+            {pointer(grad_loss), pointer(query), pointer(key), pointer(log_sum), pointer(grad_query)},
+            {batch, rows, width}, temperature, static_cast<DType>(dtype), pointer(stream));
+      },
+      py::kw_only(), "grad_loss"_a, "query"_a, "key"_a, "log_sum"_a, "grad_query"_a, "batch"_a, "rows"_a, "width"_a,
+      "temperature"_a, "dtype"_a, "stream"_a, Unlocked());
 #endif
 }
 
@@ -274,6 +370,8 @@ PYBIND11_MODULE(RESTORATION_MODULE, module) {
              "None if the kernels run on this CUDA device, else why they do not.");
 #endif
   bind_dual_pool_attention(module);
+  bind_neighbor_difference(module);
+  bind_info_nce(module);
   bind_matting_laplacian(module);
   bind_pac_conv2d(module);
 }
