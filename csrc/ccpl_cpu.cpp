@@ -1,7 +1,7 @@
 // Neighbour differences on the CPU: formula in ccpl.h. The other half of the loss is in ccpl_info_nce_cpu.cpp.
 // Forward gathers and subtracts; backward fills grad_x with zeros, at the speed of memory, and writes each touched place
 // once. The owner of a place adds up all that it gets: repeated places accumulate, in float32 at least, and the result
-// does not depend on the thread count. Scratch memory: none.
+// does not depend on the thread count. Scratch memory: 64 bytes a place and thread.
 
 #include "ccpl.h"
 #include "common_cpu.h"
@@ -12,12 +12,8 @@ namespace {
 // Calls that touch fewer numbers take less time than waking the threads.
 constexpr int64_t kParallelElements = int64_t{1} << 15;
 
-// Bytes that a thread zeroes at a time: a huge page, which the kernel has just cleared, and so brought into the cache,
-// when its first byte is written.
-constexpr int64_t kZeroBytes = int64_t{2} << 20;
-
-// Channels whose sums one place keeps at a time, in a few vectors.
-constexpr int64_t kChannelBlock = 64;
+// Numbers that a thread sets to zero at a time: long beside the cost of handing them out.
+constexpr int64_t kZeroElements = int64_t{1} << 18;
 
 template <typename T>
 void forward(const NeighborDifferenceForward& arguments, const NeighborDifferenceSizes& sizes, int threads) {
@@ -44,51 +40,92 @@ void forward(const NeighborDifferenceForward& arguments, const NeighborDifferenc
   }
 }
 
-void fill_with_zeros(void* output, int64_t bytes, int threads) {
-  advise_huge_pages(output, bytes);
-  char* const begin = static_cast<char*>(output);
-  const bool parallel = threads > 1 && bytes > kZeroBytes;
-#pragma omp parallel for schedule(static) num_threads(threads) if (parallel)
-  for (int64_t offset = 0; offset < bytes; offset += kZeroBytes) {
-    std::memset(begin + offset, 0, std::min(kZeroBytes, bytes - offset));
+// sums[0..channels) = what the entries of one place add up to, from `first` on; channels from `begin` on.
+template <typename A, typename T>
+void sum_place(const NeighborDifferenceBackward& arguments, const NeighborDifferenceSizes& sizes, const T* grad_y,
+               int64_t first, int64_t begin, int64_t channels, A* sums) {
+  std::fill_n(sums, channels, A(0));
+  const int64_t place = arguments.places[first];
+  for (int64_t index = first; index < sizes.entries() && arguments.places[index] == place; ++index) {
+    const int64_t entry = arguments.order[index];
+#pragma omp simd
+    for (int64_t channel = 0; channel < channels; ++channel) {
+      sums[channel] += entry_gradient<A>(grad_y, entry, begin + channel, sizes.channels);
+    }
   }
 }
 
-// Adds up the entries of one place, from `first` to the last of equal places, and writes their sum.
+// Whether the entry is the first of its place.
+bool owns_place(const NeighborDifferenceBackward& arguments, int64_t index) {
+  return index == 0 || arguments.places[index - 1] != arguments.places[index];
+}
+
+// NCHW: a thread owns some channels. Their sums are made together, which reads whole cache lines of grad_y, but written
+// plane by plane: from plane to plane the same place falls into the same few sets of the caches.
 template <typename T>
-void write_place(const NeighborDifferenceBackward& arguments, const NeighborDifferenceSizes& sizes, int64_t image,
-                 int64_t first) {
+void backward_planes(const NeighborDifferenceBackward& arguments, const NeighborDifferenceSizes& sizes, int threads) {
   using A = AccumulateType<T>;
-  const T* grad_y = static_cast<const T*>(arguments.grad_y) + image * sizes.anchors * kNeighbors * sizes.channels;
-  const int64_t place = arguments.places[first];
-  T* grad_x = static_cast<T*>(arguments.grad_x) + image * sizes.channels * sizes.places + place * sizes.place_stride;
-  for (int64_t begin = 0; begin < sizes.channels; begin += kChannelBlock) {
-    const int64_t channels = std::min(kChannelBlock, sizes.channels - begin);
-    A sums[kChannelBlock] = {};
-    for (int64_t index = first; index < sizes.entries() && arguments.places[index] == place; ++index) {
-      const int64_t entry = arguments.order[index];
-#pragma omp simd
+  constexpr int64_t kChannels = kCacheLineBytes / sizeof(T);
+  const int64_t blocks = ceil_divide(sizes.channels, kChannels);
+  const bool parallel = threads > 1 && sizes.elements() >= kParallelElements;
+#pragma omp parallel num_threads(threads) if (parallel)
+  {
+    Buffer<A> sums(sizes.entries() * kChannels);
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < sizes.batch * blocks; ++task) {
+      const int64_t image = task / blocks;
+      const int64_t begin = task % blocks * kChannels;
+      const int64_t channels = std::min(kChannels, sizes.channels - begin);
+      const T* grad_y = static_cast<const T*>(arguments.grad_y) + image * sizes.anchors * kNeighbors * sizes.channels;
+      T* grad_x = static_cast<T*>(arguments.grad_x) + (image * sizes.channels + begin) * sizes.places;
+      for (int64_t index = 0; index < sizes.entries(); ++index) {
+        if (!owns_place(arguments, index)) continue;
+        sum_place(arguments, sizes, grad_y, index, begin, channels, sums.data() + index * kChannels);
+      }
       for (int64_t channel = 0; channel < channels; ++channel) {
-        sums[channel] += entry_gradient<A>(grad_y, entry, begin + channel, sizes.channels);
+        T* plane = grad_x + channel * sizes.places;
+        std::memset(static_cast<void*>(plane), 0, sizes.places * sizeof(T));
+        for (int64_t index = 0; index < sizes.entries(); ++index) {
+          if (owns_place(arguments, index)) plane[arguments.places[index]] = T(sums[index * kChannels + channel]);
+        }
       }
     }
-    for (int64_t channel = 0; channel < channels; ++channel) {
-      grad_x[(begin + channel) * sizes.channel_stride] = T(sums[channel]);
+  }
+}
+
+// Channels-last: a place is one row of memory.
+template <typename T>
+void backward_rows(const NeighborDifferenceBackward& arguments, const NeighborDifferenceSizes& sizes, int threads) {
+  using A = AccumulateType<T>;
+  T* const grad_x = static_cast<T*>(arguments.grad_x);
+  const int64_t stride = sizes.channels * sizes.places;
+  const bool parallel = threads > 1 && sizes.elements() >= kParallelElements;
+#pragma omp parallel num_threads(threads) if (parallel)
+  {
+    Buffer<A> sums(sizes.channels);
+#pragma omp for schedule(static)
+    for (int64_t offset = 0; offset < sizes.elements(); offset += kZeroElements) {
+      std::memset(static_cast<void*>(grad_x + offset), 0,
+                  std::min(kZeroElements, sizes.elements() - offset) * sizeof(T));
+    }
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < sizes.batch * sizes.entries(); ++task) {
+      const int64_t image = task / sizes.entries();
+      const int64_t index = task % sizes.entries();
+      if (!owns_place(arguments, index)) continue;
+      const T* grad_y = static_cast<const T*>(arguments.grad_y) + image * sizes.anchors * kNeighbors * sizes.channels;
+      sum_place(arguments, sizes, grad_y, index, 0, sizes.channels, sums.data());
+      T* row = grad_x + image * stride + arguments.places[index] * sizes.channels;
+      for (int64_t channel = 0; channel < sizes.channels; ++channel) row[channel] = T(sums[channel]);
     }
   }
 }
 
 template <typename T>
 void backward(const NeighborDifferenceBackward& arguments, const NeighborDifferenceSizes& sizes, int threads) {
-  fill_with_zeros(arguments.grad_x, sizes.elements() * int64_t{sizeof(T)}, threads);
-  const int64_t count = sizes.batch * sizes.entries();
-  const bool parallel = threads > 1 && count * sizes.channels >= kParallelElements;
-#pragma omp parallel for schedule(static) num_threads(threads) if (parallel)
-  for (int64_t index = 0; index < count; ++index) {
-    const int64_t first = index % sizes.entries();
-    const bool owner = first == 0 || arguments.places[first - 1] != arguments.places[first];
-    if (owner) write_place<T>(arguments, sizes, index / sizes.entries(), first);
-  }
+  advise_huge_pages(arguments.grad_x, sizes.elements() * int64_t{sizeof(T)});
+  const auto run = sizes.place_stride == 1 ? backward_planes<T> : backward_rows<T>;
+  run(arguments, sizes, threads);
 }
 
 }  // namespace
