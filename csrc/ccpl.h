@@ -22,8 +22,8 @@ struct NeighborDifferenceSizes {
   int64_t channel_stride;
   int64_t place_stride;
 
-  int64_t entries() const { return anchors * kSlots; }
-  int64_t elements() const { return batch * channels * places; }
+  HOST_DEVICE int64_t entries() const { return anchors * kSlots; }
+  HOST_DEVICE int64_t elements() const { return batch * channels * places; }
 };
 
 // places [9N], int64: of each entry. y [B,8N,C], of the dtype of x.

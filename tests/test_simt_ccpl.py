@@ -1,0 +1,94 @@
+"""The CUDA kernels of the contrastive loss on the CPU, behind the public functions, as a GPU would run them."""
+
+import types
+
+import compare
+import pytest
+import simt_build
+import torch
+from test_simt import both_orders, needs_compiler, order  # noqa: F401
+
+from restoration_kernels import _backend, info_nce, neighbor_difference
+from restoration_kernels._samples import DIFFERENTIABLE, samples
+
+pytestmark = needs_compiler
+
+CASES = [
+    pytest.param(sample, id=f"{sample.operator}-{sample.name}")
+    for operator in ("neighbor_difference", "info_nce")
+    for sample in samples(operator, "tiny", "odd")
+]
+
+
+@pytest.fixture(autouse=True)
+def simulated_gpu(monkeypatch):
+    """The backend "cuda" takes CPU tensors, and launches go to the runner."""
+    extension = simt_build.load_extension()
+    monkeypatch.setattr(_backend, "extension", lambda: (extension, None))
+    for name in ("why_not_here", "_why_not_on"):
+        monkeypatch.setattr(_backend, name, lambda *arguments: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
+
+
+@both_orders
+@pytest.mark.parametrize("sample", CASES)
+@compare.every_dtype()
+def test_values(sample, dtype, order):  # noqa: F811
+    arguments = sample.arguments(dtype)
+    names = DIFFERENTIABLE[sample.operator]
+    reference = compare.public(sample.operator, "reference")
+    ours = compare.differentiate(compare.public(sample.operator, "cuda"), arguments, names)
+    exact = compare.differentiate(reference, compare.convert(arguments, torch.float64, "cpu"), names)
+    # Nothing is more exact than float64, so there the reference's own rounding counts.
+    ulps = compare.REFERENCE_ULPS[dtype] if dtype == torch.float64 else compare.ULPS
+    compare.judge_all(ours, exact, compare.differentiate(reference, arguments, names), ulps)
+
+
+@both_orders
+@pytest.mark.parametrize("width", [1, 16, 65, 130, 300])
+def test_info_nce_of_any_width(width, order):  # noqa: F811
+    """Beside the edges of tiles, wider than the columns that one block owns, and more images than a grid holds."""
+    query, key = torch.nn.functional.normalize(torch.randn(2, 5, 67, width, dtype=torch.float64), dim=-1)
+    results = [
+        compare.differentiate(compare.public("info_nce", backend), {"query": query, "key": key}, ("query",))
+        for backend in ("cuda", "reference")
+    ]
+    compare.judge_all(*results, ulps=compare.REFERENCE_ULPS[torch.float64])
+
+
+@both_orders
+@pytest.mark.parametrize("deterministic", [True, False], ids=["sorted", "atomic"])
+@pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "nchw"])
+def test_repeated_places_accumulate(deterministic, channels_last, order):  # noqa: F811
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    features = torch.randn(3, 5, 4, 4, dtype=torch.float64).contiguous(memory_format=layout)
+    anchors, neighbors = torch.tensor([5, 5, 10]), torch.full((3, 8), 5)
+    arguments = {"features": features, "anchors": anchors, "neighbors": neighbors}
+    ours, right = (
+        compare.differentiate(compare.public("neighbor_difference", backend), arguments, ("features",))
+        for backend in ("cuda", "reference")
+    )
+    compare.judge_all(ours, right)
+    assert ours["features"].is_contiguous(memory_format=layout)
+
+
+def test_atomic_addition_refuses_half_precision():
+    addresses = dict.fromkeys(("grad_y", "places", "order", "grad_x"), 0)
+    names = ("batch", "channels", "map_places", "anchors", "channel_stride", "place_stride", "stream")
+    dtype = simt_build.load_extension().DTYPES["float16"]
+    with pytest.raises(ValueError, match=r"^neighbor_difference: order must be given for half precision, got none$"):
+        simt_build.load_extension().neighbor_difference_backward_cuda(
+            **addresses, **dict.fromkeys(names, 0), dtype=dtype
+        )
+
+
+def test_empty_batch():
+    features, rows = torch.empty(0, 2, 4, 4, requires_grad=True), torch.empty(0, 3, 2, requires_grad=True)
+    places = torch.tensor([5]), torch.zeros(1, 8, dtype=torch.int64)
+    for output, leaf in (
+        (neighbor_difference(features, *places, backend="cuda"), features),
+        (info_nce(rows, rows, backend="cuda"), rows),
+    ):
+        (gradient,) = torch.autograd.grad(output.sum(), leaf)
+        assert gradient.shape == leaf.shape
