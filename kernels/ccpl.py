@@ -1,11 +1,12 @@
 """Contrastive coherence preserving loss: differences of neighbouring features, told apart from one another."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from . import _backend, _checks
+from . import _backend, _checks, _launch, _registration
 from .ccpl_reference import info_nce_reference, neighbor_difference_reference
 
 _NEIGHBOR_DIFFERENCE = _backend.Operator("neighbor_difference", neighbor_difference_reference)
@@ -74,8 +75,10 @@ def neighbor_difference(features: Tensor, anchors: Tensor, neighbors: Tensor, *,
         backend: "cuda", "triton", "cpu" or "reference"; None leaves the choice to :func:`use_backend`.
 
     Returns:
-        [B, 8N, C] in the dtype of features. Gradients: features, as one dense tensor; the reference can be
-        differentiated twice.
+        [B, 8N, C] in the dtype of features. Gradients: features, as one dense tensor in their layout, NCHW or
+        channels-last. Places may repeat; where they do, their gradients are added up in an order that is fixed on the
+        CPU, for half precision, and under torch.use_deterministic_algorithms(True). The reference can be differentiated
+        twice.
 
     Raises:
         TypeError, ValueError: an argument is not as said here.
@@ -99,8 +102,9 @@ def info_nce(query: Tensor, key: Tensor, temperature: float = 0.07, *, backend: 
 
     Returns:
         [B, S], in the dtype of query, or float32 where that is of half precision; at least 0. Products and sums are at
-        least float32. The reference holds 3·B·S² numbers. Gradients: query only, key is a constant; for rows of unit
-        length that of loss[b, i] is no longer than 2/τ. The reference can be differentiated twice.
+        least float32. Memory: at most twice the inputs, widened; the reference holds 3·B·S² numbers. Gradients: query
+        only, key is a constant; for rows of unit length that of loss[b, i] is no longer than 2/τ. The reference can be
+        differentiated twice.
 
     Raises:
         TypeError, ValueError: an argument is not as said here.
@@ -221,3 +225,145 @@ class CCPLoss(nn.Module):
 
 def _projection_head(channels):
     return nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, max(channels // 4, 1)))
+
+
+# The kernels. maps is what they call features in either layout, contiguous: [B, C, H, W], or [B, H, W, C] where
+# channels_last; places [N, 9] holds each anchor and its neighbours.
+
+
+def _neighbor_difference(backend, features, anchors, neighbors):
+    channels_last = not features.is_contiguous() and features.is_contiguous(memory_format=torch.channels_last)
+    maps = features.permute(0, 2, 3, 1) if channels_last else features
+    places = torch.cat([anchors[:, None], neighbors], dim=1)
+    return _difference_forward(maps, places, channels_last, backend)
+
+
+def _allocate_difference_forward(maps, places, channels_last):
+    return (maps.new_empty(maps.shape[0], 8 * places.shape[0], maps.shape[3 if channels_last else 1]),)
+
+
+def _launch_difference_forward(backend, outputs, maps, places, channels_last):
+    (y,) = outputs
+    tensors = {"x": maps, "places": places, "y": y}
+    _launch_difference("forward", backend, tensors, maps.shape, len(places), channels_last)
+
+
+def _allocate_difference_backward(grad_y, places, height, width, channels_last, wanted):
+    B, _, C = grad_y.shape
+    shape = (B, height, width, C) if channels_last else (B, C, height, width)
+    return [grad_y.new_empty(shape) if wish else None for wish in wanted]
+
+
+def _launch_difference_backward(backend, outputs, grad_y, places, height, width, channels_last, wanted):
+    (grad_x,) = outputs
+    entries, order = places.flatten(), None
+    if backend != "cpu":
+        grad_x.zero_()
+    # Sums of half precision are kept in float32, to which the gradient's memory cannot be added atomically.
+    atomic = backend != "cpu" and grad_y.dtype in (torch.float32, torch.float64)
+    if not atomic or torch.are_deterministic_algorithms_enabled():
+        entries, order = entries.sort(stable=True)
+    tensors = {"grad_y": grad_y, "places": entries, "order": order, "grad_x": grad_x}
+    _launch_difference("backward", backend, tensors, grad_x.shape, len(places), channels_last)
+
+
+def _launch_difference(direction, backend, tensors, shape, anchors, channels_last):
+    batch, channels, height, width = (shape[axis] for axis in ((0, 3, 1, 2) if channels_last else range(4)))
+    channel_stride, place_stride = (1, channels) if channels_last else (height * width, 1)
+    sizes = {
+        "batch": batch,
+        "channels": channels,
+        "map_places": height * width,
+        "anchors": anchors,
+        "channel_stride": channel_stride,
+        "place_stride": place_stride,
+    }
+    _launch_kernel(f"neighbor_difference_{direction}", backend, tensors, sizes)
+
+
+def _save_difference(inputs, outputs):
+    maps, places, channels_last, _ = inputs
+    height, width = maps.shape[1:3] if channels_last else maps.shape[2:]
+    return places, height, width, channels_last
+
+
+def _info_nce(backend, query, key, temperature):
+    return _nce_forward(query, key.detach(), temperature, backend)[0]
+
+
+def _allocate_nce_forward(query, key, temperature):
+    rows = functools.partial(query.new_empty, query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
+    return rows(), rows()
+
+
+def _launch_nce_forward(backend, outputs, query, key, temperature):
+    loss, log_sum = outputs
+    _launch_nce("forward", backend, {"query": query, "key": key, "loss": loss, "log_sum": log_sum}, temperature)
+
+
+def _allocate_nce_backward(grad_loss, query, key, log_sum, temperature, wanted):
+    return [query.new_empty(query.shape) if wish else None for wish in wanted]
+
+
+def _launch_nce_backward(backend, outputs, grad_loss, query, key, log_sum, temperature, wanted):
+    (grad_query,) = outputs
+    tensors = {"grad_loss": grad_loss, "query": query, "key": key, "log_sum": log_sum, "grad_query": grad_query}
+    _launch_nce("backward", backend, tensors, temperature)
+
+
+def _launch_nce(direction, backend, tensors, temperature):
+    sizes = dict(zip(("batch", "rows", "width"), tensors["query"].shape, strict=True))
+    _launch_kernel(f"info_nce_{direction}", backend, tensors, {**sizes, "temperature": temperature})
+
+
+def _save_nce(inputs, outputs):
+    query, key, temperature, _ = inputs
+    return query, key, outputs[1], temperature
+
+
+def _launch_kernel(kernel, backend, tensors, sizes):
+    if backend == "triton":
+        # Importing triton takes a second: only for those who use it.
+        from . import ccpl_triton
+
+        getattr(ccpl_triton, kernel)(**tensors, **sizes)
+        return
+    dtype = next(tensor.dtype for name, tensor in tensors.items() if name in ("x", "grad_y", "query"))
+    _launch.run(kernel, backend, tensors, sizes, dtype)
+
+
+_difference_forward = _registration.define(
+    "neighbor_difference(Tensor maps, Tensor places, bool channels_last, str backend) -> Tensor",
+    _allocate_difference_forward,
+    _launch_difference_forward,
+)
+_difference_backward = _registration.define(
+    "neighbor_difference_backward(Tensor grad_y, Tensor places, SymInt height, SymInt width, bool channels_last,"
+    " bool[] wanted, str backend) -> Tensor[]",
+    _allocate_difference_backward,
+    _launch_difference_backward,
+)
+_registration.differentiate(_difference_forward, _difference_backward, _save_difference, count=1)
+
+_nce_forward = _registration.define(
+    "info_nce(Tensor query, Tensor key, float temperature, str backend) -> (Tensor loss, Tensor log_sum)",
+    _allocate_nce_forward,
+    _launch_nce_forward,
+)
+_nce_backward = _registration.define(
+    "info_nce_backward(Tensor grad_loss, Tensor query, Tensor key, Tensor log_sum, float temperature, bool[] wanted,"
+    " str backend) -> Tensor[]",
+    _allocate_nce_backward,
+    _launch_nce_backward,
+)
+_registration.differentiate(_nce_forward, _nce_backward, _save_nce, count=1)
+
+
+def _cpu_cannot(**arguments):
+    dtype = arguments.get("features", arguments.get("query")).dtype
+    return "its kernel takes no float16" if dtype == torch.float16 else None
+
+
+for _operator, _run in ((_NEIGHBOR_DIFFERENCE, _neighbor_difference), (_INFO_NCE, _info_nce)):
+    _operator.register("cuda", functools.partial(_run, "cuda"))
+    _operator.register("cpu", functools.partial(_run, "cpu"), _cpu_cannot)

@@ -43,14 +43,37 @@ def test_backward(backend, sample, dtype):
     compare.check_values(backend, sample, dtype, definition, ("features", "query"))
 
 
-@compare.every_case(*OPERATORS)
+@compare.every_tiny_case(*OPERATORS)
 def test_gradcheck(backend, sample):
     compare.check_gradcheck(backend, sample)
 
 
+@compare.one_case(*OPERATORS, backends=compare.KERNELS)
+def test_second_derivatives_refused(backend, sample):
+    compare.check_second_derivatives_refused(backend, sample)
+
+
+@compare.every_tiny_case(*OPERATORS, backends=compare.KERNELS)
+def test_opcheck(backend, sample):
+    compare.check_opcheck(backend, sample)
+
+
 @compare.one_case(*OPERATORS)
 def test_compile(backend, sample):
-    compare.check_compile(backend, sample)
+    # The reference is plain PyTorch, of which inductor makes C++ that takes ten seconds to compile.
+    compare.check_compile(backend, sample, "aot_eager" if backend == "reference" else "inductor")
+
+
+@pytest.mark.slow
+@compare.one_case(*OPERATORS, backends=("reference",))
+def test_compile_reference(backend, sample):
+    compare.check_compile(backend, sample, "inductor")
+
+
+@compare.one_case(*OPERATORS)
+def test_export(backend, sample):
+    axes = {"features": (0, 1, 2, 3), "anchors": (0,), "neighbors": (0,), "query": (0, 1, 2), "key": (0, 1, 2)}
+    compare.check_export(backend, sample, axes)
 
 
 @compare.one_case(*OPERATORS)
