@@ -366,4 +366,5 @@ def _cpu_cannot(**arguments):
 
 for _operator, _run in ((_NEIGHBOR_DIFFERENCE, _neighbor_difference), (_INFO_NCE, _info_nce)):
     _operator.register("cuda", functools.partial(_run, "cuda"))
+    _operator.register("triton", functools.partial(_run, "triton"))
     _operator.register("cpu", functools.partial(_run, "cpu"), _cpu_cannot)
