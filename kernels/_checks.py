@@ -122,6 +122,12 @@ def neighbor_difference(features, anchors, neighbors):
         first, last = places.min().item(), places.max().item()
         if first < 0 or last >= H * W:
             _fail(operator, argument, f"lie in 0 to {H * W - 1}, the places of {H} x {W}", f"{first} to {last}")
+    rows, columns = anchors // W, anchors % W
+    border = (rows == 0) | (rows == H - 1) | (columns == 0) | (columns == W - 1)
+    if border.any():
+        _fail(
+            operator, "anchors", f"lie off the border of {H} x {W}, to have eight neighbours", anchors[border][0].item()
+        )
 
 
 def info_nce(query, key, temperature):

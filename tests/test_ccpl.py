@@ -72,7 +72,8 @@ def test_compile_reference(backend, sample):
 
 @compare.one_case(*OPERATORS)
 def test_export(backend, sample):
-    axes = {"features": (0, 1, 2, 3), "anchors": (0,), "neighbors": (0,), "query": (0, 1, 2), "key": (0, 1, 2)}
+    # Not W: places would be others, and some on the border.
+    axes = {"features": (0, 1, 2), "anchors": (0,), "neighbors": (0,), "query": (0, 1, 2), "key": (0, 1, 2)}
     compare.check_export(backend, sample, axes)
 
 
@@ -159,7 +160,8 @@ def test_sample_neighbors_costs_nothing_on_a_large_map():
 @compare.every_backend("info_nce")
 def test_info_nce_identity_far_apart(backend):
     """Orthogonal rows: the others weigh exp(-1/τ) each. Logits of ten thousand neither overflow nor vanish."""
-    rows = torch.eye(4, dtype=torch.float64)[None]
+    rows = torch.eye(4, dtype=torch.float64, device=compare.device(backend))[None]
+    compare.skip_unless_able(backend, "info_nce", {"query": rows, "key": rows})
     loss = info_nce(rows, rows, TEMPERATURE, backend=backend)
     torch.testing.assert_close(loss, torch.full_like(loss, math.log1p(3 * math.exp(-1 / TEMPERATURE))))
     assert torch.equal(info_nce(700 * rows, rows, TEMPERATURE, backend=backend), torch.zeros_like(loss))
@@ -167,16 +169,91 @@ def test_info_nce_identity_far_apart(backend):
     torch.testing.assert_close(backwards, torch.full_like(loss, 10_000))
 
 
+def run_info_nce(backend, query, key, temperature):
+    """Loss and gradient to the query, of the sum of all losses."""
+    arguments = {name: rows.to(compare.device(backend)) for name, rows in (("query", query), ("key", key))}
+    compare.skip_unless_able(backend, "info_nce", {**arguments, "temperature": temperature})
+    query = arguments["query"].requires_grad_()
+    loss = info_nce(query, arguments["key"], temperature, backend=backend)
+    return loss.detach().cpu(), torch.autograd.grad(loss.sum(), query)[0].cpu()
+
+
+@compare.every_backend("info_nce")
+@pytest.mark.parametrize("temperature", [0.07, 0.01])
+@pytest.mark.parametrize("shape", [(2, 97, 16), (1, 130, 512)], ids=str)
+def test_info_nce_identity_cross_entropy(backend, temperature, shape):
+    """That of all logits at once, with the diagonal as target."""
+    query, key = F.normalize(torch.randn(2, *shape, dtype=torch.float64, generator=_seeds(0)[0]), dim=-1)
+    loss, gradient = run_info_nce(backend, query, key, temperature)
+    query.requires_grad_()
+    logits = query @ key.mT / temperature
+    target = torch.arange(shape[1]).expand(shape[0], -1)
+    expected = F.cross_entropy(logits.mT, target, reduction="none")
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), query)[0], rtol=1e-6, atol=1e-6)
+    assert gradient.norm(dim=-1).max() <= 2 / temperature
+
+
+@compare.every_backend("info_nce")
+def test_info_nce_identity_by_hand(backend):
+    """Two places of each of two colours: a row finds its own key among two that are the same, and two others."""
+    rows = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]], dtype=torch.float64)
+    loss, gradient = run_info_nce(backend, rows, rows, 1.0)
+    total = 2 * math.e + 2
+    torch.testing.assert_close(loss, torch.full_like(loss, math.log(total) - 1))
+    pull, push = 2 * math.e / total - 1, 2 / total
+    expected = torch.tensor([[[pull, push], [pull, push], [push, pull], [push, pull]]], dtype=torch.float64)
+    torch.testing.assert_close(gradient, expected)
+
+
+@compare.every_backend("info_nce")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_info_nce_of_one_row_is_zero(backend, dtype):
+    query, key = torch.randn(2, 3, 1, 20, dtype=dtype)
+    loss, gradient = run_info_nce(backend, query, key, 0.01)
+    assert not loss.any() and not gradient.any()
+
+
+@compare.every_backend("info_nce")
+@pytest.mark.parametrize("place", ["query", "key"])
+def test_info_nce_shows_nan(backend, place):
+    """A diverged network is seen, not averaged away."""
+    rows = {name: torch.randn(1, 70, 5) for name in ("query", "key")}
+    rows[place][0, 40, 2] = math.nan
+    loss, _ = run_info_nce(backend, **rows, temperature=0.07)
+    expected = torch.arange(70) == 40 if place == "query" else torch.ones(70, dtype=torch.bool)
+    assert torch.equal(loss[0].isnan(), expected)
+
+
+@compare.every_backend("neighbor_difference")
+@pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "atomic"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+def test_repeated_places_accumulate(backend, deterministic, layout):
+    """Anchors that repeat, and neighbours that are all the same; the gradient keeps the layout of the features."""
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    features = torch.randn(2, 5, 4, 4, device=compare.device(backend)).contiguous(memory_format=layout)
+    anchors = torch.tensor([5, 5, 10], device=features.device)
+    arguments = {"features": features, "anchors": anchors, "neighbors": anchors.new_full((3, 8), 5)}
+    compare.skip_unless_able(backend, "neighbor_difference", arguments)
+    ours = compare.differentiate(compare.public("neighbor_difference", backend), arguments, ("features",))
+    exact = {**arguments, "features": features.double()}
+    compare.judge_all(ours, compare.differentiate(neighbor_difference_definition, exact, ("features",)))
+    assert backend == "reference" or ours["features"].is_contiguous(memory_format=layout)
+
+
 @compare.every_backend("info_nce")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_info_nce_of_half_precision_is_float32(backend, dtype):
-    query = torch.randn(1, 5, 3, dtype=dtype)
+    query = torch.randn(1, 5, 3, dtype=dtype, device=compare.device(backend))
+    compare.skip_unless_able(backend, "info_nce", {"query": query, "key": query})
     assert info_nce(query, query, backend=backend).dtype == torch.float32
 
 
 @compare.every_backend("info_nce")
 def test_info_nce_key_gets_no_gradient(backend):
-    query, key = torch.randn(1, 5, 3), torch.randn(1, 5, 3, requires_grad=True)
+    query, key = torch.randn(2, 1, 5, 3, device=compare.device(backend))
+    key.requires_grad_()
+    compare.skip_unless_able(backend, "info_nce", {"query": query, "key": key})
     assert not info_nce(query, key, backend=backend).requires_grad
 
 
@@ -214,11 +291,14 @@ def test_ccpl_gradients():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
-def test_ccpl_gradient_is_bounded_in_flat_regions(dtype):
+@compare.every_backend("info_nce")
+def test_ccpl_gradient_is_bounded_in_flat_regions(backend, dtype):
     """As the docstring of ccpl_loss promises: 2/(τ·eps) divided by the number of rows, for each difference."""
-    features = torch.zeros(1, 2, 3, 3, dtype=dtype, requires_grad=True)
-    targets = torch.randn(1, 2, 3, 3, generator=_seeds(0)[0]).to(dtype)
-    loss = ccpl_loss([features], [targets], 1)
+    features = torch.zeros(1, 2, 3, 3, dtype=dtype, device=compare.device(backend), requires_grad=True)
+    anchors = torch.zeros(1, dtype=torch.int64, device=features.device)
+    compare.skip_unless_able(backend, "neighbor_difference", {"features": features, "anchors": anchors})
+    targets = torch.randn(1, 2, 3, 3, generator=_seeds(0)[0]).to(features)
+    loss = ccpl_loss([features], [targets], 1, backend=backend)
     assert loss.item() == pytest.approx(math.log(8), rel=1e-6)
     loss.backward()
     neighbors = features.grad.flatten(2)[:, :, [0, 1, 2, 3, 5, 6, 7, 8]]
@@ -268,6 +348,10 @@ def test_rejects_draws(arguments, message):
         ((FEATURES, ANCHORS, NEIGHBORS[:1]), r"neighbors must be of shape \[2, 8\], got shape \[1, 8\]"),
         ((FEATURES, ANCHORS.int(), NEIGHBORS), r"anchors must have dtype torch.int64, got torch.int32"),
         ((FEATURES, ANCHORS * 0 + 20, NEIGHBORS), r"anchors must lie in 0 to 19, .* of 4 x 5, got 20 to 20"),
+        (
+            (FEATURES, torch.tensor([7, 14]), NEIGHBORS),
+            r"anchors must lie off the border of 4 x 5, .* neighbours, got 14",
+        ),
         ((FEATURES, ANCHORS, NEIGHBORS * 0 - 1), r"neighbors must lie in 0 to 19, .* of 4 x 5, got -1 to -1"),
     ],
 )

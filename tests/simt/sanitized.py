@@ -58,6 +58,50 @@ def matting_laplacian(batch, channels, height, width, radius, dtype):
     extension.matting_laplacian_cpu(**options, threads=2)
 
 
+def neighbor_difference(batch, channels, height, width, anchors, dtype, channels_last):
+    size, places = BYTES[dtype], height * width
+    sizes = {"batch": batch, "channels": channels, "map_places": places, "anchors": anchors}
+    sizes.update(channel_stride=1 if channels_last else places, place_stride=channels if channels_last else 1)
+    # The last place of the map repeats, as do others.
+    entries = numpy.sort(numpy.arange(anchors * 9) * 7 % places)
+    entries[-2:] = places - 1
+    order = numpy.arange(anchors * 9)[::-1].copy()
+    maps = array(batch * channels * places, size)
+    differences = array(batch * anchors * 8 * channels, size)
+    options = {**sizes, "places": entries.ctypes.data, "dtype": extension.DTYPES[dtype]}
+    forward = {"x": maps.ctypes.data, "y": differences.ctypes.data, **options}
+    backward = {"grad_y": differences.ctypes.data, "grad_x": maps.ctypes.data, "order": order.ctypes.data, **options}
+    extension.neighbor_difference_forward_cuda(**forward, stream=0)
+    extension.neighbor_difference_backward_cuda(**backward, stream=0)
+    if size >= 4:
+        extension.neighbor_difference_backward_cuda(**{**backward, "order": 0}, stream=0)
+    if dtype != "float16":
+        extension.neighbor_difference_forward_cpu(**forward, threads=2)
+        extension.neighbor_difference_backward_cpu(**backward, threads=2)
+
+
+def info_nce(batch, rows, width, dtype):
+    size, accumulate_size = BYTES[dtype], max(4, BYTES[dtype])
+    arrays = {
+        **{name: array(batch * rows * width, size) for name in ("query", "key", "grad_query")},
+        **{name: array(batch * rows, accumulate_size) for name in ("loss", "log_sum", "grad_loss")},
+    }
+    addresses = {name: values.ctypes.data for name, values in arrays.items()}
+    sizes = {"batch": batch, "rows": rows, "width": width}
+    options = {**sizes, "temperature": 0.07, "dtype": extension.DTYPES[dtype]}
+    forward = {**{name: addresses[name] for name in ("query", "key", "loss", "log_sum")}, **options}
+    backward = {**{name: addresses[name] for name in addresses if name != "loss"}, **options}
+    extension.info_nce_forward_cuda(**forward, stream=0)
+    extension.info_nce_backward_cuda(**backward, stream=0)
+    if dtype != "float16":
+        extension.info_nce_forward_cpu(**forward, threads=2)
+        extension.info_nce_backward_cpu(**backward, threads=2)
+
+
+for sizes, dtype, channels_last in itertools.product([(2, 17, 7, 9, 5), (1, 3, 3, 3, 1)], BYTES, (False, True)):
+    neighbor_difference(*sizes, dtype, channels_last)
+for sizes, dtype in itertools.product([(2, 67, 37), (1, 1, 1), (1, 130, 200)], BYTES):
+    info_nce(*sizes, dtype)
 for shape, dtype in itertools.product([(2, 3, 37, 61), (1, 2, 33, 64), (1, 2, 300, 3), (2, 4, 1, 1)], BYTES):
     dual_pool_attention(*shape, dtype)
 for shape, radius, dtype in itertools.product(
