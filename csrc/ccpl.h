@@ -13,7 +13,7 @@ constexpr int64_t kNeighbors = 8;
 // The places that one anchor touches: itself, then its neighbours. Place `slot` of anchor n is entry 9n + slot.
 constexpr int64_t kSlots = kNeighbors + 1;
 
-// x is [B,C,H,W] in one of two layouts: NCHW (channel_stride = places, place_stride = 1) or channels-last (1, channels).
+// x is [B,C,H,W] in one of two layouts: NCHW (channel_stride = places, place_stride = 1), channels-last (1, channels).
 struct NeighborDifferenceSizes {
   int64_t batch;
   int64_t channels;

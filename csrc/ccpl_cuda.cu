@@ -1,6 +1,6 @@
 // Neighbour differences in CUDA: formula in ccpl.h. The other half of the loss is in ccpl_info_nce_cuda.cu.
-// Forward: a thread owns one channel of one anchor, reads nine places and writes eight rows. Backward: a thread owns one
-// channel of one entry, which is an anchor or a neighbour, and adds its gradient to a map of zeros: atomically, or, where
+// Forward: a thread owns one channel of one anchor, reads nine places and writes eight rows. Backward: a thread owns
+// one channel of one entry, an anchor or a neighbour, and adds its gradient to a map of zeros: atomically, or, where
 // the entries come sorted by place, as the one thread that owns the place and adds up all of its entries in order.
 // Read: nine places an anchor; the gradient of the differences twice. Written: eight rows; nine places. Saved: nothing.
 

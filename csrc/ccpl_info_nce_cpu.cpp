@@ -5,6 +5,7 @@
 // Read: query and key, packed once into panels. Saved: log_sum. Scratch memory: the panels, 2·B·S·D numbers at most.
 
 #include <limits>
+#include <type_traits>
 
 #include "ccpl.h"
 #include "common_cpu.h"
@@ -135,7 +136,7 @@ HOST_DEVICE void multiply_tile(const A* left, int64_t left_stride, const A* pane
   }
 }
 
-// A matrix [depth, columns] as panels of kPanel columns, each [depth, kPanel] without gaps, zero beyond the last column.
+// A matrix [depth, columns] as panels of kPanel columns, each [depth, kPanel] without gaps, zero after the last column.
 template <typename A>
 class Panels {
  public:
@@ -175,7 +176,9 @@ void widen_rows(const T* query, const InfoNceSizes& sizes, int64_t first, A* row
   for (int64_t row = 0; row < kBlockRows; ++row) {
     const T* source = query + std::min(first + row, sizes.rows - 1) * sizes.width;
 #pragma omp simd
-    for (int64_t place = 0; place < sizes.width; ++place) rows[row * sizes.width + place] = static_cast<A>(source[place]);
+    for (int64_t place = 0; place < sizes.width; ++place) {
+      rows[row * sizes.width + place] = static_cast<A>(source[place]);
+    }
   }
 }
 

@@ -3,7 +3,7 @@
 // logits in registers, kRowsEach rows by a few keys each. Forward keeps a maximum and a sum of exponentials for each
 // row and thread, put together at the end. Backward makes the probabilities of a tile again, hands them round in shared
 // memory, and multiplies them with the keys; a block owns up to 128 columns of grad_query.
-// Read: keys once a block (from the L2 cache), rows once a tile. Saved: log_sum. No atomics: the same bits on every run.
+// Read: keys once a block (from the L2 cache), rows once a tile. Saved: log_sum. No atomics: the same bits every run.
 
 #include <cfloat>
 
