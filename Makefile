@@ -27,3 +27,14 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
 clean:
 	rm -rf $(VENV) build demo *.egg-info
+
+.PHONY: bench gpu-check
+
+bench: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest benchmarks
+
+# On a machine with a GPU, which needs no network: with the Python that has torch there, see benchmarks/README.md.
+STEP ?= all
+OUT ?= build/gpu-check
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check --step $(STEP) --out $(OUT)

@@ -1,0 +1,129 @@
+"""Peak memory of benchmarks, each run untimed in a fresh process.
+
+``python -m benchmarks.peak_memory FILE DEVICE QUICK NAME...`` prints one line of JSON for each benchmark named.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import re
+import resource
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks import ROOT
+from benchmarks.contest import copy
+
+OUT_OF_MEMORY = "out of memory"
+# Of the memory that is free when a process starts, how much it may take: with the rest other programs live on, and the
+# kernel need not choose one of them to end.
+FREE_SHARE = 0.8
+
+
+def measure(path, device, quick, names):
+    """Peak bytes beyond the arguments, results included, by name; OUT_OF_MEMORY, or None where it cannot be measured.
+
+    Args:
+        path: of the bench file.
+        names: of its entries for this device, quick or not.
+    """
+    command = [sys.executable, "-m", "benchmarks.peak_memory", str(path), device, str(int(quick)), *names]
+    # Every tensor then is memory of its own, returned as soon as it is freed.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if result.returncode != 0:
+        raise RuntimeError(f"the peak memory of {path.name} could not be measured; the messages above say why")
+    peaks = dict.fromkeys(names)
+    for line in result.stdout.splitlines():
+        peaks.update(json.loads(line))
+    return peaks
+
+
+def main():
+    """The fresh process.
+
+    On the CPU each benchmark gets a fork of it, which has imported everything and run nothing: a process never quite
+    returns to what it was. A GPU cannot be used in a fork, and its memory is counted by the byte.
+    """
+    path, device, quick, *names = sys.argv[1:]
+    contests = runpy.run_path(path)["CONTESTS"]
+    entries = {str(entry): entry for contest in contests for entry in contest.entries(device, quick == "1")}
+    for name in names:
+        if device == "cuda":
+            _print_peak(entries[name])
+            continue
+        child = os.fork()
+        if child == 0:
+            _limit_memory()
+            _print_peak(entries[name])
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+            _print(name, OUT_OF_MEMORY)
+
+
+def _print_peak(entry):
+    try:
+        peak = _peak(entry)
+    except (MemoryError, RuntimeError) as error:
+        # The CPU's allocator has no error of its own.
+        exhausted = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "CPUAllocator" in str(error)
+        # Another error comes again when the benchmark is timed, and then fails that one alone.
+        peak = OUT_OF_MEMORY if exhausted else None
+    _print(str(entry), peak)
+
+
+def _print(name, peak):
+    print(json.dumps({name: peak}), flush=True)
+
+
+def _peak(entry):
+    arguments = entry.arguments()
+    if entry.why_not(arguments) is not None or entry.rival.function is copy:  # which allocates nothing
+        return None
+    call = entry.call(entry.rival.prepare(arguments))
+    call()  # loads code and starts threads
+    gc.collect()
+    if entry.device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        baseline = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - baseline
+    if not _reset_high_water():
+        return None
+    baseline = _resident("VmRSS")
+    call()
+    return _resident("VmHWM") - baseline
+
+
+def _limit_memory():
+    """Makes an allocation fail where there is no memory for it; by default Linux ends some process later on."""
+    free = Path("/proc/meminfo")
+    if free.exists():
+        kilobytes = int(re.search(r"MemAvailable:\s+(\d+)", free.read_text())[1])
+        resource.setrlimit(resource.RLIMIT_DATA, (int(kilobytes * 1024 * FREE_SHARE),) * 2)
+
+
+def _reset_high_water():
+    """Sets the high-water mark of resident memory to what is resident; False where the system cannot."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (AttributeError, OSError):
+        return False
+    return True
+
+
+def _resident(field):
+    return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+if __name__ == "__main__":
+    main()
