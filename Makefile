@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint bench bench-quick gpu-check clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/restoration demo --out demo --force
@@ -25,16 +25,20 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
-clean:
-	rm -rf $(VENV) build demo *.egg-info
-
-.PHONY: bench gpu-check
-
 bench: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest benchmarks
+
+# Tiny sizes: shows that the benchmarks still run, and that what they time is right.
+bench-quick: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest benchmarks --quick
 
 # On a machine with a GPU, which needs no network: with the Python that has torch there, see benchmarks/README.md.
 STEP ?= all
 OUT ?= build/gpu-check
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check --step $(STEP) --out $(OUT)
+
+clean:
+	rm -rf $(VENV) build demo *.egg-info
+
+.PHONY: bench gpu-check
