@@ -15,8 +15,8 @@ from triton.runtime.interpreter import InterpretedFunction
 _CHANNELS = 64
 # Rows and keys of a tile, the most numbers of a row that are multiplied at a time, and warps. On tensor cores logits
 # of 64 x 64 take 32 registers a thread, and as many the gradient. Wider numbers are multiplied one by one, from
-# registers, and spill in wider tiles or fewer warps.
-_TILE, _WIDE_TILE = (64, 64, 64, 4), (32, 64, 16, 8)
+# registers, and spill in larger tiles.
+_TILE, _WIDE_TILE = (64, 64, 64, 4), (32, 16, 16, 4)
 # tl.dot takes no less.
 _LEAST_WIDTH = 16
 
