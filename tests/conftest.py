@@ -1,7 +1,12 @@
 """Settings that hold for every test."""
 
+from types import SimpleNamespace
+
 import pytest
+import simt_build
 import torch
+
+from restoration_kernels import _backend
 
 
 @pytest.fixture(autouse=True)
@@ -10,3 +15,14 @@ def uninitialised_memory_is_nan():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def simulated_gpu(monkeypatch):
+    """Lets the cuda backend run on CPU tensors, in the runner of simt_build."""
+    if simt_build.compiler() is None:
+        pytest.skip("no C++ compiler")
+    module = simt_build.load_extension()
+    monkeypatch.setattr(_backend, "extension", lambda: (module, None))
+    monkeypatch.setattr(_backend, "why_not_on", lambda backend, device: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))

@@ -1,10 +1,7 @@
 """The border to the compiled kernels. The CUDA kernels are reached without a GPU, through the runner of simt_build."""
 
-from types import SimpleNamespace
-
 import compare
 import pytest
-import simt_build
 import torch
 
 from restoration_kernels import _backend, _launch
@@ -26,17 +23,6 @@ def test_address():
 def test_dtype_codes_are_those_of_the_extension():
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         assert _launch.dtype_code(dtype) == EXTENSION.DTYPES[str(dtype)[len("torch.") :]]
-
-
-@pytest.fixture
-def simulated_gpu(monkeypatch):
-    """Lets the cuda backend run on CPU tensors."""
-    if simt_build.compiler() is None:
-        pytest.skip("no C++ compiler")
-    module = simt_build.load_extension()
-    monkeypatch.setattr(_backend, "extension", lambda: (module, None))
-    monkeypatch.setattr(_backend, "why_not_on", lambda backend, device: None)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
 
 
 @compare.every_tiny_case(*_backend.OPERATORS, backends=("cuda",))

@@ -1,33 +1,21 @@
 """The CUDA kernels of the contrastive loss on the CPU, behind the public functions, as a GPU would run them."""
 
-import types
-
 import compare
 import pytest
 import simt_build
 import torch
 from test_simt import both_orders, needs_compiler, order  # noqa: F401
 
-from restoration_kernels import _backend, info_nce, neighbor_difference
+from restoration_kernels import info_nce, neighbor_difference
 from restoration_kernels._samples import DIFFERENTIABLE, samples
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.usefixtures("simulated_gpu")]
 
 CASES = [
     pytest.param(sample, id=f"{sample.operator}-{sample.name}")
     for operator in ("neighbor_difference", "info_nce")
     for sample in samples(operator, "tiny", "odd")
 ]
-
-
-@pytest.fixture(autouse=True)
-def simulated_gpu(monkeypatch):
-    """The backend "cuda" takes CPU tensors, and launches go to the runner."""
-    extension = simt_build.load_extension()
-    monkeypatch.setattr(_backend, "extension", lambda: (extension, None))
-    for name in ("why_not_here", "_why_not_on"):
-        monkeypatch.setattr(_backend, name, lambda *arguments: None)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
 
 
 @both_orders
