@@ -41,4 +41,3 @@ gpu-check:
 clean:
 	rm -rf $(VENV) build demo *.egg-info
 
-.PHONY: bench gpu-check

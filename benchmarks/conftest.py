@@ -1,17 +1,17 @@
 """Options and the one fixture of the benchmarks; a bench file is a list CONTESTS and a function that takes both."""
 
 import collections
-import os
 import shlex
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from benchmarks import peak_memory
+from benchmarks.contest import copy
 from benchmarks.measure import circumstances, copy_seconds, judge, rounds
 
+COPY_SECONDS = pytest.StashKey[dict]()
 OUT_OF_MEMORY = pytest.StashKey[list]()
 STARTED = pytest.StashKey[float]()
 
@@ -25,6 +25,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("python_files", "bench_*.py")
+    config.stash[COPY_SECONDS] = {}
     config.stash[OUT_OF_MEMORY] = []
     config.stash[STARTED] = time.monotonic()
 
@@ -38,26 +39,40 @@ def pytest_generate_tests(metafunc):
 
 def pytest_collection_modifyitems(config, items):
     if config.option.time_limit is not None:
-        # Better the model's sizes of all operators than all sizes of some.
-        items.sort(key=lambda item: _entry(item).in_series)
+        items.sort(key=lambda item: _urgency(_entry(item)))
 
 
 def _entry(item):
     return item.callspec.params["entry"]
 
 
+def _urgency(entry):
+    """Where time is limited, what compiles for long comes last, and better all operators than all sizes."""
+    return entry.rival.name == "compiled", entry.in_series
+
+
 @pytest.fixture(scope="session")
 def peaks(request):
-    """Peak memory of the benchmarks by name, all before the first is timed."""
-    names = collections.defaultdict(dict)
-    for item in request.session.items:
-        # The reference, too, where it is not among those asked for: whether it fits decides who can be judged.
-        names[item.path] |= {str(_entry(item)): None, str(_entry(item).reference): None}
+    """Function that gives peaks of memory by name: of every benchmark, or of those as urgent if time is limited.
+
+    All are measured before the first is timed.
+    """
     option = request.config.option
-    # Most of the time goes into compiling, on the CPU; but what runs on the CPU is better alone with its memory.
-    with ThreadPoolExecutor(1 if option.device == "cpu" else os.cpu_count()) as pool:
-        files = [pool.submit(peak_memory.measure, path, option.device, option.quick, names[path]) for path in names]
-        return {name: peak for file in files for name, peak in file.result().items()}
+    found = {}
+
+    def of_entry(entry):
+        if str(entry) in found:
+            return found
+        names = collections.defaultdict(dict)
+        for item in request.session.items:
+            other = _entry(item)
+            if option.time_limit is None or _urgency(other) == _urgency(entry):
+                # The reference, too, where it is not among those asked for: whether it fits decides who can be judged.
+                names[item.path] |= {str(other): None, str(other.reference): None}
+        found.update(peak_memory.measure_files(names, option.device, option.quick))
+        return found
+
+    return of_entry
 
 
 @pytest.fixture
@@ -73,21 +88,33 @@ def measure(benchmark, peaks, pytestconfig):
         if reason is not None:
             pytest.skip(reason)
         facts = {**entry.description(arguments), **circumstances(entry.device)}
-        if peaks[str(entry)] == peak_memory.OUT_OF_MEMORY:
+        peak_of = peaks(entry)
+        if peak_of[str(entry)] == peak_memory.OUT_OF_MEMORY:
             pytestconfig.stash[OUT_OF_MEMORY].append(facts)
             pytest.skip(peak_memory.OUT_OF_MEMORY)
         call = entry.call(entry.rival.prepare(arguments))
-        facts["judged"] = not entry.rival.floor and peaks[str(entry.reference)] != peak_memory.OUT_OF_MEMORY
+        facts["judged"] = not entry.rival.floor and peak_of[str(entry.reference)] != peak_memory.OUT_OF_MEMORY
         if facts["judged"]:
             judge(entry, call)
         benchmark.group = entry.group
         benchmark.pedantic(call, rounds=rounds(call, option.quick))
         if benchmark.stats is not None:
-            copied = copy_seconds(facts["bytes_moved"], entry.device, option.quick)
-            facts |= {"peak_bytes": peaks[str(entry)], "share_of_copy": copied / benchmark.stats.stats.median}
+            seconds = benchmark.stats.stats.median
+            copied = _copied(pytestconfig, entry, facts["bytes_moved"], seconds)
+            facts |= {"peak_bytes": peak_of[str(entry)], "share_of_copy": copied / seconds}
         benchmark.extra_info.update(facts)
 
     return run
+
+
+def _copied(config, entry, bytes_moved, seconds):
+    """Time of the copy of so many bytes: what it just took, or took as the first of its group, or takes now."""
+    times = config.stash[COPY_SECONDS]
+    if entry.rival.function is copy:
+        times[bytes_moved] = seconds
+    elif bytes_moved not in times:
+        times[bytes_moved] = copy_seconds(bytes_moved, entry.device, config.option.quick)
+    return times[bytes_moved]
 
 
 def pytest_benchmark_update_machine_info(machine_info):

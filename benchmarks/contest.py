@@ -89,11 +89,12 @@ class Contest:
         compiler = "aot_eager" if quick else "inductor"
         compiled = torch.compile(self.reference.function, fullgraph=True, dynamic=False, backend=compiler)
         return [
+            # First: the others are compared with it.
+            Rival("copy", copy, functools.partial(self._buffers, direction), floor=True),
             *kernels,
             self.reference,
             Rival("compiled", compiled, _forget_compiled),
             *self.rivals,
-            Rival("copy", copy, functools.partial(self._buffers, direction), floor=True),
         ]
 
     def _buffers(self, direction, arguments):

@@ -49,7 +49,6 @@ def rounds(call, quick):
     return min(max(int(wanted), ROUNDS[0]), ROUNDS[1])
 
 
-@functools.cache
 def copy_seconds(bytes_moved, device, quick):
     """Median time of a copy of so many bytes, for the share of a copy's speed that a benchmark reaches."""
     buffers = copy_buffers(bytes_moved, device)

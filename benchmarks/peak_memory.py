@@ -13,6 +13,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -26,13 +27,19 @@ OUT_OF_MEMORY = "out of memory"
 FREE_SHARE = 0.8
 
 
-def measure(path, device, quick, names):
+def measure_files(names, device, quick):
     """Peak bytes beyond the arguments, results included, by name; OUT_OF_MEMORY, or None where it cannot be measured.
 
     Args:
-        path: of the bench file.
-        names: of its entries for this device, quick or not.
+        names: of entries for this device, quick or not, by the path of their bench file.
     """
+    # With a GPU most of the time goes into compiling, on the CPU; what runs on the CPU is better alone with its memory.
+    with ThreadPoolExecutor(1 if device == "cpu" else len(names)) as pool:
+        files = [pool.submit(_measure_file, path, device, quick, names[path]) for path in names]
+        return {name: peak for file in files for name, peak in file.result().items()}
+
+
+def _measure_file(path, device, quick, names):
     command = [sys.executable, "-m", "benchmarks.peak_memory", str(path), device, str(int(quick)), *names]
     # Every tensor then is memory of its own, returned as soon as it is freed.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
