@@ -1,10 +1,13 @@
 import functools
+import os
+from pathlib import Path
 
 import compare
 import matting_guides
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from restoration_kernels import matting_laplacian_apply, matting_laplacian_energy, matting_laplacian_matrix
 from restoration_kernels._samples import convert, samples
@@ -224,7 +227,22 @@ def test_identity_explained_by_the_guide(backend):
 @pytest.mark.parametrize("picture", matting_guides.PICTURES)
 def test_accuracy_in_float32(backend, picture, eps):
     """Greyness of the guide must not show: bounds far below what a covariance in float32 allows."""
-    guide = matting_guides.draw(picture)
+    check_accuracy(backend, matting_guides.draw(picture), eps)
+
+
+@pytest.mark.skipif("RESTORATION_PAINTINGS" not in os.environ, reason="RESTORATION_PAINTINGS names no folder")
+@compare.every_backend(OPERATORS[0])
+@pytest.mark.parametrize("style", ["ink_wash", "blue_green", "light_crimson"])
+def test_accuracy_on_photographs(backend, style):
+    file = min(Path(os.environ["RESTORATION_PAINTINGS"], style).glob("*.jpg"))
+    height, width = matting_guides.SIZE
+    with Image.open(file) as photograph:
+        pixels = np.asarray(photograph.convert("RGB").crop((200, 200, 200 + width, 200 + height)))
+    check_accuracy(backend, torch.tensor(pixels / 255, dtype=torch.float32).permute(2, 0, 1)[None], eps=1e-7)
+
+
+def check_accuracy(backend, guide, eps):
+    """The energy and gradient of a stylised and an affine image, float32, against the float64 reference."""
     for name, energy_bound in (("stylised", 2e-7), ("affine", 1e-6)):
         pair = prepare(backend, OPERATORS[0], matting_guides.recolour(name, guide), guide)
         arguments = {"image": pair[0], "guide": pair[1], "eps": eps}
