@@ -73,19 +73,16 @@ class ReconstructionLoss(nn.Module):
         return losses
 
     def _contrastive(self, outputs: list[Tensor], targets: list[Tensor], generator: torch.Generator | None) -> Tensor:
-        """L_ccp layer by layer, with fewer anchors where a small crop has fewer interior places."""
-        total = outputs[0].new_zeros(())
-        for output, target, projection in zip(outputs, targets, self.contrast.projections, strict=True):
-            interior = (output.shape[2] - 2) * (output.shape[3] - 2)
-            total = total + ccpl_loss(
-                [output],
-                [target],
-                min(self.contrast.num_anchors, interior),
-                self.contrast.temperature,
-                projections=[projection],
-                generator=generator,
-            )
-        return total
+        """L_ccp, with fewer anchors where a small crop has fewer interior places."""
+        interiors = [(output.shape[2] - 2) * (output.shape[3] - 2) for output in outputs]
+        return ccpl_loss(
+            outputs,
+            targets,
+            [min(self.contrast.num_anchors, interior) for interior in interiors],
+            self.contrast.temperature,
+            projections=self.contrast.projections,
+            generator=generator,
+        )
 
 
 def style_loss(outputs: list[Tensor], styles: list[Tensor], distance: str = "mse") -> Tensor:
