@@ -130,6 +130,10 @@ def train(
     dpca: Annotated[bool | None, typer.Option(help="Dual pooling channel attention.")] = None,
     cafe: Annotated[bool | None, typer.Option(help="Pixel-adaptive convolution; without: an ordinary one.")] = None,
     ccpl: Annotated[bool | None, typer.Option(help="Contrastive coherence loss.")] = None,
+    ccp_weight: Annotated[float | None, typer.Option(help="Of the contrastive loss (the paper: 5).")] = None,
+    style_weight: Annotated[float | None, typer.Option(help="Of the style loss (1).")] = None,
+    matting_weight: Annotated[float | None, typer.Option(help="Of the matting loss (1500).")] = None,
+    cycle_weight: Annotated[float | None, typer.Option(help="Of the cycle loss (10).")] = None,
     style_distance: Annotated[str | None, typer.Option(help="mse, or l2 as the paper prints it.")] = None,
     anchors: Annotated[int | None, typer.Option(help="Of the contrastive loss, a layer.")] = None,
     pairing: Annotated[str | None, typer.Option(help="random, or nearest by VGG statistics.")] = None,
@@ -141,6 +145,7 @@ def train(
     style: Annotated[list[str] | None, typer.Option(help="Style to train on; repeatable. Default: all.")] = None,
     vgg: Vgg = None,
     device: Device = "auto",
+    initial_weights: Annotated[Path | None, typer.Option(help="Weights or checkpoint to start from.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in OUT.")] = False,
 ) -> None:
     """Train the network. Ctrl-C saves and leaves; --resume goes on, on a CPU bit for bit."""
@@ -156,7 +161,16 @@ def train(
     overrides = {name: given[name] for name in OVERRIDABLE}
     config = resumed_config(out, overrides) if resume else make_config(preset or "paper", **overrides)
     try:
-        saved = run_training(data, out, config, device=choose_device(device), vgg=vgg, styles=style, resume=resume)
+        saved = run_training(
+            data,
+            out,
+            config,
+            device=choose_device(device),
+            vgg=vgg,
+            styles=style,
+            initial_weights=initial_weights,
+            resume=resume,
+        )
     except InterruptedError as interruption:
         print(interruption.strerror, file=sys.stderr)
         raise typer.Exit(SIGNAL_BASE + interruption.errno) from None

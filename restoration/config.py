@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from restoration.errors import UserError
 from restoration.flow import PRECISIONS, Architecture
+from restoration.losses import LossWeights
 
 SCHEDULES = ("constant", "cosine")
 STYLE_DISTANCES = ("mse", "l2")
@@ -31,6 +32,10 @@ class TrainingConfig:
     dpca: bool = True
     cafe: bool = True
     ccpl: bool = True
+    ccp_weight: float = 5.0  # these four are the weights of eq. 6
+    style_weight: float = 1.0
+    matting_weight: float = 1500.0
+    cycle_weight: float = 10.0
     style_distance: str = "mse"
     anchors: int = 64
 
@@ -43,6 +48,9 @@ class TrainingConfig:
 
     def architecture(self) -> Architecture:
         return Architecture(blocks_per_stage=self.blocks, dpca=self.dpca, cafe=self.cafe)
+
+    def loss_weights(self) -> LossWeights:
+        return LossWeights(self.ccp_weight, self.style_weight, self.matting_weight, self.cycle_weight)
 
     def to_dict(self) -> dict[str, object]:
         return dataclasses.asdict(self)
@@ -78,6 +86,10 @@ _LEAST = {
     "sample_every": 1,
     "largest_box": 1.0,
     "gradient_clip": 0.0,
+    "ccp_weight": 0.0,
+    "style_weight": 0.0,
+    "matting_weight": 0.0,
+    "cycle_weight": 0.0,
 }
 _CHOICES = {
     "schedule": SCHEDULES,

@@ -88,13 +88,17 @@ def train(
     device: torch.device,
     vgg: Path | None = None,
     styles: list[str] | None = None,
+    initial_weights: Path | None = None,
     resume: bool = False,
 ) -> Path:
     """Trains on the paintings of data and returns the last checkpoint's path.
 
-    run receives checkpoints, config.json, TensorBoard events and, at the end, network.safetensors (float16). With
-    resume the newest checkpoint of run goes on; on a CPU the result is that of an uninterrupted run, bit for bit.
+    run receives checkpoints, config.json, TensorBoard events and, at the end, network.safetensors (float16). The
+    network starts from initial_weights, a file of such weights or a checkpoint, or from random ones. With resume the
+    newest checkpoint of run goes on; on a CPU the result is that of an uninterrupted run, bit for bit.
     """
+    if resume and initial_weights is not None:
+        raise UserError("--initial-weights are for a run that starts; --resume goes on with the run's own")
     checkpoint_path = newest_checkpoint(run)
     if resume and checkpoint_path is None:
         raise UserError(f"{run}: holds no checkpoint to resume from")
@@ -106,6 +110,9 @@ def train(
     step_module = build_step(config, loss_network(vgg, paintings)).to(device)
     optimizer = torch.optim.Adam(step_module.parameters(), lr=config.learning_rate)
     start = 0
+    if initial_weights is not None:
+        start_weights = load_checkpoint(initial_weights).part(NETWORK_PREFIX)
+        load_parameters(step_module.network, start_weights, initial_weights)
     if checkpoint_path is not None:
         start = restore(load_checkpoint(checkpoint_path), checkpoint_path, step_module, optimizer)
     if start >= config.iterations:
@@ -135,7 +142,11 @@ def train(
 def build_step(config: TrainingConfig, features: VGG19Features) -> TrainingStep:
     network = ReversibleNetwork(config.architecture(), config.precision)
     losses = ReconstructionLoss(
-        features, ccpl=config.ccpl, anchors=config.anchors, style_distance=config.style_distance
+        features,
+        config.loss_weights(),
+        ccpl=config.ccpl,
+        anchors=config.anchors,
+        style_distance=config.style_distance,
     )
     return TrainingStep(network, losses)
 

@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from restoration.checkpoints import load_checkpoint, load_network
 from restoration.config import TrainingConfig, make_config
 from restoration.errors import UserError
+from restoration.losses import LossWeights
 from restoration.train import (
     TrainingDivergedError,
     build_step,
@@ -74,6 +75,29 @@ def test_resuming_is_exact(paintings, tmp_path):
     assert expected.keys() == resumed.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, resumed[name]), name
+
+
+def test_a_run_starts_from_given_weights(paintings, tmp_path):
+    train(paintings, tmp_path / "first", config(), device=CPU)
+    weights = tmp_path / "first" / "network.safetensors"
+    second = train(
+        paintings, tmp_path / "second", config(iterations=1, learning_rate=1e-30), device=CPU, initial_weights=weights
+    )
+    started = load_checkpoint(second).part("network.")
+    for name, tensor in load_checkpoint(weights).part("network.").items():
+        assert (tensor.float() - started[name]).abs().max() <= 1e-20, name
+    with pytest.raises(UserError, match="--initial-weights"):
+        train(paintings, tmp_path / "second", config(), device=CPU, initial_weights=weights, resume=True)
+    with pytest.raises(UserError, match="another architecture"):
+        train(paintings, tmp_path / "third", config(blocks=2), device=CPU, initial_weights=weights)
+    assert not (tmp_path / "third").exists()
+
+
+def test_loss_weights_are_settings():
+    step = build_step(config(style_weight=3.0, ccp_weight=0.0), loss_features())
+    assert step.losses.weights == LossWeights(ccp=0.0, style=3.0)
+    with pytest.raises(UserError, match="--style-weight"):
+        config(style_weight=-1.0)
 
 
 def test_parameters_move_and_only_the_newest_checkpoints_stay(paintings, tmp_path):
