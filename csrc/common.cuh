@@ -6,6 +6,8 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
 #include "common.h"
 
@@ -13,9 +15,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-
-#include <stdexcept>
-#include <string>
 
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...)            \
   do {                                                                    \
@@ -79,6 +78,18 @@ void dispatch_cuda_dtype(const char* operator_name, DType dtype, Call call) {
       return call(TypeTag<__nv_bfloat16>());
   }
   refuse_dtype(operator_name, dtype);
+}
+
+// Dynamic shared memory beyond 48 KB must be asked for, on each device. 99 KB is what compute capability 8.6 gives.
+constexpr size_t kMaximumSharedBytes = size_t{99} << 10;
+
+template <typename Kernel>
+void allow_shared(Kernel kernel, size_t bytes) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::to_string(bytes) +
+                           " bytes of shared memory were refused to a kernel: " + cudaGetErrorString(error));
 }
 
 inline bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % kVectorBytes == 0; }

@@ -84,6 +84,14 @@ class Stack {
   char* memory_;
 };
 
+// An asynchronous copy that has not arrived; from nowhere, it brings zeros.
+struct Copy {
+  void* destination;
+  const void* source;
+  size_t bytes;
+  int group;
+};
+
 struct Fiber {
   Stack stack;
   jmp_buf resume_point;
@@ -94,6 +102,8 @@ struct Fiber {
   const char* operation;  // of a warp wait, to tell a shuffle from a barrier
   unsigned mask;          // lanes that must reach it
   uint64_t offered;       // what this lane gives to the others
+  std::vector<Copy> copies;
+  int copy_groups;
 };
 
 struct SharedArray {
@@ -109,6 +119,7 @@ struct Block {
   std::map<const void*, SharedArray> shared_arrays;
   SharedMemory dynamic_shared;
   size_t shared_bytes;
+  size_t allowed_shared_bytes;
   Fiber* current = nullptr;
   void (*run_thread)(void*);
   void* kernel_call;
@@ -237,7 +248,11 @@ inline void run_block(bool reversed) {
   const int threads = here.threads();
   const int warps = (threads + kWarpSize - 1) / kWarpSize;
   for (auto& [site, array] : here.shared_arrays) poison(array.memory.get(), array.bytes);
-  for (int thread = 0; thread < threads; ++thread) here.fibers[thread]->wait = Wait::nothing;
+  for (int thread = 0; thread < threads; ++thread) {
+    here.fibers[thread]->wait = Wait::nothing;
+    here.fibers[thread]->copies.clear();
+    here.fibers[thread]->copy_groups = 0;
+  }
   for (;;) {
     for (int place = 0; place < warps; ++place) {
       const int first = (reversed ? warps - 1 - place : place) * kWarpSize;
@@ -255,17 +270,30 @@ inline void run_block(bool reversed) {
   }
 }
 
-// Static and dynamic shared memory together: what a block gets without asking for more.
-constexpr size_t kMaximumSharedBytes = 48 << 10;
+// Static and dynamic shared memory together: what a block gets without asking for more, and what it can ask for on a
+// GPU of compute capability 8.6.
+constexpr size_t kSharedBytes = 48 << 10;
+constexpr size_t kMaximumSharedBytes = 99 << 10;
 constexpr int64_t kMaximumThreads = 1024;
 constexpr int64_t kMaximumGridX = 0x7fffffff;
 constexpr int64_t kMaximumGridYZ = 65535;
 
-inline void check_launch(const char* kernel, dim3 grid, dim3 block_size, size_t shared_bytes) {
+// What kernels, by their addresses, have asked for.
+inline std::map<const void*, size_t>& allowed_shared() {
+  static std::map<const void*, size_t> allowed;
+  return allowed;
+}
+
+inline size_t allowed_shared(const void* kernel) {
+  const auto found = allowed_shared().find(kernel);
+  return found == allowed_shared().end() ? kSharedBytes : std::max(found->second, kSharedBytes);
+}
+
+inline void check_launch(const char* kernel, dim3 grid, dim3 block_size, size_t shared_bytes, size_t allowed_bytes) {
   const int64_t threads = int64_t{block_size.x} * block_size.y * block_size.z;
   const bool grid_fits = grid.x > 0 && grid.y > 0 && grid.z > 0 && grid.x <= kMaximumGridX &&
                          grid.y <= kMaximumGridYZ && grid.z <= kMaximumGridYZ;
-  if (!grid_fits || threads == 0 || threads > kMaximumThreads || shared_bytes > kMaximumSharedBytes) {
+  if (!grid_fits || threads == 0 || threads > kMaximumThreads || shared_bytes > allowed_bytes) {
     throw std::runtime_error(std::string("simt: launch of ") + kernel +
                              " with a grid, block or shared memory that CUDA refuses");
   }
@@ -279,16 +307,17 @@ T* shared_array(size_t count, Site) {
   if (array.memory == nullptr) {
     array.bytes = count * sizeof(T);
     here.shared_bytes += array.bytes;
-    if (here.shared_bytes > kMaximumSharedBytes) fail("more shared memory than a block has", *here.current);
+    if (here.shared_bytes > here.allowed_shared_bytes) fail("more shared memory than a block has", *here.current);
     array.memory = allocate_shared(array.bytes);
   }
   return static_cast<T*>(array.memory.get());
 }
 
 template <typename Call>
-void launch(const char* kernel, dim3 grid, dim3 block_size, size_t dynamic_bytes, Call call) {
-  check_launch(kernel, grid, block_size, dynamic_bytes);
+void launch(const char* name, const void* kernel, dim3 grid, dim3 block_size, size_t dynamic_bytes, Call call) {
+  check_launch(name, grid, block_size, dynamic_bytes, allowed_shared(kernel));
   Block& here = block();
+  here.allowed_shared_bytes = allowed_shared(kernel);
   here.grid_size = grid;
   here.block_size = block_size;
   here.shared_arrays.clear();

@@ -5,7 +5,9 @@
 // warp operation that not all of its threads reach is an error, as is a launch that CUDA would refuse.
 #pragma once
 
+#include "async_copy.h"
 #include "fibers.h"
+#include "fragments.h"
 #include "sixteen_bit.h"
 #include "warp.h"
 
@@ -18,8 +20,9 @@ using std::min;
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 
-#define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  (static_cast<void>(stream), simt::launch(#kernel, grid, block, shared_bytes, [&] { (kernel)(__VA_ARGS__); }))
+#define LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                       \
+  (static_cast<void>(stream), simt::launch(#kernel, reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, \
+                                           [&] { (kernel)(__VA_ARGS__); }))
 // The type of the lambda is different for each array of each instantiation: it is the array's identity in its block.
 #define SHARED_ARRAY(type, name, count) type* const name = simt::shared_array<type>(count, [] {})
 #define DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(simt::block().dynamic_shared.get())
@@ -38,7 +41,8 @@ T atomicAdd(T* address, T value) {
 }
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 struct cudaFuncAttributes {};
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
@@ -46,4 +50,12 @@ template <typename Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
   return cudaSuccess;
 }
-inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, size_t bytes) {
+  if (bytes > simt::kMaximumSharedBytes) return cudaErrorInvalidValue;
+  simt::allowed_shared()[reinterpret_cast<const void*>(kernel)] = bytes;
+  return cudaSuccess;
+}
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : "invalid argument";
+}
