@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -28,56 +27,21 @@ from restoration.checkpoints import (
 from restoration.config import TrainingConfig, checked
 from restoration.data import Painting, PairDataset, find_paintings, small_picture
 from restoration.errors import UserError
-from restoration.flow import ReversibleNetwork, check_stream_range
+from restoration.flow import ReversibleNetwork
+from restoration.journal import Journal, StepRecord
 from restoration.losses import ReconstructionLoss
+from restoration.step import Optimisation, Outcome, TrainingStep
 from restoration.vgg import VGG19Features, loss_features, measure_channel_means, metric_features
-from restoration.whitening import transfer_statistics
 
 LOSSES_PREFIX = "losses."
 OPTIMIZER_PREFIX = "optimizer."
 CHECKPOINT_PATTERN = "checkpoint-*.safetensors"
 SMOOTHING = 0.98  # of the losses shown: they jump tenfold from batch to batch
 LOG_EVERY = 10  # steps between TensorBoard scalars
+# Steps between readings of what a GPU computed, each of which waits for it; a CPU has nothing to wait for.
+READ_EVERY = {"cpu": 1, "cuda": 10}
 IMBALANCE = 100  # a weighted loss that many times all others at the first step drowns them
 NORMALISATION_PICTURES = 64  # for channel means of user-given VGG weights
-
-
-class TrainingDivergedError(UserError):
-    """A loss, a gradient or a stream left its range; the last good checkpoint is kept."""
-
-
-@dataclass
-class StepResult:
-    """What one forward pass of training leaves: weighted losses, the recoloured crops, and how it went."""
-
-    losses: dict[str, Tensor]
-    result: Tensor
-    ridge_fallbacks: Tensor
-    largest_stream: Tensor
-
-
-class TrainingStep(nn.Module):
-    """One module whose forward is the whole step: five passes of the network and all losses."""
-
-    def __init__(self, network: ReversibleNetwork, losses: ReconstructionLoss) -> None:
-        super().__init__()
-        self.network = network
-        self.losses = losses
-
-    def forward(self, degraded: Tensor, reference: Tensor, generator: torch.Generator) -> StepResult:
-        content, style = self.network.encode(degraded), self.network.encode(reference)
-        recoloured = transfer_statistics(content, style)
-        size = degraded.shape[-2:]
-        result = self.network.decode(recoloured.z, size)
-        encoded_result = self.network.encode(result)
-        returned = transfer_statistics(encoded_result, content)
-        cycled = self.network.decode(returned.z, size)
-        return StepResult(
-            losses=self.losses(degraded, reference, result, cycled, generator),
-            result=result.detach(),
-            ridge_fallbacks=recoloured.fallbacks() + returned.fallbacks(),
-            largest_stream=torch.stack([z.detach().abs().amax() for z in (content, style, encoded_result)]).amax(),
-        )
 
 
 def train(
@@ -108,13 +72,13 @@ def train(
     paintings = find_paintings(data, styles=styles, split="train")
     torch.manual_seed(config.seed)
     step_module = build_step(config, loss_network(vgg, paintings)).to(device)
-    optimizer = torch.optim.Adam(step_module.parameters(), lr=config.learning_rate)
+    optimise = Optimisation(step_module, config, device)
     start = 0
     if initial_weights is not None:
         start_weights = load_checkpoint(initial_weights).part(NETWORK_PREFIX)
         load_parameters(step_module.network, start_weights, initial_weights)
     if checkpoint_path is not None:
-        start = restore(load_checkpoint(checkpoint_path), checkpoint_path, step_module, optimizer)
+        start = restore(load_checkpoint(checkpoint_path), checkpoint_path, step_module, optimise.optimizer)
     if start >= config.iterations:
         raise UserError(f"{run}: has reached step {start} already; give more --iterations to go on")
 
@@ -136,7 +100,7 @@ def train(
         pin_memory=device.type == "cuda",
     )
     _create_run_folder(run, config)
-    return _run_steps(run, config, step_module, optimizer, loader, start, device)
+    return _run_steps(run, config, step_module, optimise, loader, start, device)
 
 
 def build_step(config: TrainingConfig, features: VGG19Features) -> TrainingStep:
@@ -178,7 +142,7 @@ def _run_steps(
     run: Path,
     config: TrainingConfig,
     step_module: TrainingStep,
-    optimizer: torch.optim.Adam,
+    optimise: Optimisation,
     loader: DataLoader,
     start: int,
     device: torch.device,
@@ -190,78 +154,35 @@ def _run_steps(
         TextColumn("{task.fields[status]}"),
         TimeRemainingColumn(),
     )
-    smoothed: dict[str, float] = {}
+    journal, smoothed = Journal(), {}
     saved = None
     began = time.monotonic()
     with stop_requests() as stop, SummaryWriter(str(run)) as writer, progress:
         bar = progress.add_task("training", total=config.iterations, completed=start, status="")
         for step, batch in enumerate(loader, start):
-            outcome, losses = _optimise(step, batch, config, step_module, optimizer, device)
+            degraded, reference = (batch[name].to(device, non_blocking=True) for name in ("degraded", "reference"))
+            outcome = optimise(step, degraded, reference)
+            journal.add(step, outcome, [*batch["degraded_file"], *batch["reference_file"]])
             done = step + 1
-            for name, value in losses.items():
-                smoothed[name] = SMOOTHING * smoothed.get(name, value) + (1 - SMOOTHING) * value
-            rate = (done - start) * config.batch / (time.monotonic() - began)
-            progress.update(bar, completed=done, status=_status(smoothed, rate))
-            if step == 0:
-                _warn_of_imbalance(losses, progress)
-            if step % LOG_EVERY == 0 or done == config.iterations:
-                _log(writer, step, losses, outcome, rate)
+            progress.update(bar, completed=done)
+            last = done == config.iterations or stop.signal
+            saving = done % config.checkpoint_every == 0 or last
+            if step == start or done % READ_EVERY[device.type] == 0 or saving:
+                rate = (done - start) * config.batch / (time.monotonic() - began)
+                for record in journal.read():
+                    _report(record, progress, writer, smoothed)
+                progress.update(bar, status=_status(smoothed, rate))
+                writer.add_scalar("speed/images_per_second", rate, step)
             if step % config.sample_every == 0:
                 _log_pictures(writer, step, batch, outcome)
-            if done % config.checkpoint_every == 0 or done == config.iterations or stop.signal:
-                saved = save_training(run, config, step_module, optimizer, done)
+            if saving:
+                saved = save_training(run, config, step_module, optimise.optimizer, done)
             if stop.signal:
                 raise InterruptedError(stop.signal, f"stopped by signal at step {done}; saved {saved}")
+    if (trouble := journal.summary()) is not None:
+        print(trouble)
     save_network(run / "network.safetensors", step_module.network, {"training": config.to_dict(), "step": done})
     return saved
-
-
-def _optimise(
-    step: int,
-    batch: dict,
-    config: TrainingConfig,
-    step_module: TrainingStep,
-    optimizer: torch.optim.Adam,
-    device: torch.device,
-) -> tuple[StepResult, dict[str, float]]:
-    """One forward and backward pass and one update. TrainingDivergedError before any update that is not finite."""
-    degraded = batch["degraded"].to(device, non_blocking=True)
-    reference = batch["reference"].to(device, non_blocking=True)
-    # Anchors depend on the seed and the step alone, so that a resumed run draws the same ones.
-    generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + step)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, step)
-
-    outcome = step_module(degraded, reference, generator)
-    total = sum(outcome.losses.values())
-    losses = {name: value.item() for name, value in outcome.losses.items()}
-    losses["total"] = total.item()
-    optimizer.zero_grad(set_to_none=True)
-    if math.isfinite(losses["total"]):
-        total.backward()
-        limit = config.gradient_clip or math.inf
-        norm = nn.utils.clip_grad_norm_(step_module.parameters(), limit).item()
-        losses["gradient_norm"] = norm
-    if not math.isfinite(losses.get("gradient_norm", math.nan)):
-        files = ", ".join([*batch["degraded_file"], *batch["reference_file"]])
-        values = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
-        raise TrainingDivergedError(
-            f"step {step}: loss or gradient is not finite ({values}) on {files}; the last checkpoint is kept"
-        )
-    try:
-        check_stream_range(outcome.largest_stream)
-    except OverflowError as error:
-        raise TrainingDivergedError(f"step {step}: {error}; the last checkpoint is kept") from error
-    optimizer.step()
-    return outcome, losses
-
-
-def learning_rate(config: TrainingConfig, step: int) -> float:
-    """Of one step: constant, or falling along half a cosine to a hundredth at the last."""
-    if config.schedule == "constant":
-        return config.learning_rate
-    share = step / max(1, config.iterations - 1)
-    return config.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
 
 
 def save_training(
@@ -359,26 +280,32 @@ def stop_requests() -> Iterator[StopRequest]:
 
 
 def _status(smoothed: dict[str, float], rate: float) -> str:
-    shown = " ".join(f"{name} {value:.3g}" for name, value in smoothed.items() if name != "gradient_norm")
+    shown = " ".join(f"{name} {value:.3g}" for name, value in smoothed.items())
     return f"{shown} · {rate:.2f} images/s"
 
 
+def _report(record: StepRecord, progress: Progress, writer: SummaryWriter, smoothed: dict[str, float]) -> None:
+    """Shows what was found in one step, and blends its losses into smoothed."""
+    if record.skipped:
+        progress.console.print(f"[yellow]skipped {record.complaint()}[/yellow]")
+        return
+    for name, value in record.losses.items():
+        smoothed[name] = SMOOTHING * smoothed.get(name, value) + (1 - SMOOTHING) * value
+    if record.step == 0:
+        _warn_of_imbalance(record.losses, progress)
+    if record.step % LOG_EVERY == 0:
+        for name, value in record.numbers.items():
+            writer.add_scalar(f"{'loss' if name in record.losses else 'step'}/{name}", value, record.step)
+
+
 def _warn_of_imbalance(losses: dict[str, float], progress: Progress) -> None:
-    terms = {name: value for name, value in losses.items() if name not in ("total", "gradient_norm")}
+    terms = {name: value for name, value in losses.items() if name != "total"}
     progress.console.print("weighted losses at step 0: " + ", ".join(f"{k} {v:.3g}" for k, v in terms.items()))
     *_, second, largest = [0.0, *sorted(terms.values())]
     if largest > IMBALANCE * second:
         progress.console.print(f"[yellow]one of them exceeds all others by more than {IMBALANCE} times[/yellow]")
 
 
-def _log(writer: SummaryWriter, step: int, losses: dict[str, float], outcome: StepResult, rate: float) -> None:
-    for name, value in losses.items():
-        writer.add_scalar(f"loss/{name}", value, step)
-    writer.add_scalar("speed/images_per_second", rate, step)
-    writer.add_scalar("transfer/ridge_fallbacks", outcome.ridge_fallbacks.item(), step)
-    writer.add_scalar("transfer/largest_stream", outcome.largest_stream.item(), step)
-
-
-def _log_pictures(writer: SummaryWriter, step: int, batch: dict, outcome: StepResult) -> None:
+def _log_pictures(writer: SummaryWriter, step: int, batch: dict, outcome: Outcome) -> None:
     rows = [batch["degraded"][0], batch["reference"][0], outcome.result[0].clamp(0, 1).cpu()]
     writer.add_image("degraded | reference | result", torch.cat(rows, 2), step)

@@ -1,5 +1,6 @@
 """The training loop: resuming to the bit, stopping, divergence, what a run leaves behind."""
 
+import itertools
 import json
 import os
 import signal
@@ -16,15 +17,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from restoration.checkpoints import load_checkpoint, load_network
 from restoration.config import TrainingConfig, make_config
 from restoration.errors import UserError
+from restoration.journal import SKIPPED_IN_A_ROW, TrainingDivergedError
 from restoration.losses import LossWeights
-from restoration.train import (
-    TrainingDivergedError,
-    build_step,
-    learning_rate,
-    newest_checkpoint,
-    resumed_config,
-    train,
-)
+from restoration.step import TrainingStep, learning_rate
+from restoration.train import build_step, newest_checkpoint, resumed_config, train
 from restoration.vgg import loss_features
 
 CPU = torch.device("cpu")
@@ -116,20 +112,38 @@ def test_bf16_and_nearest_pairs_and_ablations_train(paintings, tmp_path):
     assert not any(name.startswith("losses.") for name in tensors(last))
 
 
-def test_divergence_stops_and_keeps_the_last_good_checkpoint(paintings, tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    real = torch.nn.Module.__call__
+def poison(monkeypatch, from_step, to_step):
+    """Makes the style loss of these steps NaN."""
+    real, steps = TrainingStep.forward, itertools.count()
 
-    def poisoned(module, *arguments, **options):
-        outcome = real(module, *arguments, **options)
-        if type(module).__name__ == "TrainingStep" and newest_checkpoint(run) is not None:
+    def poisoned(module, *arguments):
+        outcome = real(module, *arguments)
+        if from_step <= next(steps) < to_step:
             outcome.losses["style"] = outcome.losses["style"] * float("nan")
         return outcome
 
-    monkeypatch.setattr(torch.nn.Module, "__call__", poisoned)
-    with pytest.raises(TrainingDivergedError, match=r"step 2: .*style nan.*\.png"):
-        train(paintings, run, config(), device=CPU)
-    assert newest_checkpoint(run).name == "checkpoint-0000002.safetensors"
+    monkeypatch.setattr(TrainingStep, "forward", poisoned)
+
+
+def test_a_bad_step_is_skipped_and_reported(paintings, tmp_path, monkeypatch, capfd):
+    run = tmp_path / "run"
+    poison(monkeypatch, 2, 3)
+    last = train(paintings, run, config(checkpoint_every=1), device=CPU)
+    before, after = tensors(run / "checkpoint-0000002.safetensors"), tensors(run / "checkpoint-0000003.safetensors")
+    for name, value in before.items():
+        assert torch.equal(value, after[name]), name
+    assert any(not torch.equal(value, tensors(last)[name]) for name, value in before.items())
+    shown = " ".join(capfd.readouterr().out.split())
+    assert "skipped step 2: loss or gradient is not finite" in shown and "style nan" in shown and ".png" in shown
+    assert "1 steps were skipped" in shown
+
+
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(paintings, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    poison(monkeypatch, 2, 1_000)
+    with pytest.raises(TrainingDivergedError, match=rf"step {1 + SKIPPED_IN_A_ROW}: .*style nan.*\.png"):
+        train(paintings, run, config(iterations=50, checkpoint_every=2), device=CPU)
+    assert all(value.isfinite().all() for value in tensors(newest_checkpoint(run)).values())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

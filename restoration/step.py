@@ -1,0 +1,129 @@
+"""One step of training: five passes of the network, all losses, one backward pass, one update."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from restoration.blocks import STREAM_LIMIT
+from restoration.config import TrainingConfig
+from restoration.flow import ReversibleNetwork
+from restoration.losses import ReconstructionLoss
+from restoration.whitening import transfer_statistics
+
+# Far apart, so that no two runs of neighbouring seeds share the anchors of a step.
+SEED_STRIDE = 1_000_003
+# What an outcome tells beside the losses.
+MEASUREMENTS = ("gradient_norm", "ridge_fallbacks", "largest_stream", "skipped")
+
+
+@dataclass
+class StepResult:
+    """What one forward pass of training leaves: weighted losses, the recoloured crops, and how it went."""
+
+    losses: dict[str, Tensor]
+    result: Tensor
+    ridge_fallbacks: Tensor
+    largest_stream: Tensor
+
+
+class TrainingStep(nn.Module):
+    """One module whose forward is the whole step: five passes of the network and all losses.
+
+    Parameters take part in several passes, but each gets its gradient once, from the one backward pass of the sum of
+    the losses: what averages gradients over processes wraps this module.
+    """
+
+    def __init__(self, network: ReversibleNetwork, losses: ReconstructionLoss) -> None:
+        super().__init__()
+        self.network = network
+        self.losses = losses
+
+    def forward(self, degraded: Tensor, reference: Tensor, generator: torch.Generator) -> StepResult:
+        content, style = self.network.encode(degraded), self.network.encode(reference)
+        recoloured = transfer_statistics(content, style)
+        size = degraded.shape[-2:]
+        result = self.network.decode(recoloured.z, size)
+        encoded_result = self.network.encode(result)
+        returned = transfer_statistics(encoded_result, content)
+        cycled = self.network.decode(returned.z, size)
+        return StepResult(
+            losses=self.losses(degraded, reference, result, cycled, generator),
+            result=result.detach(),
+            ridge_fallbacks=recoloured.fallbacks() + returned.fallbacks(),
+            largest_stream=torch.stack([z.detach().abs().amax() for z in (content, style, encoded_result)]).amax(),
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step leaves on the device: numbers by name, float32 [len(names)], and the recoloured crops [B,3,H,W].
+
+    The numbers are the weighted losses, their total, and MEASUREMENTS: the gradient's norm before clipping, how many
+    images' colour transfer needed a larger ridge, the largest |stream value|, and 1 where something was out of range
+    and nothing was updated, else 0.
+    """
+
+    names: tuple[str, ...]
+    numbers: Tensor
+    result: Tensor
+
+
+class Optimisation:
+    """Steps of Adam; calling one never waits for the device.
+
+    A step whose loss or gradient is not finite, or whose streams leave their exact range, changes neither parameters
+    nor Adam's moments. That is decided on the device and told in the outcome.
+
+    Args:
+        module: a TrainingStep on the device, or what wraps one and averages its gradients over processes.
+        config: learning rate, clipping, precision and the seed of the anchors.
+        device: of module.
+    """
+
+    def __init__(self, module: nn.Module, config: TrainingConfig, device: torch.device) -> None:
+        self.module = module
+        self.config = config
+        rate = torch.tensor(config.learning_rate, device=device)
+        self.optimizer = torch.optim.Adam(module.parameters(), lr=rate, fused=True)
+        self._generator = torch.Generator(device)
+
+    def __call__(self, step: int, degraded: Tensor, reference: Tensor) -> Outcome:
+        """Makes step number `step` with crops [B,3,H,W] on the device."""
+        # Anchors depend on the seed and the step alone, so that a resumed run draws the same ones.
+        self._generator.manual_seed(self.config.seed * SEED_STRIDE + step)
+        for group in self.optimizer.param_groups:
+            group["lr"].fill_(learning_rate(self.config, step))
+        return self._update(degraded, reference)
+
+    def _update(self, degraded: Tensor, reference: Tensor) -> Outcome:
+        step = self.module(degraded, reference, self._generator)
+        total = torch.stack(list(step.losses.values())).sum()
+        usable = total.isfinite() & (step.largest_stream < STREAM_LIMIT)
+        self.optimizer.zero_grad(set_to_none=True)
+        # A NaN here makes every gradient NaN, in all processes that average theirs: the norm alone then tells.
+        (total * torch.where(usable, 1.0, math.nan)).backward()
+        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        skipped = (~norm.isfinite()).float()
+        # Adam divides the gradients by the one, and does nothing where the other is 1, in the pass that updates.
+        self.optimizer.grad_scale = (norm / (self.config.gradient_clip or math.inf)).clamp_min(1.0)
+        self.optimizer.found_inf = skipped
+        self.optimizer.step()
+        measured = (*step.losses.values(), total, norm, step.ridge_fallbacks, step.largest_stream, skipped)
+        return Outcome(
+            names=(*step.losses, "total", *MEASUREMENTS),
+            numbers=torch.stack([number.detach().float() for number in measured]),
+            result=step.result,
+        )
+
+
+def learning_rate(config: TrainingConfig, step: int) -> float:
+    """Of one step: constant, or falling along half a cosine to a hundredth at the last."""
+    if config.schedule == "constant":
+        return config.learning_rate
+    share = step / max(1, config.iterations - 1)
+    return config.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
