@@ -108,17 +108,13 @@ HOST_DEVICE VectorOf<A> exp(VectorOf<A> x) {
   return sum * scale;
 }
 
-// out[row, 0..kPanel) (+)= sum over d of left[row, d] · panel[d, 0..kPanel), for kTileRows rows.
+// out[row, 0..kPanel) (+)= sum over d of left[row, d] · panel[d, 0..kPanel), for kTileRows rows. What was there is added
+// last: sums of thousands of keys are then made of sums of one chunk each, and round accordingly less.
 template <typename A, bool kAdd>
 HOST_DEVICE void multiply_tile(const A* left, int64_t left_stride, const A* panel, int64_t depth, A* out,
                                int64_t out_stride) {
   constexpr int kCount = Lanes<A>::kCount;
-  VectorOf<A> sums[kTileRows][kPanelVectors];
-  for (int row = 0; row < kTileRows; ++row) {
-    for (int part = 0; part < kPanelVectors; ++part) {
-      sums[row][part] = kAdd ? load<A>(out + row * out_stride + part * kCount) : VectorOf<A>{};
-    }
-  }
+  VectorOf<A> sums[kTileRows][kPanelVectors] = {};
   for (int64_t step = 0; step < depth; ++step) {
     VectorOf<A> columns[kPanelVectors];
     for (int part = 0; part < kPanelVectors; ++part) {
@@ -131,7 +127,8 @@ HOST_DEVICE void multiply_tile(const A* left, int64_t left_stride, const A* pane
   }
   for (int row = 0; row < kTileRows; ++row) {
     for (int part = 0; part < kPanelVectors; ++part) {
-      store<A>(out + row * out_stride + part * kCount, sums[row][part]);
+      A* target = out + row * out_stride + part * kCount;
+      store<A>(target, kAdd ? load<A>(target) + sums[row][part] : sums[row][part]);
     }
   }
 }
