@@ -29,37 +29,42 @@ def sample_neighbors(
     Args:
         height, width: size of the map, at least 3 x 3.
         num_anchors: how many, N: at most the (height - 2)·(width - 2) places that have eight neighbours.
-        generator: source of the random numbers, on any device; None is torch's own on the CPU. The same state gives
+        generator: source of the random numbers, on any device; None is torch's own on device. The same state gives
             the same places.
-        device: of the result; None is the generator's.
+        device: of the result; None is the generator's, or the CPU.
 
     Returns:
         anchors [N] and neighbors [N, 8], int64 places row·width + column; neighbours row by row from the upper left.
-        Every set of N places is equally likely. Time and memory grow with N, not with the map. The numbers are drawn on
-        the host, so torch.compile(fullgraph=True) cannot trace this function.
+        Every set of N places is equally likely. Time and memory grow with N, not with the map. The numbers are drawn
+        where the generator is: with one on the result's device nothing waits for a GPU, and a CUDA graph can hold it.
 
     Raises:
         TypeError, ValueError: an argument is not as said here.
     """
     _checks.sample_neighbors(height, width, num_anchors, generator)
-    inner = _draw_without_repetition((height - 2) * (width - 2), num_anchors, generator)
-    anchors = (inner // (width - 2) + 1) * width + inner % (width - 2) + 1
-    steps = [row * width + column for row in (-1, 0, 1) for column in (-1, 0, 1) if (row, column) != (0, 0)]
-    neighbors = anchors[:, None] + torch.tensor(steps, device=anchors.device)
+    source = device if generator is None else generator.device
+    inner = _draw_without_repetition((height - 2) * (width - 2), num_anchors, generator, source)
+    anchors = inner + 2 * (inner // (width - 2)) + width + 1
+    steps = torch.arange(-1, 2, device=source)
+    around = (steps[:, None] * width + steps).flatten()
+    neighbors = anchors[:, None] + torch.cat([around[:4], around[5:]])
     return anchors.to(device), neighbors.to(device)
 
 
-def _draw_without_repetition(places, count, generator):
-    device = "cpu" if generator is None else generator.device
-    # Up to half of the places, repetitions are few: 1.4·count draws give count different ones, on average.
-    if 2 * count > places:
-        return torch.randperm(places, generator=generator, device=device)[:count]
-    drawn = {}
-    while len(drawn) < count:
-        draws = torch.randint(places, (count,), generator=generator, device=device)
-        # A dictionary keeps the order of the first appearances, so cutting it off later favours no place.
-        drawn |= dict.fromkeys(draws.tolist())
-    return torch.tensor(list(drawn)[:count], device=device)
+def _draw_without_repetition(places, count, generator, device):
+    """A random subset, by Floyd's method: draw i is one of the first spare + i + 1 places; if taken, spare + i is."""
+    spare = places - count
+    index = torch.arange(count, device=device)
+    # One part in 2^62 / places favours the first places.
+    drawn = torch.randint(2**62, (count,), generator=generator, device=device) % (index + spare + 1)
+    ordered, order = drawn.sort(stable=True)
+    repeated = order[torch.searchsorted(ordered, drawn)] != index
+    # What was drawn is taken if it was drawn before, or if it is the spare place of an earlier draw that needed it:
+    # an answer that stands at the end of a chain of draws, each of which halves the length of in each round.
+    earlier = torch.where(repeated | (drawn < spare), index, drawn - spare)
+    for _ in range((count - 1).bit_length()):
+        earlier = earlier[earlier]
+    return torch.where(repeated[earlier], index + spare, drawn)
 
 
 def neighbor_difference(features: Tensor, anchors: Tensor, neighbors: Tensor, *, backend: str | None = None) -> Tensor:
