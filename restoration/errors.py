@@ -1,5 +1,9 @@
-"""The one error that is meant for the person at the command line."""
+"""Errors that are meant for the person at the command line."""
 
 
 class UserError(Exception):
     """A one-line message naming the file or option and what it must be; the command line exits with 2."""
+
+
+class UnsuitableWeightsError(UserError):
+    """The network's values left the range in which its arithmetic is exact: it cannot treat this picture."""

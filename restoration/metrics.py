@@ -1,11 +1,13 @@
-"""How well structure was kept (SSIM) and how near the reference's colour style came (Gram loss)."""
+"""How well structure was kept (SSIM), how near the reference's colour style came (Gram loss), what was clipped."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
+from skimage.color import deltaE_ciede2000, rgb2lab
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
@@ -16,6 +18,8 @@ SSIM_SIGMA = 1.5
 SSIM_WINDOW = 11
 # Metrics of larger pictures are taken at this longer side: VGG19 features of a 12-megapixel scan alone take 3 GB.
 MEASURED_SIDE = 1024
+# Values nearer to 0 or 1 than this are written as 0 or 255.
+HALF_STEP = 0.5 / 255
 
 
 @dataclass(frozen=True)
@@ -30,15 +34,42 @@ class Metrics:
         return asdict(self)
 
 
-@torch.no_grad()
 def measure(degraded: Tensor, reference: Tensor, result: Tensor, features: VGG19Features) -> Metrics:
     """SSIM of result against degraded and Gram losses of result against reference, each [3,H,W] in [0,1].
 
     Pictures whose longer side exceeds MEASURED_SIDE are reduced to it first. features: `vgg.metric_features`.
     """
-    degraded, reference, result = (limit_side(image, MEASURED_SIDE) for image in (degraded, reference, result))
-    gram, relative = gram_losses(gram_matrices(result, features), gram_matrices(reference, features))
-    return Metrics(structural_similarity_index(degraded, result), gram, relative)
+    return measure_results(degraded, reference, [result], features)[0]
+
+
+@torch.no_grad()
+def measure_results(
+    degraded: Tensor, reference: Tensor, results: Iterable[Tensor], features: VGG19Features
+) -> list[Metrics]:
+    """`measure` of several results for one pair, for which the reference is looked at once."""
+    degraded, reference = (limit_side(image, MEASURED_SIDE) for image in (degraded, reference))
+    wanted = gram_matrices(reference, features)
+    measured = []
+    for result in results:
+        result = limit_side(result, MEASURED_SIDE)
+        gram, relative = gram_losses(gram_matrices(result, features), wanted)
+        measured.append(Metrics(structural_similarity_index(degraded, result), gram, relative))
+    return measured
+
+
+def colour_difference(first: Tensor, second: Tensor) -> float:
+    """CIEDE2000 between pictures [3,H,W] in [0,1] of one size, mean over pixels: 0 is best, 1 is just noticeable."""
+    first, second = (rgb2lab(image.double().cpu().numpy(), channel_axis=0) for image in (first, second))
+    return float(deltaE_ciede2000(first, second, channel_axis=0).mean())
+
+
+def newly_clipped(degraded: Tensor, result: Tensor) -> float:
+    """Share of pixels with a channel that 8 bits store as 0 or 255 in the result and not in the degraded picture."""
+
+    def clipped(image: Tensor) -> Tensor:
+        return ((image < HALF_STEP) | (image > 1 - HALF_STEP)).any(0)
+
+    return float((clipped(result) & ~clipped(degraded)).float().mean())
 
 
 def structural_similarity_index(first: Tensor, second: Tensor) -> float:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from restoration.checkpoints import load_network
-from restoration.errors import UserError
+from restoration.errors import UnsuitableWeightsError, UserError
 from restoration.flow import ReversibleNetwork, check_stream_range
 from restoration.imaging import READABLE_SUFFIXES, check_writable, read_image, read_rgb, write_image
 from restoration.metrics import Metrics, measure
@@ -130,7 +130,7 @@ def recolour(
 ) -> tuple[Tensor, tuple[str, ...]]:
     """degraded [3,H,W] after reference [3,h,w], in [0,1], on the CPU; any sizes. Returns the same kind, and notes.
 
-    UserError where memory does not suffice or these weights cannot treat the picture.
+    UserError where memory does not suffice, UnsuitableWeightsError where these weights cannot treat the picture.
     """
     try:
         content, style = (network.encode(_with_margin(image).to(device)) for image in (degraded, reference))
@@ -142,9 +142,11 @@ def recolour(
         pixels = max(degraded[0].numel(), reference[0].numel()) / 1e6
         raise UserError(f"a picture of {pixels:.1f} megapixels does not fit this GPU; take --device cpu") from error
     except OverflowError as error:
-        raise UserError(str(error)) from error
+        raise UnsuitableWeightsError(str(error)) from error
     if not result.isfinite().all():
-        raise UserError("the result holds values that are not finite: these weights do not suit this picture")
+        raise UnsuitableWeightsError(
+            "the result holds values that are not finite: these weights do not suit this picture"
+        )
     rung = int(torch.maximum(transfer.content_ridge, transfer.style_ridge).max())
     notes = ()
     if rung > 0:
@@ -152,7 +154,31 @@ def recolour(
             f"colours nearly flat: statistics were regularised with {RIDGE_LADDER[rung]:g} in place of "
             f"{RIDGE_LADDER[0]:g}",
         )
-    return result.clamp(0, 1).cpu(), notes
+    return fit_range(result).cpu(), notes
+
+
+# Values further than this from black and white stay as they are; the 13 steps of 8 bits that are nearer take in what
+# lay outside.
+KNEE = 0.05
+
+
+def fit_range(image: Tensor) -> Tensor:
+    """[3,H,W] of any finite values, in [0,1]: shades past black or white are compressed, not cut off to one.
+
+    A channel that reaches -m < 0 takes every value x below KNEE to KNEE - t / (1 + t m / (KNEE (KNEE + m))), with
+    t = KNEE - x: tangent to the identity at KNEE, -m becomes 0, shades keep their order. A channel that exceeds 1 is
+    treated likewise at white. Values in [KNEE, 1 - KNEE], and channels within [0,1], are returned bit for bit; values
+    in [0,1] move by at most KNEE / 2.
+    """
+    return (image + _lift(image) - _lift(1 - image)).clamp(0, 1)
+
+
+def _lift(image: Tensor) -> Tensor:
+    """What is added near black; as a difference, since x - (x - KNEE) would round values that need no change."""
+    excess = (-image.amin((1, 2), keepdim=True)).clamp_min(0)
+    below = (KNEE - image).clamp_min(0)
+    bend = below * excess / (KNEE * (KNEE + excess))
+    return below * bend / (1 + bend)
 
 
 def _with_margin(image: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from restoration.checkpoints import save_network
 from restoration.errors import UserError
 from restoration.flow import Architecture, ReversibleNetwork
 from restoration.imaging import read_image
-from restoration.reconstruct import choose_device, plan, recolour, reconstruct_files
+from restoration.metrics import newly_clipped
+from restoration.reconstruct import KNEE, choose_device, fit_range, plan, recolour, reconstruct_files
 
 CPU = torch.device("cpu")
 
@@ -141,6 +142,42 @@ def test_weights_that_overflow_are_named(tmp_path):
             parameter.mul_(1e4)
     with pytest.raises(UserError, match="these weights do not suit"):
         recolour(network, torch.rand(3, 16, 16), torch.rand(3, 16, 16), CPU)
+
+
+def ramp(low, high, count=1001):
+    """Red runs from low to high; green and blue stay inside."""
+    image = torch.full((3, 1, count), 0.5)
+    image[0, 0] = torch.linspace(low, high, count)
+    image[1, 0] = torch.linspace(0, 1, count)
+    return image
+
+
+@pytest.mark.parametrize("low, high", [(-0.3, 1.2), (-0.001, 1.0), (0.0, 1.5), (-2.0, 3.0)])
+def test_shades_out_of_range_are_compressed_not_cut(low, high):
+    image = ramp(low, high)
+    red = image[0, 0]
+    result = fit_range(image)[0, 0]
+    assert result.min() >= 0 and result.max() <= 1
+    inner = (red >= KNEE) & (red <= 1 - KNEE)
+    assert torch.equal(result[inner], red[inner])
+    inside = (red >= 0) & (red <= 1)
+    assert (result - red)[inside].abs().max() <= KNEE / 2 + 1e-6
+    assert (result.diff() > 0).all()  # no two shades become one
+
+
+def test_channels_within_range_stay_to_the_bit():
+    image = ramp(-0.3, 1.2)
+    assert torch.equal(fit_range(image)[1:], image[1:])
+    inside = ramp(0, 1)
+    assert torch.equal(fit_range(inside), inside)
+
+
+def test_compression_clips_fewer_pixels_than_cutting():
+    image = ramp(-0.3, 1.2)
+    degraded = torch.full_like(image, 0.5)
+    image[1] = 0.5
+    assert newly_clipped(degraded, image.clamp(0, 1)) > 0.3
+    assert newly_clipped(degraded, fit_range(image)) < 0.1
 
 
 def test_edges_are_coloured_like_the_inside(monkeypatch):
