@@ -80,37 +80,38 @@ def reconstruct(
 
 @app.command()
 def evaluate(
-    data: Annotated[Path, typer.Option(help="Folder of paintings by style, or a built dataset.")],
-    out: Annotated[Path, typer.Option(help="Folder for metrics.json and contact_sheet.png.")],
+    out: Annotated[Path, typer.Option(help="Folder for metrics.json, table.md and contact_sheet.png.")],
+    data: Annotated[Path | None, typer.Option(help="Folder of paintings by style, or a built dataset.")] = None,
     pairs: Annotated[Path | None, typer.Option(help="CSV with columns degraded,reference (paths in DATA).")] = None,
     checkpoint: Checkpoint = None,
     device: Device = "auto",
     count: Annotated[int, typer.Option(help="Pairs a style, at most.")] = 20,
     size: Annotated[int, typer.Option(help="Longer side, in pixels, that larger pictures are reduced to.")] = 512,
+    baselines: Annotated[bool, typer.Option(help="Measure other methods too; takes three times as long.")] = False,
+    synthetic: Annotated[
+        bool, typer.Option("--synthetic", help="Fade the paintings first, compare with them; without DATA: drawn ones.")
+    ] = False,
     vgg: Vgg = None,
     force: Force = False,
 ) -> None:
-    """Measure SSIM and Gram loss on pairs of paintings, by style."""
+    """Measure how well pairs of paintings are recoloured, by style: SSIM, Gram loss; CIEDE2000 with --synthetic."""
     from rich.progress import track
 
     from restoration.checkpoints import load_network
-    from restoration.data import evaluation_pairs
-    from restoration.evaluate import check_output, evaluate_pairs, summary_table, write_report
+    from restoration.evaluate import choose_cases, choose_methods, evaluate
+    from restoration.evaluation_report import CAPTION, check_output, markdown_table, summarise, write_report
     from restoration.reconstruct import choose_device
     from restoration.vgg import metric_features
 
-    chosen = evaluation_pairs(data, pairs, count)
+    cases, number = choose_cases(data, pairs, count=count, size=size, synthetic=synthetic)
     target = choose_device(device)
-    network, features = load_network(checkpoint).to(target), metric_features(vgg).to(target)
+    methods = choose_methods(load_network(checkpoint).to(target), target, baselines=baselines)
+    features = None if synthetic else metric_features(vgg).to(target)
     check_output(out, force=force)
-    console = Console(stderr=True)
-    steps = track(
-        evaluate_pairs(chosen, network, features, size=size), "evaluating", total=len(chosen), console=console
-    )
-    evaluated = list(steps)
+    evaluations = evaluate(cases, methods, features)
+    evaluated = list(track(evaluations, "evaluating", total=number, console=Console(stderr=True)))
     write_report(evaluated, out, size=size)
-    Console().print(summary_table(evaluated))
-    print(f"written to {out}")
+    print(f"{markdown_table(summarise(evaluated))}\n\n{CAPTION}\nwritten to {out}")
 
 
 @app.command()

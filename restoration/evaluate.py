@@ -1,158 +1,170 @@
-"""SSIM and Gram losses over pairs of paintings, by style: a table, JSON and a contact sheet."""
+"""How well paintings are recoloured: a network beside baselines, on pairs of paintings or on fading that is known."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import math
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 
+import numpy as np
 import torch
-from rich import box
-from rich.table import Table
+from PIL import Image
 from torch import Tensor
 
-import restoration
-from restoration.data import Pair
-from restoration.errors import UserError
+from restoration.baselines import BASELINES, untouched
+from restoration.data import Pair, evaluation_pairs
+from restoration.errors import UnsuitableWeightsError, UserError
 from restoration.flow import ReversibleNetwork
-from restoration.imaging import contact_sheet, read_image, write_image
-from restoration.metrics import Metrics, limit_side, measure
+from restoration.imaging import from_pillow, read_image, to_pillow
+from restoration.metrics import (
+    colour_difference,
+    limit_side,
+    measure_results,
+    newly_clipped,
+    structural_similarity_index,
+)
 from restoration.reconstruct import recolour
+from restoration.samples import SAMPLE_SEEDS, SMALLEST_SIDE, draw_painting, fade
 from restoration.vgg import VGG19Features
 
-OUTPUTS = ("metrics.json", "contact_sheet.png")
-CLIPPED = 1e-3  # a value this near 0 or 1 in the result, and not in the degraded picture, has lost its detail
+NETWORK, RANDOM_NETWORK, UNTOUCHED = "network", "random weights", "untouched"
+SHEET_CELL = 320  # pixels; no more of a picture is kept, or hundreds of pairs would fill the memory
+
+Method = Callable[[Tensor, Tensor], Tensor]  # degraded [3,H,W], reference [3,h,w] -> result [3,H,W], all in [0,1]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A painting to recolour. original: what it looked like before it was faded, where that is known."""
+
+    style: str
+    name: str
+    degraded: Tensor
+    reference: Tensor
+    original: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One pair: metrics of the result, and of the degraded painting as it is (its SSIM is 1)."""
+    """scores: method -> name of the score -> value, None where a result was not finite. pictures: a sheet's row."""
 
-    pair: Pair
-    pictures: tuple[Tensor, Tensor, Tensor]  # degraded, reference, result
-    result: Metrics
-    untouched: Metrics
-    clipped: float
-
-    def to_dict(self) -> dict[str, object]:
-        return {
-            "degraded": str(self.pair.degraded),
-            "reference": str(self.pair.reference),
-            "style": self.pair.style,
-            "result": self.result.to_dict(),
-            "untouched": self.untouched.to_dict(),
-            "clipped": self.clipped,
-        }
+    style: str
+    name: str
+    scores: dict[str, dict[str, float] | None]
+    pictures: dict[str, Tensor]
 
 
-def check_output(out: Path, *, force: bool = False) -> None:
-    """UserError where out cannot become, or already holds, an evaluation."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: must be a folder")
-    for name in OUTPUTS:
-        if (out / name).exists() and not force:
-            raise UserError(f"{out / name}: exists already (--force overwrites)")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be made ({error.strerror})") from error
-
-
-def evaluate_pairs(
-    pairs: list[Pair], network: ReversibleNetwork, features: VGG19Features, *, size: int = 512
-) -> Iterator[Evaluation]:
-    """Recolours pair after pair, longer sides reduced to size, on the device that network and features are on."""
+def choose_cases(
+    data: Path | None, pairs: Path | None = None, *, count: int, size: int, synthetic: bool = False
+) -> tuple[Iterator[Case], int]:
+    """The cases that the options of the command line name, and their number. UserError where they name none."""
     if size < 1:
         raise UserError(f"--size must be at least 1, got {size}")
-    device = next(network.parameters()).device
+    if data is None:
+        if not synthetic:
+            raise UserError("--data must be given (only --synthetic can do without)")
+        return drawn_cases(size), len(SAMPLE_SEEDS)
+    chosen = evaluation_pairs(data, pairs, count)
+    if not synthetic:
+        return pair_cases(chosen, size), len(chosen)
+    chosen = [pair for pair in chosen if pair.degraded != pair.reference]
+    if not chosen:
+        raise UserError(f"{data}: --synthetic needs two paintings of a style")
+    return faded_cases(chosen, size), len(chosen)
+
+
+def pair_cases(pairs: list[Pair], size: int) -> Iterator[Case]:
+    """Pairs of paintings as they are, longer sides reduced to size."""
     for pair in pairs:
-        degraded, reference = (limit_side(read_image(path).rgb, size) for path in (pair.degraded, pair.reference))
-        result, _ = recolour(network, degraded, reference, device)
-        on_device = [picture.to(device) for picture in (degraded, reference, result)]
-        yield Evaluation(
-            pair,
-            pictures=(degraded, reference, result),
-            result=measure(*on_device, features),
-            untouched=measure(on_device[0], on_device[1], on_device[0], features),
-            clipped=newly_clipped(degraded, result),
-        )
+        degraded, reference = (_read(path, size) for path in (pair.degraded, pair.reference))
+        yield Case(pair.style, _name(pair), degraded, reference)
 
 
-def write_report(evaluations: list[Evaluation], out: Path, *, size: int) -> None:
-    """Writes metrics.json and contact_sheet.png into out, which `check_output` has approved."""
-    rows = []
-    for evaluation in evaluations:
-        pair, metrics = evaluation.pair, evaluation.result
-        label = (
-            f"{pair.style}: {pair.degraded.name} after {pair.reference.name}, SSIM {metrics.ssim:.3f}, "
-            f"relative Gram loss {metrics.relative_gram:.3f} (untouched {evaluation.untouched.relative_gram:.3f})"
-        )
-        rows.append((label, evaluation.pictures))
-    write_image(out / "contact_sheet.png", contact_sheet(rows, ("degraded", "reference", "result")), force=True)
-    (out / "metrics.json").write_text(json.dumps(_report(evaluations, size), indent=2) + "\n")
+def faded_cases(pairs: list[Pair], size: int) -> Iterator[Case]:
+    """The first painting of each pair, faded, to be recoloured after the second."""
+    for pair in pairs:
+        original = to_pillow(_read(pair.degraded, size))
+        # By its name, so that a painting ages the same way whatever others are evaluated.
+        faded = fade(np.asarray(original), zlib.crc32(pair.degraded.name.encode()))
+        yield Case(pair.style, _name(pair), _tensor(faded), _read(pair.reference, size), from_pillow(original))
 
 
-def newly_clipped(degraded: Tensor, result: Tensor) -> float:
-    """Share of pixels with a channel at 0 or 1 in the result that was not there in the degraded picture."""
-
-    def clipped(image: Tensor) -> Tensor:
-        return ((image < CLIPPED) | (image > 1 - CLIPPED)).any(0)
-
-    return float((clipped(result) & ~clipped(degraded)).float().mean())
-
-
-def summarise(evaluations: list[Evaluation]) -> dict[str, dict[str, float]]:
-    """Means by style and over all pairs, and the share of pairs that came nearer to their reference."""
-    groups = {style: [e for e in evaluations if e.pair.style == style] for style in _styles(evaluations)}
-    groups["all"] = evaluations
-    return {name: _summary(group) for name, group in groups.items()}
+def drawn_cases(size: int) -> Iterator[Case]:
+    """The demonstration's paintings, one a palette, and their references, size pixels wide (768: as it draws them)."""
+    sides = [max(side, SMALLEST_SIDE) for side in (2 * size // 3, size)]
+    for palette, seeds in SAMPLE_SEEDS.items():
+        original, reference = (draw_painting(palette, seed, *sides) for seed in seeds)
+        pictures = (_tensor(picture) for picture in (fade(original, seeds[0]), reference, original))
+        yield Case(palette, f"painting {seeds[0]} after {seeds[1]}", *pictures)
 
 
-def _summary(group: list[Evaluation]) -> dict[str, float]:
-    return {
-        "pairs": len(group),
-        "ssim": mean(e.result.ssim for e in group),
-        "gram": mean(e.result.gram for e in group),
-        "relative_gram": mean(e.result.relative_gram for e in group),
-        "untouched_relative_gram": mean(e.untouched.relative_gram for e in group),
-        "improved": mean(e.result.relative_gram < e.untouched.relative_gram for e in group),
-        "clipped": mean(e.clipped for e in group),
-    }
+def _read(path: Path, size: int) -> Tensor:
+    return limit_side(read_image(path).rgb, size)
 
 
-def _styles(evaluations: list[Evaluation]) -> list[str]:
-    return sorted({evaluation.pair.style for evaluation in evaluations})
+def _tensor(painting: np.ndarray) -> Tensor:
+    return from_pillow(Image.fromarray(painting))
 
 
-def _report(evaluations: list[Evaluation], size: int) -> dict[str, object]:
-    return {
-        "versions": {"restoration": restoration.__version__, "torch": torch.__version__},
-        "size": size,
-        "summary": summarise(evaluations),
-        "pairs": [evaluation.to_dict() for evaluation in evaluations],
-    }
+def _name(pair: Pair) -> str:
+    return f"{pair.degraded.name} after {pair.reference.name}"
 
 
-def summary_table(evaluations: list[Evaluation]) -> Table:
-    """The summary as a table for the terminal."""
-    table = Table(
-        box=box.SIMPLE,
-        padding=(0, 1, 0, 0),
-        caption="SSIM: 1 is best. Gram losses: 0 is best; before: relative, not recoloured.",
-    )
-    for column in ("style", "pairs", "SSIM", "Gram", "relative", "before", "nearer", "clipped"):
-        table.add_column(column, justify="left" if column == "style" else "right", no_wrap=True)
-    for name, row in summarise(evaluations).items():
-        table.add_row(
-            name,
-            str(row["pairs"]),
-            f"{row['ssim']:.3f}",
-            f"{row['gram']:.3g}",
-            f"{row['relative_gram']:.3f}",
-            f"{row['untouched_relative_gram']:.3f}",
-            f"{row['improved']:.0%}",
-            f"{row['clipped']:.2%}",
-        )
-    return table
+def choose_methods(network: ReversibleNetwork, device: torch.device, *, baselines: bool) -> dict[str, Method]:
+    """The network and the untouched painting; with baselines also the transfers without training and an untrained one.
+
+    The latter is a network of the same architecture whose random weights follow from seed 0.
+    """
+    methods = {NETWORK: _recolouring(network, device), UNTOUCHED: untouched}
+    if baselines:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            random_network = ReversibleNetwork(network.architecture).eval().to(device)
+        methods |= BASELINES | {RANDOM_NETWORK: _recolouring(random_network, device)}
+    return methods
+
+
+def _recolouring(network: ReversibleNetwork, device: torch.device) -> Method:
+    def method(degraded: Tensor, reference: Tensor) -> Tensor:
+        try:
+            return recolour(network, degraded, reference, device)[0]
+        except UnsuitableWeightsError:
+            return torch.full_like(degraded, math.nan)
+
+    return method
+
+
+def evaluate(cases: Iterator[Case], methods: dict[str, Method], features: VGG19Features | None) -> Iterator[Evaluation]:
+    """Recolours case after case by every method and scores the results.
+
+    Without an original: SSIM to the degraded painting, Gram losses to the reference (features: `vgg.metric_features`).
+    With one: CIEDE2000 and SSIM to the original.
+    """
+    for case in cases:
+        results = {name: method(case.degraded, case.reference) for name, method in methods.items()}
+        finite = {name: result for name, result in results.items() if result.isfinite().all()}
+        scores = dict(zip(finite, _score(case, list(finite.values()), features), strict=True))
+        shown = {"degraded": case.degraded, "reference": case.reference}
+        shown |= {} if case.original is None else {"original": case.original}
+        shown |= {name: result.nan_to_num(0.5) for name, result in results.items() if name != UNTOUCHED}
+        pictures = {name: limit_side(picture, SHEET_CELL) for name, picture in shown.items()}
+        yield Evaluation(case.style, case.name, {name: scores.get(name) for name in methods}, pictures)
+
+
+def _score(case: Case, results: list[Tensor], features: VGG19Features | None) -> list[dict[str, float]]:
+    if case.original is None:
+        device = next(features.buffers()).device
+        degraded, reference, *moved = (picture.to(device) for picture in (case.degraded, case.reference, *results))
+        scores = [metrics.to_dict() for metrics in measure_results(degraded, reference, moved, features)]
+    else:
+        scores = [
+            {
+                "ssim": structural_similarity_index(case.original, result),
+                "ciede2000": colour_difference(case.original, result),
+            }
+            for result in results
+        ]
+    clipped = [newly_clipped(case.degraded, result) for result in results]
+    return [score | {"clipped": share} for score, share in zip(scores, clipped, strict=True)]

@@ -102,12 +102,23 @@ def test_evaluate(workshop, tmp_path, capsys, monkeypatch):
     code, out, _ = call(capsys, monkeypatch, "evaluate", *arguments, "--out", tmp_path / "out", "--device", "cpu")
     assert code == 0 and "ink" in out and "green" in out
     report = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert report["summary"]["all"]["pairs"] == 2
-    assert {"ssim", "gram", "relative_gram"} <= report["pairs"][0]["result"].keys()
-    assert report["pairs"][0]["untouched"]["ssim"] == 1
+    assert report["summary"]["all"]["network"]["pairs"] == 2
+    assert {"ssim", "gram", "relative_gram", "clipped"} == report["pairs"][0]["scores"]["network"].keys()
+    assert report["pairs"][0]["scores"]["untouched"]["ssim"] == 1
+    assert (tmp_path / "out" / "table.md").read_text().splitlines()[0] in out
     assert Image.open(tmp_path / "out" / "contact_sheet.png").width > 500
     code, _, err = call(capsys, monkeypatch, "evaluate", *arguments, "--out", tmp_path / "out", "--device", "cpu")
     assert code == 2 and "exists already" in err
+
+
+def test_synthetic_evaluation_needs_no_data(workshop, tmp_path, capsys, monkeypatch):
+    options = ("--checkpoint", workshop / "small.safetensors", "--size", 48, "--device", "cpu")
+    code, out, _ = call(
+        capsys, monkeypatch, "evaluate", "--synthetic", "--baselines", *options, "--out", tmp_path / "out"
+    )
+    assert code == 0 and "CIEDE2000" in out and "Monge-Kantorovich" in out and "ochre" in out
+    code, _, err = call(capsys, monkeypatch, "evaluate", *options, "--out", tmp_path / "other")
+    assert code == 2 and "--data must be given" in err and not (tmp_path / "other").exists()
 
 
 def test_dataset_and_train(workshop, tmp_path, capsys, monkeypatch):

@@ -5,7 +5,15 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from restoration.metrics import gram_losses, gram_matrices, limit_side, measure, structural_similarity_index
+from restoration.metrics import (
+    colour_difference,
+    gram_losses,
+    gram_matrices,
+    limit_side,
+    measure,
+    newly_clipped,
+    structural_similarity_index,
+)
 from restoration.vgg import metric_features
 
 
@@ -63,3 +71,24 @@ def test_limit_side_keeps_proportions():
     assert limit_side(picture(300, 100), 150).shape == (3, 150, 50)
     image = picture(10, 20)
     assert limit_side(image, 20) is image
+
+
+def test_ciede2000_of_greys_is_its_lightness_term():
+    """Greys have no chroma: what is left is the difference of L* over S_L (Sharma, Wu, Dalal 2005, eq. 15)."""
+    dark, light = (torch.full((3, 2, 5), value) for value in (0.5, 0.6))
+
+    def lightness(value):
+        return 116 * (((value + 0.055) / 1.055) ** 2.4) ** (1 / 3) - 16
+
+    middle = ((lightness(0.5) + lightness(0.6)) / 2 - 50) ** 2
+    weight = 1 + 0.015 * middle / (20 + middle) ** 0.5
+    assert colour_difference(dark, light) == pytest.approx((lightness(0.6) - lightness(0.5)) / weight, abs=0.01)
+
+
+def test_newly_clipped_counts_pixels_that_eight_bits_store_as_an_extreme():
+    degraded = torch.full((3, 1, 4), 0.5)
+    degraded[0, 0, 0] = 0.0
+    result = degraded.clone()
+    result[0, 0, :3] = torch.tensor([0.0, 0.4 / 255, 1 - 0.4 / 255])
+    result[:, 0, 3] = 0.6 / 255
+    assert newly_clipped(degraded, result) == 0.5

@@ -1,0 +1,135 @@
+"""What an evaluation leaves: means by style and method, a Markdown table, JSON and a contact sheet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+import restoration
+from restoration.errors import UserError
+from restoration.evaluate import NETWORK, UNTOUCHED, Evaluation
+from restoration.imaging import contact_sheet, write_image
+
+OUTPUTS = ("metrics.json", "table.md", "contact_sheet.png")
+
+# Title and format of each column, in this order; a column that an evaluation does not have is left out.
+COLUMNS = {
+    "ssim": ("SSIM", ".3f"),
+    "gram": ("Gram", ",.0f"),
+    "relative_gram": ("relative Gram", ".3f"),
+    "ciede2000": ("CIEDE2000", ".2f"),
+    "nearer": ("nearer", ".0%"),
+    "clipped": ("clipped", ".2%"),
+    "most_clipped": ("at most", ".2%"),
+    "finite": ("finite", ".0%"),
+}
+CAPTION = (
+    "SSIM: 1 is best; Gram losses and CIEDE2000: 0 is best. Means over the pairs; nearer: share of pairs that came "
+    "nearer to their goal than the untouched painting; clipped: share of pixels newly at 0 or 255, mean and worst "
+    f"pair; surpassed: the {NETWORK} came nearer to the goal at no lower SSIM."
+)
+
+Summary = dict[str, dict[str, dict[str, float | bool]]]
+
+
+def check_output(out: Path, *, force: bool = False) -> None:
+    """UserError where out cannot become, or already holds, an evaluation."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: must be a folder")
+    for name in OUTPUTS:
+        if (out / name).exists() and not force:
+            raise UserError(f"{out / name}: exists already (--force overwrites)")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made ({error.strerror})") from error
+
+
+def write_report(evaluations: list[Evaluation], out: Path, *, size: int) -> None:
+    """Writes OUTPUTS into out, which `check_output` has approved."""
+    summary = summarise(evaluations)
+    sheet = contact_sheet([(_label(e), list(e.pictures.values())) for e in evaluations], list(evaluations[0].pictures))
+    write_image(out / "contact_sheet.png", sheet, force=True)
+    (out / "table.md").write_text(f"{markdown_table(summary)}\n\n{CAPTION}\n")
+    report = {
+        "versions": {"restoration": restoration.__version__, "torch": torch.__version__},
+        "size": size,
+        "summary": summary,
+        "pairs": [{"style": e.style, "pair": e.name, "scores": e.scores} for e in evaluations],
+    }
+    (out / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _label(evaluation: Evaluation) -> str:
+    scores = evaluation.scores[NETWORK]
+    if scores is None:
+        return f"{evaluation.style}: {evaluation.name}, not finite"
+    goal, untouched = _goal(evaluation), evaluation.scores[UNTOUCHED]
+    title, form = COLUMNS[goal]
+    return (
+        f"{evaluation.style}: {evaluation.name}, SSIM {scores['ssim']:.3f}, {title} {scores[goal]:{form}} "
+        f"(untouched {untouched[goal]:{form}})"
+    )
+
+
+def _goal(evaluation: Evaluation) -> str:
+    """The score that recolouring lowers."""
+    return "ciede2000" if "ciede2000" in evaluation.scores[UNTOUCHED] else "relative_gram"
+
+
+def summarise(evaluations: list[Evaluation]) -> Summary:
+    """style ('all' last) -> method -> column -> value: means over the pairs whose result was finite.
+
+    Baselines also get `surpassed`: the network is lower in the goal and not lower in SSIM.
+    """
+    groups = {style: [e for e in evaluations if e.style == style] for style in sorted({e.style for e in evaluations})}
+    groups["all"] = evaluations
+    summary: Summary = {}
+    for style, group in groups.items():
+        rows = {method: _means(method, group) for method in group[0].scores}
+        goal, network = _goal(group[0]), rows[NETWORK]
+        for method, row in rows.items():
+            if method not in (NETWORK, UNTOUCHED) and network["finite"] and row["finite"]:
+                row["surpassed"] = network[goal] < row[goal] and network["ssim"] >= row["ssim"]
+        summary[style] = rows
+    return summary
+
+
+def _means(method: str, group: list[Evaluation]) -> dict[str, float | bool]:
+    goal = _goal(group[0])
+    finite = [evaluation.scores for evaluation in group if evaluation.scores[method] is not None]
+    if not finite:
+        return {"pairs": len(group), "finite": 0.0}
+    row = {"pairs": len(group)} | {name: mean(s[method][name] for s in finite) for name in finite[0][method]}
+    if method != UNTOUCHED:
+        row["nearer"] = mean(s[method][goal] < s[UNTOUCHED][goal] for s in finite)
+    row["most_clipped"] = max(scores[method]["clipped"] for scores in finite)
+    row["finite"] = len(finite) / len(group)
+    return row
+
+
+def markdown_table(summary: Summary) -> str:
+    """A row for each style and method, aligned, so that it reads as well in a terminal."""
+    columns = [name for name in COLUMNS if any(name in row for row in summary["all"].values())]
+    lines = [["style", "method", *(COLUMNS[name][0] for name in columns), "surpassed"]]
+    for style, rows in summary.items():
+        for method, row in rows.items():
+            verdict = {True: "yes", False: "no", None: ""}[row.get("surpassed")]
+            pairs = f"{style} ({row['pairs']})" if method == NETWORK else ""
+            lines.append([pairs, method, *(_cell(row.get(name), COLUMNS[name][1]) for name in columns), verdict])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width if index < 2 else "-" * (width - 1) + ":" for index, width in enumerate(widths)])
+    return "\n".join(_line(cells, widths) for cells in lines)
+
+
+def _line(cells: list[str], widths: list[int]) -> str:
+    words = [cell.ljust(width) for cell, width in zip(cells[:2], widths[:2], strict=True)]
+    numbers = [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]
+    return f"| {' | '.join(words + numbers)} |"
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
