@@ -89,7 +89,8 @@ class ReversibleBlock(nn.Module):
         self.attention = DualPoolingChannelAttention() if dpca else None
         self.features = PixelAdaptiveFeatureExtraction(channels, adaptive=cafe)
 
-    def _add(self, residual: Tensor, x: Tensor, alpha: float) -> Tensor:
+    def add(self, residual: Tensor, x: Tensor, alpha: float) -> Tensor:
+        """residual + alpha · F(x), for streams [B,C,H,W] and alpha 1 or -1."""
         # One memory layout both ways: libraries choose the order of a sum by strides, and F must repeat to the bit.
         x = x.contiguous()
         if torch.is_autocast_enabled(x.device.type):
@@ -99,7 +100,7 @@ class ReversibleBlock(nn.Module):
         return self.features(x, residual, alpha)
 
     def forward(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        return second, self._add(first, second, 1.0)
+        return second, self.add(first, second, 1.0)
 
     def inverse(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        return self._add(second, first, -1.0), first
+        return self.add(second, first, -1.0), first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from restoration.blocks import STREAM_LIMIT, ReversibleBlock, round_to_quantum
+from restoration.reversible import Coupling, Rearrangement, Step, Streams, run_chain
 from restoration.whitening import Transfer, transfer_statistics
 
 IMAGE_CHANNELS = 3
@@ -47,15 +49,19 @@ class ReversibleNetwork(nn.Module):
 
     H' and W' are H and W padded by replication to at least 8 and to multiples of 4. The input is first rounded to
     multiples of 2^-16 (blocks.STREAM_QUANTUM); from there on decode(encode(x), size) returns it bit for bit on one
-    device, in both precisions of the residual functions.
+    device, in both precisions of the residual functions. With reversible, backward rebuilds activations in place of
+    keeping them (reversible.run_chain).
     """
 
-    def __init__(self, architecture: Architecture | None = None, precision: str = "fp32") -> None:
+    def __init__(
+        self, architecture: Architecture | None = None, precision: str = "fp32", reversible: bool = True
+    ) -> None:
         super().__init__()
         if precision not in PRECISIONS:
             raise ValueError(f"ReversibleNetwork: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         self.architecture = architecture = architecture or Architecture()
         self.precision = precision
+        self.reversible = reversible
 
         def blocks(count: int, channels: int) -> nn.ModuleList:
             switches = {"dpca": architecture.dpca, "cafe": architecture.cafe}
@@ -68,46 +74,70 @@ class ReversibleNetwork(nn.Module):
     def _residual_precision(self, device: torch.device) -> AbstractContextManager[None]:
         if self.precision == "fp32":
             return nullcontext()
-        return torch.autocast(device.type, torch.bfloat16)
+        # No cache: it saves nothing where a pass casts each parameter once, and holds all of them.
+        return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
 
     def encode(self, image: Tensor) -> Tensor:
         """[B,3,H,W] -> z [B,2*half_channels,H',W'], differentiable."""
-        x = round_to_quantum(pad_to_valid_size(image))
-        half = self.architecture.half_channels
-        first = F.pad(x, (0, 0, 0, 0, 0, half - IMAGE_CHANNELS))
-        second = torch.zeros_like(first)
         with self._residual_precision(image.device):
-            for index, stage in enumerate(self.stages):
-                if index > 0:
-                    first, second = F.pixel_unshuffle(first, 2), F.pixel_unshuffle(second, 2)
-                for block in stage:
-                    first, second = block(first, second)
-            for block in self.refinement:
-                first, second = block(first, second)
-        return F.pixel_shuffle(F.pixel_shuffle(torch.cat((first, second), 1), 2), 2)
+            (z,) = run_chain(self._encoding(), round_to_quantum(pad_to_valid_size(image)), reversible=self.reversible)
+        return z
 
     def decode(self, z: Tensor, size: Sequence[int] | None = None) -> Tensor:
         """z [B,2*half_channels,H',W'] -> [B,3,H,W], cropped to size = (H, W) where given, differentiable.
 
         z is rounded to multiples of 2^-16 first.
         """
-        merged = F.pixel_unshuffle(F.pixel_unshuffle(round_to_quantum(z), 2), 2)
-        first, second = merged.chunk(2, 1)
         with self._residual_precision(z.device):
-            for block in reversed(self.refinement):
-                first, second = block.inverse(first, second)
-            for index, stage in reversed(list(enumerate(self.stages))):
-                for block in reversed(stage):
-                    first, second = block.inverse(first, second)
-                if index > 0:
-                    first, second = F.pixel_shuffle(first, 2), F.pixel_shuffle(second, 2)
+            first, _ = run_chain(self._decoding(), round_to_quantum(z), reversible=self.reversible)
         image = first[:, :IMAGE_CHANNELS]
         return image if size is None else image[..., : size[0], : size[1]]
+
+    def _encoding(self) -> list[Step]:
+        steps: list[Step] = [Rearrangement(self._expand, self._reduce)]
+        for index, stage in enumerate(self.stages):
+            if index > 0:
+                steps.append(Rearrangement(_squeeze, _unsqueeze))
+            steps += map(Coupling, stage)
+        return [*steps, *map(Coupling, self.refinement), Rearrangement(_merge, _split)]
+
+    def _decoding(self) -> list[Step]:
+        inverse = functools.partial(Coupling, inverse=True)
+        steps: list[Step] = [Rearrangement(_split, _merge), *map(inverse, reversed(self.refinement))]
+        for index, stage in reversed(list(enumerate(self.stages))):
+            steps += map(inverse, reversed(stage))
+            if index > 0:
+                steps.append(Rearrangement(_unsqueeze, _squeeze))
+        return steps
+
+    def _expand(self, image: Tensor) -> Streams:
+        first = F.pad(image, (0, 0, 0, 0, 0, self.architecture.half_channels - IMAGE_CHANNELS))
+        return first, torch.zeros_like(first)
+
+    @staticmethod
+    def _reduce(first: Tensor, second: Tensor) -> Streams:
+        return (first[:, :IMAGE_CHANNELS],)
 
     def forward(self, degraded: Tensor, reference: Tensor, strength: float = 1.0) -> Reconstruction:
         """Recolours degraded [B,3,H,W] after reference [B,3,h,w], both in [0,1]; sizes need not match."""
         transfer = transfer_statistics(self.encode(degraded), self.encode(reference), strength=strength)
         return Reconstruction(self.decode(transfer.z, degraded.shape[-2:]), transfer)
+
+
+def _squeeze(first: Tensor, second: Tensor) -> Streams:
+    return F.pixel_unshuffle(first, 2), F.pixel_unshuffle(second, 2)
+
+
+def _unsqueeze(first: Tensor, second: Tensor) -> Streams:
+    return F.pixel_shuffle(first, 2), F.pixel_shuffle(second, 2)
+
+
+def _merge(first: Tensor, second: Tensor) -> Streams:
+    return (F.pixel_shuffle(F.pixel_shuffle(torch.cat((first, second), 1), 2), 2),)
+
+
+def _split(z: Tensor) -> Streams:
+    return F.pixel_unshuffle(F.pixel_unshuffle(z, 2), 2).chunk(2, 1)
 
 
 def pad_to_valid_size(image: Tensor) -> Tensor:

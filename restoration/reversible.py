@@ -1,0 +1,147 @@
+"""Backpropagation through a chain of reversible steps that keeps its outputs alone.
+
+Source: Gomez, Ren, Urtasun, Grosse, "The Reversible Residual Network: Backpropagation Without Storing Activations",
+NeurIPS 2017. There the rebuilt activations differ from those of forward by rounding, and so do gradients; here streams
+hold multiples of a quantum (blocks.STREAM_QUANTUM), and what is rebuilt equals what was, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+Streams = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Rearrangement:
+    """A step that moves numbers about: `apply` and its inverse `undo`, which is also the gradient of it."""
+
+    apply: Callable[..., Streams]
+    undo: Callable[..., Streams]
+
+    def run(self, *streams: Tensor) -> Streams:
+        return self.apply(*streams)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return []
+
+    def backward(self, streams: Streams, gradients: Streams) -> tuple[Streams, Streams, list[Tensor]]:
+        """Streams and gradients on entering the step, of those on leaving it, and its parameters' gradients."""
+        return self.undo(*streams), self.undo(*gradients), []
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """A reversible block as a step: (a, b) -> (b, a + F(b)), or with inverse=True its inverse (a, b) -> (b - F(a), a).
+
+    block.add(residual, x, alpha) returns residual + alpha · F(x), and block.parameters() are those of F.
+    """
+
+    block: nn.Module
+    inverse: bool = False
+
+    def run(self, first: Tensor, second: Tensor) -> Streams:
+        if self.inverse:
+            return self.block.add(second, first, -1.0), first
+        return second, self.block.add(first, second, 1.0)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.block.parameters())
+
+    def backward(self, streams: Streams, gradients: Streams) -> tuple[Streams, Streams, list[Tensor]]:
+        """As of Rearrangement. F is evaluated once: taking back what was added is also what is differentiated."""
+        alpha = -1.0 if self.inverse else 1.0
+        changed, kept = streams if self.inverse else streams[::-1]
+        grad_changed, grad_kept = gradients if self.inverse else gradients[::-1]
+        x = kept.detach().requires_grad_()
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        with torch.enable_grad():
+            rebuilt = self.block.add(changed, x, -alpha)
+        # rebuilt = changed - alpha F(x) where forward had + alpha F(x): the same derivative but for its sign.
+        grad_x, *found = torch.autograd.grad(rebuilt, (x, *trained), -grad_changed)
+        grad_x += grad_kept
+        before, grad_before = (rebuilt.detach(), kept), (grad_changed, grad_x)
+        if self.inverse:
+            before, grad_before = before[::-1], grad_before[::-1]
+        return before, grad_before, found
+
+
+Step = Rearrangement | Coupling
+
+
+def run_chain(steps: Sequence[Step], *streams: Tensor, reversible: bool = True) -> Streams:
+    """Applies the steps one after another, differentiable in streams and parameters.
+
+    With reversible, backward rebuilds the input of every step from its output, so that beside the outputs no more than
+    one step's activations are held at a time, however many steps there are. The streams must then be multiples of
+    blocks.STREAM_QUANTUM, so that steps can be undone exactly; a gradient of gradients cannot be taken. Without,
+    PyTorch keeps all activations.
+    """
+    if not (reversible and torch.is_grad_enabled()):
+        for step in steps:
+            streams = step.run(*streams)
+        return streams
+    parameters = [parameter for step in steps for parameter in step.parameters()]
+    return _Chain.apply(steps, len(streams), *streams, *parameters)
+
+
+class _Chain(torch.autograd.Function):
+    """Parameters are inputs, and their gradients are returned: whatever watches them sees each pass only once."""
+
+    @staticmethod
+    def forward(ctx, steps: Sequence[Step], count: int, *tensors: Tensor) -> Streams:
+        ctx.steps = steps
+        ctx.count = count
+        ctx.circumstances = _Circumstances.here(tensors[0].device)
+        streams = tensors[:count]
+        for step in steps:
+            streams = step.run(*streams)
+        ctx.save_for_backward(*streams)
+        return streams
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.circumstances.run(_chain_gradients, ctx, gradients)
+
+
+def _chain_gradients(ctx, gradients: Streams) -> tuple[Tensor | None, ...]:
+    # Detached: saved outputs remember this very chain as their origin, and the steps' own gradients would pass into it.
+    streams = tuple(stream.detach() for stream in ctx.saved_tensors)
+    found: dict[nn.Parameter, Tensor] = {}
+    for step in reversed(ctx.steps):
+        streams, gradients, of_parameters = step.backward(streams, gradients)
+        trained = [parameter for parameter in step.parameters() if parameter.requires_grad]
+        found.update(zip(trained, of_parameters, strict=True))
+    parameters = [parameter for step in ctx.steps for parameter in step.parameters()]
+    return None, None, *gradients, *(found.get(parameter) for parameter in parameters)
+
+
+@dataclass(frozen=True)
+class _Circumstances:
+    """What decides, beside its inputs, what F computes: backward may run in another thread, outside of autocast."""
+
+    device_type: str
+    autocast: bool
+    dtype: torch.dtype
+    context: contextvars.Context
+
+    @staticmethod
+    def here(device: torch.device) -> _Circumstances:
+        kind = device.type
+        return _Circumstances(
+            kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), contextvars.copy_context()
+        )
+
+    def run(self, function: Callable, *arguments: object) -> object:
+        def call() -> object:
+            # No cache: a cast kept from forward, where no gradients are recorded, would hide its parameter.
+            with torch.autocast(self.device_type, self.dtype, self.autocast, cache_enabled=False):
+                return function(*arguments)
+
+        return self.context.run(call)
