@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from torch import Tensor
 
 import restoration
 from restoration.errors import UserError
+from restoration.files import write_whole
 from restoration.flow import Architecture, ReversibleNetwork
 
 FORMAT = "painting-restoration 1"
@@ -34,21 +33,16 @@ class Checkpoint:
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], description: dict[str, object]) -> None:
-    """Writes beside path, flushes to the disk, then renames: path is the old file or the new one, never a part."""
+    """Writes path as `files.write_whole` does. UserError where it cannot be written; an earlier file then stays."""
     versions = {"restoration": restoration.__version__, "torch": torch.__version__}
     metadata = {"format": FORMAT, "description": json.dumps({**description, "versions": versions}, sort_keys=True)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     try:
-        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        safetensors.torch.save_file(contiguous, temporary, metadata)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, safetensors.SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        # Not safetensors' save_file: its own temporary file outlives a killed process under a secret name.
+        write_whole(path, safetensors.torch.save(contiguous, metadata))
+    except OSError as error:
         raise UserError(
-            f"{path}: could not be written ({error}); any earlier file of this name is untouched"
+            f"{path}: could not be written ({error.strerror}); any earlier file of this name is untouched"
         ) from error
 
 

@@ -1,0 +1,79 @@
+"""Files that outlive a crash: each is written whole or not at all, and a folder has one writer at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from restoration.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+LOCK_FILE = ".lock"
+PARTIAL_SUFFIX = ".partial"
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Gives path this content: whenever process or machine stops, path is the old file or the new one, never a part.
+
+    OSError (a full disk, say) leaves the old file and nothing else.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Sends the folder's list of names to the disk: until then a power cut may take a renamed file back."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        # Some network shares refuse to flush a folder, and keep names safe in their own way.
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Makes the folder and holds it: UserError where another process does, or where it cannot be written to.
+
+    What a writer that was killed left half written is removed. The hold ends with the process, however that ends.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / LOCK_FILE, "wb")  # noqa: SIM115 (held by the with statement below)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to ({error.strerror})") from error
+    with lock:
+        if _locked(lock.fileno(), folder):
+            for left in folder.glob(f".*{PARTIAL_SUFFIX}"):
+                left.unlink(missing_ok=True)
+        yield
+
+
+def _locked(descriptor: int, folder: Path) -> bool:
+    """Whether the lock was taken; False where the file system has none."""
+    try:
+        # POSIX's record lock: unlike flock's, forked loader processes, which live some seconds longer, do not share it.
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"{folder}: another process is writing there") from None
+    except OSError as error:
+        logger.warning("%s: cannot be locked against a second writer (%s)", folder, error.strerror)
+        return False
+    return True

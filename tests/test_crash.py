@@ -1,0 +1,129 @@
+"""Runs that are killed at any moment, and disks that fill up: what is left can be read and gone on with."""
+
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from restoration.checkpoints import load_checkpoint, save_checkpoint
+from restoration.errors import UserError
+from restoration.files import LOCK_FILE, PARTIAL_SUFFIX, sole_writer, write_whole
+
+# Its children are forked from a process that has imported what they need, and computed nothing: they start at once.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["restoration.train"])
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def save_for_ever(folder, step, saved):
+    """Checkpoints as fast as they can be written; tells through the pipe which ones it is done with."""
+    with sole_writer(folder):
+        while True:
+            step += 1
+            tensors = {"network.value": torch.full((500_000,), float(step))}
+            save_checkpoint(folder / f"checkpoint-{step:07d}.safetensors", tensors, {"step": step})
+            (folder / f"checkpoint-{step - 1:07d}.safetensors").unlink(missing_ok=True)
+            saved.send(step)
+
+
+def test_a_writer_killed_at_any_moment_leaves_its_last_checkpoint(tmp_path):
+    generator = random.Random(0)
+    step, interrupted = 0, 0
+    for _ in range(12):
+        receiver, sender = PROCESSES.Pipe(duplex=False)
+        writer = PROCESSES.Process(target=save_for_ever, args=(tmp_path, step, sender))
+        writer.start()
+        sender.close()
+        told = receiver.recv()  # it is at work
+        time.sleep(generator.uniform(0, 0.02))  # some checkpoints' worth
+        writer.kill()
+        writer.join()
+        while receiver.poll():
+            try:
+                told = receiver.recv()
+            except EOFError:
+                break
+        interrupted += any(name.endswith(PARTIAL_SUFFIX) for name in names(tmp_path))
+        checkpoints = [load_checkpoint(path) for path in sorted(tmp_path.glob("checkpoint-*"))]
+        step = checkpoints[-1].description["step"]
+        assert step >= told
+        for checkpoint in checkpoints:
+            assert (checkpoint.tensors["network.value"] == checkpoint.description["step"]).all()
+    assert interrupted > 0, "no kill fell into the writing of a checkpoint"
+    with sole_writer(tmp_path):
+        assert not any(name.endswith(PARTIAL_SUFFIX) for name in names(tmp_path))
+
+
+def save_on_a_full_disk(path, answer):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # what a full disk does to a write, without its rights
+    try:
+        save_checkpoint(path, {"network.value": torch.ones(5_000)}, {"step": 2})
+    except UserError as error:
+        answer.send(str(error))
+
+
+def test_a_full_disk_is_reported_and_keeps_the_old_file(tmp_path):
+    path = tmp_path / "checkpoint-0000001.safetensors"
+    save_checkpoint(path, {"network.value": torch.zeros(5)}, {"step": 1})
+    before = path.read_bytes()
+    receiver, sender = PROCESSES.Pipe(duplex=False)
+    writer = PROCESSES.Process(target=save_on_a_full_disk, args=(path, sender))
+    writer.start()
+    message = receiver.recv()
+    writer.join()
+    assert str(path) in message and "File too large" in message and "\n" not in message
+    assert path.read_bytes() == before and names(tmp_path) == [path.name]
+
+
+def hold(folder, held):
+    with sole_writer(folder):
+        held.send(True)
+        signal.pause()
+
+
+def test_a_folder_has_one_writer_at_a_time(tmp_path):
+    folder = tmp_path / "run"
+    receiver, sender = PROCESSES.Pipe(duplex=False)
+    holder = PROCESSES.Process(target=hold, args=(folder, sender))
+    holder.start()
+    receiver.recv()
+    unfinished = folder / f".checkpoint.1{PARTIAL_SUFFIX}"
+    unfinished.touch()
+    with pytest.raises(UserError, match="run: another process is writing there"), sole_writer(folder):
+        pass
+    assert unfinished.exists()
+    holder.kill()
+    holder.join()
+    with sole_writer(folder):
+        assert names(folder) == [LOCK_FILE]
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written to"), sole_writer(tmp_path / "file"):
+        pass
+
+
+def test_contents_reach_the_disk_before_the_name_and_the_name_before_the_return(tmp_path, monkeypatch):
+    done = []
+
+    def recorded(name, real):
+        def call(target, *more):
+            done.append((name, Path(os.readlink(f"/proc/self/fd/{target}")) if isinstance(target, int) else target))
+            return real(target, *more)
+
+        return call
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, recorded(name, getattr(os, name)))
+    write_whole(tmp_path / "settings", b"content")
+    (first, written), (second, renamed), (third, folder) = done
+    assert (first, second, third) == ("fsync", "replace", "fsync")
+    assert written == renamed and folder == tmp_path.resolve()
+    assert (tmp_path / "settings").read_bytes() == b"content"
