@@ -19,12 +19,6 @@ def _unchanged(arguments):
     return arguments
 
 
-def _forget_compiled(arguments):
-    """torch.compile gives up on a function that it has compiled for several sizes."""
-    torch.compiler.reset()
-    return arguments
-
-
 @dataclass(frozen=True, eq=False)
 class Rival:
     """One way to compute an operator, or, as a floor, work that takes no longer than any way can.
@@ -34,12 +28,25 @@ class Rival:
         function: of the operator's keyword arguments, or of those that prepare made of them.
         prepare: untimed; lays out tensors or builds what a caller would keep from call to call.
         floor: computes something else, and is therefore not checked.
+        compiled: is measured through torch.compile as well.
     """
 
     name: str
     function: Callable
     prepare: Callable[[dict], dict] = _unchanged
     floor: bool = False
+    compiled: bool = False
+
+    def through_compiler(self, name, compiler):
+        """The same work through torch.compile."""
+
+        def prepare(arguments):
+            # torch.compile gives up on a function that it has compiled for several sizes.
+            torch.compiler.reset()
+            return self.prepare(arguments)
+
+        function = torch.compile(self.function, fullgraph=True, dynamic=False, backend=compiler)
+        return Rival(name, function, prepare)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,14 +94,15 @@ class Contest:
         kernels = [Rival(backend, public(self.operator, backend)) for backend in KERNELS if has(backend)]
         # Generating code takes minutes in all, and shows nothing that a quick run looks for.
         compiler = "aot_eager" if quick else "inductor"
-        compiled = torch.compile(self.reference.function, fullgraph=True, dynamic=False, backend=compiler)
+        plain = [rival for rival in self.rivals if rival.compiled]
         return [
             # First: the others are compared with it.
             Rival("copy", copy, functools.partial(self._buffers, direction), floor=True),
             *kernels,
             self.reference,
-            Rival("compiled", compiled, _forget_compiled),
+            self.reference.through_compiler("compiled", compiler),
             *self.rivals,
+            *(rival.through_compiler(f"{rival.name} compiled", compiler) for rival in plain),
         ]
 
     def _buffers(self, direction, arguments):
@@ -211,7 +219,8 @@ def _cotangent(output):
     """The same numbers for every rival and dtype: rounded to the fewest digits that one of them has."""
     generator = torch.Generator(output.device).manual_seed(1)
     numbers = torch.randn(output.shape, generator=generator, device=output.device)
-    return numbers.to(torch.bfloat16).to(output.dtype)
+    # Laid out like the output: no rival is made to rearrange what it was given by the next layer.
+    return torch.empty_like(output).copy_(numbers.to(torch.bfloat16))
 
 
 # Rivals follow each other on the same sample.
