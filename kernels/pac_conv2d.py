@@ -278,6 +278,13 @@ def _launch_forward(
     backend, outputs, x, guide, weight, bias, residual, stride, padding, dilation, normalize, alpha, quantum
 ):
     (y,) = outputs
+    if backend == "triton":
+        # Importing triton takes a second: only for those who use it.
+        from . import pac_conv2d_triton
+
+        return pac_conv2d_triton.forward(
+            x, guide, weight, bias, residual, y, stride, padding, dilation, normalize, alpha, quantum
+        )
     options = _options(x, guide, weight, stride, padding, dilation, normalize)
     options.update(alpha=alpha, quantum=quantum or 0.0, output_dtype=_launch.dtype_code(y.dtype))
     tensors = {"x": x, "guide": guide, "weight": weight, "bias": bias, "residual": residual, "y": y}
@@ -308,6 +315,12 @@ def _launch_backward(backend, outputs, grad_y, x, guide, weight, stride, padding
         grad_residual.copy_(grad_y)
     if all(gradient is None for gradient in gradients):
         return
+    if backend == "triton":
+        from . import pac_conv2d_backward_triton
+
+        return pac_conv2d_backward_triton.backward(
+            grad_y, x, guide, weight, *gradients, stride, padding, dilation, normalize, alpha
+        )
     options = _options(x, guide, weight, stride, padding, dilation, normalize)
     options.update(alpha=alpha, output_dtype=_launch.dtype_code(grad_y.dtype))
     names = ("grad_x", "grad_guide", "grad_weight", "grad_bias")
@@ -350,5 +363,7 @@ def _run_in_place(backend, residual, x, guide, weight, bias, *, stride, padding,
     return residual
 
 
+_OPERATOR.register("triton", functools.partial(_run, "triton"))
+_IN_PLACE.register("triton", functools.partial(_run_in_place, "triton"))
 _OPERATOR.register("cpu", functools.partial(_run, "cpu"), _cpu_cannot)
 _IN_PLACE.register("cpu", functools.partial(_run_in_place, "cpu"), _cpu_cannot)
