@@ -23,7 +23,6 @@ struct NeighborDifferenceSizes {
   int64_t place_stride;
 
   HOST_DEVICE int64_t entries() const { return anchors * kSlots; }
-  HOST_DEVICE int64_t elements() const { return batch * channels * places; }
 };
 
 // places [9N], int64: of each entry. y [B,8N,C], of the dtype of x.
@@ -33,9 +32,9 @@ struct NeighborDifferenceForward {
   void* y;
 };
 
-// grad_y [B,8N,C], grad_x as x. Sorted: places [9N] ascend, and order [9N] names the entry of each; every place is then
-// written once, by whoever owns its first entry. A null order, of the CUDA launcher alone and for float32 and float64:
-// entries as they come, added atomically.
+// grad_y [B,8N,C]; grad_x as x, full of zeros. Sorted: places [9N] ascend, and order [9N] names the entry of each; every
+// place is then written once, by whoever owns its first entry. A null order, of the CUDA launcher alone and for float32
+// and float64: entries as they come, added atomically.
 struct NeighborDifferenceBackward {
   const void* grad_y;
   const int64_t* places;
@@ -90,7 +89,6 @@ FOR_EACH_CPU_ISA(DECLARE_CCPL_CPU)
 
 void launch_neighbor_difference_forward(const NeighborDifferenceForward&, const NeighborDifferenceSizes&, DType,
                                         void* stream);
-// grad_x is zero already.
 void launch_neighbor_difference_backward(const NeighborDifferenceBackward&, const NeighborDifferenceSizes&, DType,
                                          void* stream);
 void launch_info_nce_forward(const InfoNceForward&, const InfoNceSizes&, double temperature, DType, void* stream);

@@ -1,7 +1,7 @@
 // Neighbour differences on the CPU: formula in ccpl.h. The other half of the loss is in ccpl_info_nce_cpu.cpp.
-// Forward gathers and subtracts; backward fills grad_x with zeros, at the speed of memory, and writes each touched
-// place once. The owner of a place adds up all that it gets: repeated places accumulate, in float32 at least, and the
-// result does not depend on the thread count. Scratch memory: 64 bytes a place and thread.
+// Forward gathers and subtracts; backward writes each touched place of a map of zeros once. The owner of a place adds up
+// all that it gets: repeated places accumulate, in float32 at least, and the result does not depend on the thread count.
+// Scratch memory: 64 bytes a place and thread.
 
 #include "ccpl.h"
 #include "common_cpu.h"
@@ -11,9 +11,6 @@ namespace {
 
 // Calls that touch fewer numbers take less time than waking the threads.
 constexpr int64_t kParallelElements = int64_t{1} << 15;
-
-// Numbers that a thread sets to zero at a time: long beside the cost of handing them out.
-constexpr int64_t kZeroElements = int64_t{1} << 18;
 
 template <typename T>
 void forward(const NeighborDifferenceForward& arguments, const NeighborDifferenceSizes& sizes, int threads) {
@@ -67,7 +64,7 @@ void backward_planes(const NeighborDifferenceBackward& arguments, const Neighbor
   using A = AccumulateType<T>;
   constexpr int64_t kChannels = kCacheLineBytes / sizeof(T);
   const int64_t blocks = ceil_divide(sizes.channels, kChannels);
-  const bool parallel = threads > 1 && sizes.elements() >= kParallelElements;
+  const bool parallel = threads > 1 && sizes.batch * sizes.entries() * sizes.channels >= kParallelElements;
 #pragma omp parallel num_threads(threads) if (parallel)
   {
     Buffer<A> sums(sizes.entries() * kChannels);
@@ -84,7 +81,6 @@ void backward_planes(const NeighborDifferenceBackward& arguments, const Neighbor
       }
       for (int64_t channel = 0; channel < channels; ++channel) {
         T* plane = grad_x + channel * sizes.places;
-        std::memset(static_cast<void*>(plane), 0, sizes.places * sizeof(T));
         for (int64_t index = 0; index < sizes.entries(); ++index) {
           if (owns_place(arguments, index)) plane[arguments.places[index]] = T(sums[index * kChannels + channel]);
         }
@@ -99,15 +95,10 @@ void backward_rows(const NeighborDifferenceBackward& arguments, const NeighborDi
   using A = AccumulateType<T>;
   T* const grad_x = static_cast<T*>(arguments.grad_x);
   const int64_t stride = sizes.channels * sizes.places;
-  const bool parallel = threads > 1 && sizes.elements() >= kParallelElements;
+  const bool parallel = threads > 1 && sizes.batch * sizes.entries() * sizes.channels >= kParallelElements;
 #pragma omp parallel num_threads(threads) if (parallel)
   {
     Buffer<A> sums(sizes.channels);
-#pragma omp for schedule(static)
-    for (int64_t offset = 0; offset < sizes.elements(); offset += kZeroElements) {
-      std::memset(static_cast<void*>(grad_x + offset), 0,
-                  std::min(kZeroElements, sizes.elements() - offset) * sizeof(T));
-    }
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < sizes.batch * sizes.entries(); ++task) {
       const int64_t image = task / sizes.entries();
@@ -123,7 +114,6 @@ void backward_rows(const NeighborDifferenceBackward& arguments, const NeighborDi
 
 template <typename T>
 void backward(const NeighborDifferenceBackward& arguments, const NeighborDifferenceSizes& sizes, int threads) {
-  advise_huge_pages(arguments.grad_x, sizes.elements() * int64_t{sizeof(T)});
   const auto run = sizes.place_stride == 1 ? backward_planes<T> : backward_rows<T>;
   run(arguments, sizes, threads);
 }

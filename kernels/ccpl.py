@@ -262,8 +262,7 @@ def _allocate_difference_backward(grad_y, places, height, width, channels_last, 
 def _launch_difference_backward(backend, outputs, grad_y, places, height, width, channels_last, wanted):
     (grad_x,) = outputs
     entries, order = places.flatten(), None
-    if backend != "cpu":
-        grad_x.zero_()
+    _launch.fill_with_zeros(grad_x)
     # Sums of half precision are kept in float32, to which the gradient's memory cannot be added atomically.
     atomic = backend != "cpu" and grad_y.dtype in (torch.float32, torch.float64)
     if not atomic or torch.are_deterministic_algorithms_enabled():

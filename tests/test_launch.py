@@ -19,6 +19,17 @@ def test_address():
         _launch.address(tensor.T)
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 1237, 1171)], ids=["small", "large"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fill_with_zeros(shape, dtype):
+    tensor = torch.full((2, *shape), torch.nan, dtype=dtype)
+    _launch.fill_with_zeros(tensor)
+    assert (tensor.shape, tensor.dtype) == ((2, *shape), dtype)
+    assert not tensor.any()
+    tensor[-1, -1] = 7
+    assert tensor.sum(dtype=torch.float64) == 7 * tensor[-1, -1].numel()
+
+
 @pytest.mark.skipif(EXTENSION is None, reason=str(REASON))
 def test_dtype_codes_are_those_of_the_extension():
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
