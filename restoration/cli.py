@@ -1,4 +1,4 @@
-"""The command line: demo, reconstruct, evaluate, train, dataset build.
+"""The command line: demo, reconstruct, evaluate, train, ablate, dataset build.
 
 Errors that a person can mend are one line on standard error and exit code 2.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -161,7 +163,7 @@ def train(
         raise UserError("--preset is chosen when a run starts; --resume goes on with the run's own settings")
     overrides = {name: given[name] for name in OVERRIDABLE}
     config = resumed_config(out, overrides) if resume else make_config(preset or "paper", **overrides)
-    try:
+    with _stopped_by_signal():
         saved = run_training(
             data,
             out,
@@ -172,10 +174,63 @@ def train(
             initial_weights=initial_weights,
             resume=resume,
         )
+    print(f"trained; checkpoint {saved}, weights for use {out / 'network.safetensors'}")
+
+
+@contextmanager
+def _stopped_by_signal() -> Iterator[None]:
+    """Training that a signal stopped has saved its state: it says where, and leaves as the shell expects."""
+    try:
+        yield
     except InterruptedError as interruption:
         print(interruption.strerror, file=sys.stderr)
         raise typer.Exit(SIGNAL_BASE + interruption.errno) from None
-    print(f"trained; checkpoint {saved}, weights for use {out / 'network.safetensors'}")
+
+
+@app.command()
+def ablate(
+    data: Annotated[Path, typer.Option(help="Folder of paintings by style, or a built dataset.")],
+    out: Annotated[Path, typer.Option(help="Folder of the runs, of ablation.json and of table.md.")],
+    pairs: Annotated[Path | None, typer.Option(help="CSV with columns degraded,reference (paths in DATA).")] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each variant, at least 2.")] = 2,
+    iterations: Annotated[int, typer.Option(help="Steps of each run.")] = 500,
+    crop: Annotated[int | None, typer.Option(help="Side of the square samples, in pixels; default: 128.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Pairs a step.")] = None,
+    blocks: Annotated[int | None, typer.Option(help="Reversible blocks a stage.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Adam's.")] = None,
+    style: Annotated[list[str] | None, typer.Option(help="Style to train on; repeatable. Default: all.")] = None,
+    count: Annotated[int, typer.Option(help="Pairs a style to evaluate on, at most.")] = 20,
+    size: Annotated[int, typer.Option(help="Longer side, in pixels, of the pictures evaluated on.")] = 512,
+    device: Device = "auto",
+) -> None:
+    """Train without DPCA, without CAFE, without CCPL, and with all; compare. Called again, it goes on."""
+    given = dict(locals())
+
+    from restoration.ablate import ablate as run_ablation
+    from restoration.ablate import report
+    from restoration.data import evaluation_pairs
+    from restoration.reconstruct import choose_device
+    from restoration.vgg import metric_features
+
+    target = choose_device(device)
+    overridden = ("iterations", "crop", "batch", "blocks", "learning_rate")
+    settings = {name: given[name] for name in overridden if given[name] is not None}
+    chosen = evaluation_pairs(data, pairs, count)
+    with _stopped_by_signal():
+        runs = list(
+            run_ablation(
+                data,
+                out,
+                chosen,
+                metric_features().to(target),
+                settings=settings,
+                seeds=seeds,
+                size=size,
+                device=target,
+                styles=style,
+            )
+        )
+    print(f"{report(runs, out, settings)}\nwritten to {out}")
 
 
 @dataset_app.command("build")

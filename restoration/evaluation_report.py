@@ -112,7 +112,7 @@ def _means(method: str, group: list[Evaluation]) -> dict[str, float | bool]:
 
 
 def markdown_table(summary: Summary) -> str:
-    """A row for each style and method, aligned, so that it reads as well in a terminal."""
+    """A row for each style and method."""
     columns = [name for name in COLUMNS if any(name in row for row in summary["all"].values())]
     lines = [["style", "method", *(COLUMNS[name][0] for name in columns), "surpassed"]]
     for style, rows in summary.items():
@@ -120,15 +120,19 @@ def markdown_table(summary: Summary) -> str:
             verdict = {True: "yes", False: "no", None: ""}[row.get("surpassed")]
             pairs = f"{style} ({row['pairs']})" if method == NETWORK else ""
             lines.append([pairs, method, *(_cell(row.get(name), COLUMNS[name][1]) for name in columns), verdict])
+    return aligned_table(lines, words=2)
+
+
+def aligned_table(lines: list[list[str]], *, words: int) -> str:
+    """Markdown, readable in a terminal too, of lines of cells, titles first; all but the first `words` are numbers."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width if index < 2 else "-" * (width - 1) + ":" for index, width in enumerate(widths)])
-    return "\n".join(_line(cells, widths) for cells in lines)
-
-
-def _line(cells: list[str], widths: list[int]) -> str:
-    words = [cell.ljust(width) for cell, width in zip(cells[:2], widths[:2], strict=True)]
-    numbers = [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]
-    return f"| {' | '.join(words + numbers)} |"
+    rule = ["-" * width if index < words else "-" * (width - 1) + ":" for index, width in enumerate(widths)]
+    marks = ["<"] * words + [">"] * (len(widths) - words)
+    rows = []
+    for line in (lines[0], rule, *lines[1:]):
+        cells = (f"{cell:{mark}{width}}" for cell, mark, width in zip(line, marks, widths, strict=True))
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def _cell(value: float | None, form: str) -> str:

@@ -49,7 +49,7 @@ def call(capsys, monkeypatch, *arguments):
 def test_module_runs_and_helps():
     done = subprocess.run([sys.executable, "-m", "restoration", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
-    for command in ("demo", "reconstruct", "evaluate", "train", "dataset"):
+    for command in ("demo", "reconstruct", "evaluate", "train", "ablate", "dataset"):
         assert command in done.stdout
 
 

@@ -1,0 +1,179 @@
+"""The ablation of the paper's Table 5: one module off at a time, the same budget, several seeds.
+
+Source: Sun, Zhang, Wu, npj Heritage Science 13 (2025), Table 5. Its paintings are not public: only directions compare.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, variance
+
+import torch
+from rich.progress import track
+from scipy.stats import t as students_t
+
+from restoration.checkpoints import load_checkpoint, load_network
+from restoration.config import TrainingConfig, make_config
+from restoration.data import Pair
+from restoration.errors import UserError
+from restoration.evaluate import NETWORK, choose_methods, evaluate, pair_cases
+from restoration.evaluation_report import aligned_table, summarise
+from restoration.train import newest_checkpoint, train
+from restoration.vgg import VGG19Features
+
+WHOLE = "all"
+# Variant: what it switches off, and the SSIM and the Gram loss that the paper prints for it.
+VARIANTS = {
+    "without DPCA": ({"dpca": False}, 0.788, 0.00872),
+    "without CAFE": ({"cafe": False}, 0.802, 0.01528),
+    "without CCPL": ({"ccpl": False}, 0.775, 0.01070),
+    WHOLE: ({}, 0.805, 0.00794),
+}
+SCORES = {"ssim": "SSIM", "relative_gram": "relative Gram"}
+SCORES_FILE = "scores.json"
+OUTPUTS = ("ablation.json", "table.md")
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trained and evaluated network. summary: style -> score -> mean over its pairs."""
+
+    variant: str
+    seed: int
+    summary: dict[str, dict[str, float]]
+
+
+def ablate(
+    data: Path,
+    out: Path,
+    pairs: list[Pair],
+    features: VGG19Features,
+    *,
+    settings: dict[str, object],
+    seeds: int,
+    size: int,
+    device: torch.device,
+    styles: list[str] | None = None,
+) -> Iterator[Run]:
+    """Trains and evaluates each variant with each of several seeds, in folders of out, seed by seed.
+
+    A run that was stopped goes on from its checkpoint; what is trained or evaluated already is not done again.
+    settings: overrides of the preset `small`. UserError where out holds runs of other settings.
+    """
+    if seeds < 2:
+        raise UserError(f"--seeds must be at least 2, or nothing tells a difference from chance; got {seeds}")
+    planned = plan(settings, seeds)
+    folders = [out / f"{variant.replace(' ', '_')}_seed{config.seed}" for variant, config in planned]
+    steps = [_steps_done(folder, config) for folder, (_, config) in zip(folders, planned, strict=True)]
+    for (variant, config), folder, done in zip(planned, folders, steps, strict=True):
+        print(f"{variant}, seed {config.seed}: {done} of {config.iterations} steps done")
+        if done < config.iterations:
+            train(data, folder, config, device=device, styles=styles, resume=done > 0)
+        yield Run(variant, config.seed, _evaluated(folder, pairs, features, size, device))
+
+
+def plan(settings: dict[str, object], seeds: int) -> list[tuple[str, TrainingConfig]]:
+    """Each variant's settings with each seed, seed by seed."""
+    return [
+        (variant, make_config("small", **settings, **switches, seed=seed, keep_checkpoints=1))
+        for seed in range(seeds)
+        for variant, (switches, *_) in VARIANTS.items()
+    ]
+
+
+def _steps_done(folder: Path, config: TrainingConfig) -> int:
+    """Steps that the run in folder has made with these very settings, but for their number."""
+    newest = newest_checkpoint(folder)
+    if newest is None:
+        return 0
+    description = load_checkpoint(newest).description
+    wanted = config.to_dict()
+    for name, value in description["training"].items():
+        if name != "iterations" and wanted.get(name) != value:
+            raise UserError(f"{folder}: was begun with {name} {value}, now {wanted.get(name)}; take another --out")
+    if description["step"] > config.iterations:
+        raise UserError(f"{folder}: has reached step {description['step']} already; take another --out")
+    return description["step"]
+
+
+def _evaluated(folder: Path, pairs: list[Pair], features: VGG19Features, size: int, device: torch.device) -> dict:
+    """The summary of the folder's newest checkpoint on the pairs; read where it was written for the same ones."""
+    checkpoint = newest_checkpoint(folder)
+    subject = {
+        "checkpoint": checkpoint.name,
+        "size": size,
+        "pairs": [f"{pair.style}: {pair.degraded.name} after {pair.reference.name}" for pair in pairs],
+    }
+    scores = folder / SCORES_FILE
+    if scores.is_file():
+        stored = json.loads(scores.read_text())
+        if stored["subject"] == subject:
+            return stored["summary"]
+    methods = choose_methods(load_network(checkpoint).to(device), device, baselines=False)
+    evaluations = evaluate(pair_cases(pairs, size), methods, features)
+    summary = summarise(list(track(evaluations, "evaluating", total=len(pairs))))
+    means = {style: rows[NETWORK] for style, rows in summary.items()}
+    scores.write_text(json.dumps({"subject": subject, "summary": means}, indent=2) + "\n")
+    return means
+
+
+def compare(runs: list[Run]) -> dict[str, dict[str, dict[str, float | bool]]]:
+    """variant -> score -> mean, spread, and difference from the whole model with its verdict.
+
+    spread: standard deviation over seeds. `exceeds`: the difference is larger than `chance`, what two means of that
+    many seeds differ by in 95 % of cases where nothing but the seed differs: Student's t times the spread, pooled over
+    the variants, times sqrt(2 / seeds).
+    """
+    table: dict[str, dict[str, dict[str, float | bool]]] = {variant: {} for variant in VARIANTS}
+    for score in SCORES:
+        values = {variant: [r.summary["all"][score] for r in runs if r.variant == variant] for variant in VARIANTS}
+        seeds = len(values[WHOLE])
+        pooled = mean(variance(column) for column in values.values()) ** 0.5
+        quantile = students_t.ppf((1 + CONFIDENCE) / 2, len(values) * (seeds - 1))
+        chance = float(quantile * pooled * (2 / seeds) ** 0.5)
+        for variant, column in values.items():
+            entry = {"mean": mean(column), "spread": variance(column) ** 0.5}
+            if variant != WHOLE:
+                difference = entry["mean"] - mean(values[WHOLE])
+                entry |= {"difference": difference, "chance": chance, "exceeds": abs(difference) > chance}
+            table[variant][score] = entry
+    return table
+
+
+def report(runs: list[Run], out: Path, settings: dict[str, object]) -> str:
+    """Writes OUTPUTS into out; returns the Markdown of the second: a table, and what it shows in words."""
+    table = compare(runs)
+    markdown = f"{_table(table)}\n\n" + "\n".join(f"- {sentence}" for sentence in _sentences(table)) + "\n"
+    found = {
+        "settings": settings,
+        "comparison": table,
+        "runs": [{"variant": run.variant, "seed": run.seed, "summary": run.summary} for run in runs],
+    }
+    (out / OUTPUTS[0]).write_text(json.dumps(found, indent=2) + "\n")
+    (out / OUTPUTS[1]).write_text(markdown)
+    return markdown
+
+
+def _table(table: dict) -> str:
+    lines = [["variant", *SCORES.values(), "paper's SSIM", "paper's Gram"]]
+    for variant, scores in table.items():
+        cells = [f"{scores[score]['mean']:.4f} ± {scores[score]['spread']:.4f}" for score in SCORES]
+        lines.append([variant, *cells, f"{VARIANTS[variant][1]:.3f}", f"{VARIANTS[variant][2]:.5f}"])
+    return aligned_table(lines, words=1)
+
+
+def _sentences(table: dict) -> Iterator[str]:
+    for variant, scores in table.items():
+        if variant == WHOLE:
+            continue
+        for score, title in SCORES.items():
+            entry = scores[score]
+            verdict = "exceeds" if entry["exceeds"] else "does not exceed"
+            yield (
+                f"{variant}, {title}: {entry['difference']:+.4f} against {WHOLE}, which {verdict} the "
+                f"{entry['chance']:.4f} that seeds alone explain"
+            )

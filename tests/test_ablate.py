@@ -1,0 +1,101 @@
+"""The ablation: equal budgets, nothing done twice, verdicts that know about chance."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from restoration import ablate
+from restoration.ablate import VARIANTS, Run, compare, plan
+from restoration.cli import main
+from restoration.config import make_config
+from restoration.train import newest_checkpoint
+
+TINY = ("--crop", "24", "--batch", "1", "--blocks", "1", "--size", "32", "--count", "1", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def paintings(tmp_path_factory):
+    root = tmp_path_factory.mktemp("paintings")
+    (root / "ink").mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(2):
+        coarse = Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+        coarse.resize((48, 40), Image.Resampling.BICUBIC).save(root / "ink" / f"{number}.png")
+    return root
+
+
+def call(capsys, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["restoration", "ablate", *map(str, arguments)])
+    with pytest.raises(SystemExit) as left:
+        main()
+    return left.value.code or 0, *capsys.readouterr()
+
+
+def test_runs_are_equal_but_for_one_switch_and_the_seed():
+    planned = plan({"iterations": 7, "crop": 64}, seeds=2)
+    assert [(variant, config.seed) for variant, config in planned] == [(v, seed) for seed in (0, 1) for v in VARIANTS]
+    whole = make_config("small", iterations=7, crop=64, keep_checkpoints=1)
+    for variant, config in planned:
+        different = {name for name, value in config.to_dict().items() if value != whole.to_dict()[name]}
+        assert different - {"seed"} == ({variant.split()[1].lower()} if variant != "all" else set())
+
+
+def test_what_is_done_is_not_done_twice(paintings, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ablate, "VARIANTS", {name: VARIANTS[name] for name in ("without CCPL", "all")})
+    out = tmp_path / "out"
+    arguments = ("--data", paintings, "--out", out, *TINY)
+
+    def run(*options):
+        """Runs the command; returns its exit code, and which folders of runs it wrote into."""
+        before = {path: path.stat().st_mtime_ns for path in out.glob("*/*")}
+        code, printed, error = call(capsys, monkeypatch, *arguments, *options)
+        changed = {path.parent.name for path in out.glob("*/*") if path.stat().st_mtime_ns != before.get(path)}
+        return code, printed + error, changed
+
+    folders = {f"{variant}_seed{seed}" for variant in ("without_CCPL", "all") for seed in (0, 1)}
+    code, printed, changed = run("--iterations", 1)
+    assert code == 0 and changed == folders
+    assert "that seeds alone explain" in printed and (out / "table.md").read_text() in printed
+    found = json.loads((out / "ablation.json").read_text())
+    assert len(found["runs"]) == 4 and found["settings"]["iterations"] == 1
+
+    newest_checkpoint(out / "all_seed1").unlink()
+    code, _, changed = run("--iterations", 1)
+    assert code == 0 and changed == {"all_seed1"}
+    assert json.loads((out / "ablation.json").read_text()) == found
+
+    code, printed, changed = run("--iterations", 2)
+    assert code == 0 and changed == folders and "all, seed 1: 1 of 2 steps done" in printed
+    for options, message in (
+        (("--iterations", 1), "has reached step 2 already"),
+        (("--iterations", 2, "--learning-rate", 0.5), "was begun with learning_rate 0.0001, now 0.5"),
+    ):
+        code, printed, changed = run(*options)
+        assert code == 2 and message in printed and not changed
+
+
+def test_one_seed_is_refused(paintings, tmp_path, capsys, monkeypatch):
+    code, _, err = call(capsys, monkeypatch, "--data", paintings, "--out", tmp_path / "out", *TINY, "--seeds", 1)
+    assert code == 2 and "--seeds must be at least 2" in err and not (tmp_path / "out").exists()
+
+
+def test_a_difference_is_judged_against_what_seeds_do():
+    """Spread 0.01·sqrt(2) for each of four variants: t(0.975, 4) = 2.776 times it is what two seeds may differ by."""
+    ssim = {"without DPCA": 0.80, "without CAFE": 0.86, "without CCPL": 0.84, "all": 0.90}
+    runs = [
+        Run(variant, seed, {"all": {"ssim": value + 0.01 * (2 * seed - 1), "relative_gram": 0.2}})
+        for variant, value in ssim.items()
+        for seed in (0, 1)
+    ]
+    table = compare(runs)
+    entry = table["without DPCA"]["ssim"]
+    assert entry["mean"] == pytest.approx(0.80) and entry["spread"] == pytest.approx(0.01 * 2**0.5)
+    assert entry["difference"] == pytest.approx(-0.10)
+    assert entry["chance"] == pytest.approx(2.776 * 0.01 * 2**0.5, rel=1e-3)  # 0.0393
+    exceeding = {variant: table[variant]["ssim"]["exceeds"] for variant in ssim if variant != "all"}
+    assert exceeding == {"without DPCA": True, "without CAFE": True, "without CCPL": True}
+    assert table["without CAFE"]["ssim"]["difference"] == pytest.approx(-0.04)
+    assert not table["without CAFE"]["relative_gram"]["exceeds"]
