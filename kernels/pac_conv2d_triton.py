@@ -46,7 +46,7 @@ def forward(x, guide, weight, bias, residual, y, stride, padding, dilation, norm
     packed = weight.permute(2, 3, 0, 1) if form == "dot" else weight.permute(2, 3, 1, 0)
     channels = multiplied_at_once(x, C)
     start(
-        tuner(pac_conv2d_forward_kernel, form, tiles_within(_TILES[form], O), ("y",)),
+        tuner(pac_conv2d_forward_kernel, form, ("OUTPUTS", "ROWS"), _tiles_within(_TILES[form], O), ("y",)),
         lambda meta: (B * places(meta, out_height, out_width) * triton.cdiv(O, meta["OUTPUTS"]),),
         x,
         guide,
@@ -111,25 +111,26 @@ def places(meta, height, width):
     return triton.cdiv(height, meta["ROWS"]) * triton.cdiv(width, meta["COLUMNS"])
 
 
-def tiles_within(tiles, width):
+def _tiles_within(tiles, width):
     """Those of the tiles that are no wider than `width` channels need; the narrowest always."""
     least = min(tile[0] for tile in tiles)
     return tuple(tile for tile in tiles if tile[0] <= max(triton.next_power_of_2(width), least))
 
 
 @functools.cache
-def tuner(kernel, form, tiles, restored=()):
+def tuner(kernel, form, names, tiles, restored=()):
     """The kernel, with the fastest of the tiles for each set of channel counts and dtypes found at its first call.
 
     Args:
-        kernel: takes ROWS and, if tiles have a first number, OUTPUTS.
+        kernel: its arguments include those of _KEY.
         form: kernels of different forms are tuned apart.
-        tiles: (OUTPUTS, ROWS, warps, stages) each.
-        restored: outputs that the kernel may also read.
+        names: arguments of the kernel that a tile gives.
+        tiles: (*values of names, warps, stages) each.
+        restored: outputs that the kernel also reads.
     """
     configs = [
-        triton.Config({"OUTPUTS": outputs, "ROWS": rows}, num_warps=warps, num_stages=stages)
-        for outputs, rows, warps, stages in tiles
+        triton.Config(dict(zip(names, values, strict=True)), num_warps=warps, num_stages=stages)
+        for *values, warps, stages in tiles
     ]
     return triton.autotune(configs, key=_KEY, restore_value=list(restored))(kernel)
 
