@@ -60,6 +60,9 @@ int choose_cpu_isa() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
       best = 2;
+#if defined(RESTORATION_AVX512BF16)
+      if (__builtin_cpu_supports("avx512bf16")) best = 3;
+#endif
     }
   }
 #endif
@@ -80,7 +83,10 @@ template <typename Function>
 Function best_copy(std::initializer_list<Function> copies) {
   return copies.begin()[cpu_isa];
 }
-#if defined(RESTORATION_X86)
+#if defined(RESTORATION_AVX512BF16)
+#define CPU_KERNEL(function) \
+  best_copy({&baseline::function, &avx2::function, &avx512::function, &avx512bf16::function})
+#elif defined(RESTORATION_X86)
 #define CPU_KERNEL(function) best_copy({&baseline::function, &avx2::function, &avx512::function})
 #else
 #define CPU_KERNEL(function) best_copy({&baseline::function})

@@ -1,6 +1,8 @@
 // Small matrix products that stay in registers, for CPU kernels that make their operands as they go.
-// Pixels lie along the vectors. A tile is [depth, kTile] numbers: kTile pixels of every row of one operand; a panel is
-// [depth, kPanelRows] numbers of the other, so that both are read from front to back.
+// Pixels lie along the vectors. A tile is kTile pixels of every row of one operand; a panel is [steps, kPanelRows] of
+// the other, read from front to back.
+// Operands hold numbers of the type that is summed; or, where the processor multiplies them (AVX512-BF16), pairs of
+// bfloat16 numbers: each pair is two steps of the sum at once.
 #pragma once
 
 #include <type_traits>
@@ -42,6 +44,17 @@ struct VectorOf {
 template <typename A>
 using Vector = typename VectorOf<A>::Type;
 
+// Steps of a sum in one element of an operand.
+template <typename E>
+constexpr int kSteps = 1;
+// What operands of a call's dtype are made of.
+template <typename T>
+struct OperandOf {
+  using Type = AccumulateType<T>;
+};
+template <typename T>
+using Operand = typename OperandOf<T>::Type;
+
 // std::memcpy, as the address need not be that of a whole vector.
 template <typename A>
 HOST_DEVICE Vector<A> load(const A* source) {
@@ -55,53 +68,99 @@ HOST_DEVICE void store(A* destination, Vector<A> vector) {
   std::memcpy(destination, &vector, sizeof(vector));
 }
 
+template <typename V>
+HOST_DEVICE V multiply_add(V sum, V left, V right) {
+  return sum + left * right;
+}
+template <typename A>
+HOST_DEVICE Vector<A> add_scaled(Vector<A> sum, A factor, Vector<A> vector) {
+  return sum + factor * vector;
+}
+
+#if defined(__AVX512BF16__)
+struct BFloat16Pair {
+  BFloat16 first;
+  BFloat16 second;
+};
+template <>
+constexpr int kSteps<BFloat16Pair> = 2;
+template <>
+struct OperandOf<BFloat16> {
+  using Type = BFloat16Pair;
+};
+template <>
+struct VectorOf<BFloat16Pair> {
+  typedef int32_t Type __attribute__((vector_size(kVectorBytes)));
+};
+
+// Both products of each pair are added, to float32; denormal numbers count as zero.
+HOST_DEVICE Vector<float> multiply_add(Vector<float> sum, Vector<BFloat16Pair> left, Vector<BFloat16Pair> right) {
+  return (Vector<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)left, (__m512bh)right);
+}
+HOST_DEVICE Vector<float> add_scaled(Vector<float> sum, BFloat16Pair factor, Vector<BFloat16Pair> vector) {
+  int32_t bits;
+  std::memcpy(&bits, &factor, sizeof(bits));
+  return multiply_add(sum, (Vector<BFloat16Pair>)_mm512_set1_epi32(bits), vector);
+}
+#endif
+
 HOST_DEVICE constexpr int64_t round_up(int64_t count, int64_t multiple) {
   return ceil_divide(count, multiple) * multiple;
 }
 
-// panels [ceil(rows / kPanelRows), depth, kPanelRows] of the matrix value(row, depth), zero below its last row.
-template <typename A, typename Value>
-void pack_panels(A* panels, int64_t rows, int64_t depth, Value value) {
+// panels [ceil(rows / kPanelRows), ceil(depth / kSteps), kPanelRows] of the matrix value(row, step), zero below its
+// last row.
+template <typename E, typename Value>
+void pack_panels(E* panels, int64_t rows, int64_t depth, Value value) {
   for (int64_t first = 0; first < rows; first += kPanelRows) {
-    for (int64_t step = 0; step < depth; ++step) {
+    for (int64_t step = 0; step < depth; step += kSteps<E>) {
       for (int64_t row = first; row < first + kPanelRows; ++row) {
-        *panels++ = row < rows ? A(value(row, step)) : A(0);
+        auto number = [&](int64_t index) { return row < rows && index < depth ? value(row, index) : 0; };
+        if constexpr (kSteps<E> == 2) {
+          *panels++ = {BFloat16(number(step)), BFloat16(number(step + 1))};
+        } else {
+          *panels++ = number(step);
+        }
       }
     }
   }
 }
 
 template <int kVectors, typename A>
-HOST_DEVICE void panel_times_vectors(const A* panel, const A* tile, int64_t depth, A* product) {
-  Vector<A> sums[kPanelRows][kVectors] = {};
-  for (int64_t step = 0; step < depth; ++step, panel += kPanelRows, tile += kTile<A>) {
-    Vector<A> column[kVectors];
-#pragma GCC unroll 4
-    for (int vector = 0; vector < kVectors; ++vector) column[vector] = load(tile + vector * kLanes<A>);
-#pragma GCC unroll 8
-    for (int row = 0; row < kPanelRows; ++row) {
-#pragma GCC unroll 4
-      for (int vector = 0; vector < kVectors; ++vector) sums[row][vector] += panel[row] * column[vector];
-    }
-  }
+using PanelSums = Vector<A>[kPanelRows][kVectors];
+
+// sums = panel^T · tile. Element e of vector v of the tile begins at tile + e · element_stride + v · vector_stride.
+template <int kVectors, typename E>
+HOST_DEVICE void multiply_panel(const E* panel, const E* tile, int64_t elements, int64_t element_stride,
+                                int64_t vector_stride, PanelSums<kVectors, AccumulateType<E>>& sums) {
 #pragma GCC unroll 8
   for (int row = 0; row < kPanelRows; ++row) {
 #pragma GCC unroll 4
-    for (int vector = 0; vector < kVectors; ++vector) {
-      store(product + row * kTile<A> + vector * kLanes<A>, sums[row][vector]);
+    for (int vector = 0; vector < kVectors; ++vector) sums[row][vector] = Vector<AccumulateType<E>>{};
+  }
+  for (int64_t element = 0; element < elements; ++element, panel += kPanelRows, tile += element_stride) {
+    Vector<E> column[kVectors];
+#pragma GCC unroll 4
+    for (int vector = 0; vector < kVectors; ++vector) column[vector] = load(tile + vector * vector_stride);
+#pragma GCC unroll 8
+    for (int row = 0; row < kPanelRows; ++row) {
+#pragma GCC unroll 4
+      for (int vector = 0; vector < kVectors; ++vector) {
+        sums[row][vector] = add_scaled(sums[row][vector], panel[row], column[vector]);
+      }
     }
   }
 }
 
-// product [kPanelRows, kTile] = panel^T · tile, of which the first `pixels` of each row are wanted.
-template <typename A>
-HOST_DEVICE void panel_times_tile(const A* panel, const A* tile, int64_t depth, int64_t pixels, A* product) {
+// Calls call(number of vectors as a type) for a tile of which `pixels` are wanted.
+template <typename A, typename Call>
+HOST_DEVICE void for_tile_of(int64_t pixels, Call call) {
   if (pixels > 2 * kLanes<A>) {
-    panel_times_vectors<3>(panel, tile, depth, product);
+    call(std::integral_constant<int, 3>());
   } else if (pixels > kLanes<A>) {
-    panel_times_vectors<2>(panel, tile, depth, product);
+    call(std::integral_constant<int, 2>());
   } else {
-    panel_times_vectors<1>(panel, tile, depth, product);
+    call(std::integral_constant<int, 1>());
   }
 }
 
@@ -144,35 +203,25 @@ HOST_DEVICE void sum_lanes(Vector<A>* vectors) {
   }
 }
 
-// Tiles that lie one after the other: those of each image row end with one of fewer vectors.
-struct TileRows {
-  int64_t rows;
-  int64_t tiles;         // a row
-  int64_t last_vectors;  // of the last tile of each row, 1 to kTileVectors
-};
-
 // sums [kBlockRows, kBlockColumns], row by row, += the products of kBlockRows rows of one operand and kBlockColumns of
-// another over all pixels. Consecutive tiles of an operand lie left_stride or right_stride apart.
-template <typename A>
-HOST_DEVICE void add_block_products(const A* left, int64_t left_stride, const A* right, int64_t right_stride,
-                                    const TileRows& tiles, A* sums) {
+// another over all pixels. The rows' vectors lie one after the other, and then those of the next pixels, left_stride or
+// right_stride further on.
+template <typename E>
+HOST_DEVICE void add_block_products(const E* left, int64_t left_stride, const E* right, int64_t right_stride,
+                                    int64_t vectors, AccumulateType<E>* sums) {
+  using A = AccumulateType<E>;
   Vector<A> block[kBlockSums] = {};
-  for (int64_t row = 0; row < tiles.rows; ++row) {
-    for (int64_t tile = 0; tile < tiles.tiles; ++tile, left += left_stride, right += right_stride) {
-      const int64_t vectors = tile + 1 < tiles.tiles ? kTileVectors : tiles.last_vectors;
-      for (int64_t offset = 0; offset < vectors * kLanes<A>; offset += kLanes<A>) {
-        Vector<A> columns[kBlockColumns];
+  for (int64_t vector = 0; vector < vectors; ++vector, left += left_stride, right += right_stride) {
+    Vector<E> columns[kBlockColumns];
 #pragma GCC unroll 4
-        for (int column = 0; column < kBlockColumns; ++column)
-          columns[column] = load(right + column * kTile<A> + offset);
+    for (int column = 0; column < kBlockColumns; ++column) columns[column] = load(right + column * kLanes<E>);
 #pragma GCC unroll 4
-        for (int row = 0; row < kBlockRows; ++row) {
-          const Vector<A> factor = load(left + row * kTile<A> + offset);
+    for (int row = 0; row < kBlockRows; ++row) {
+      const Vector<E> factor = load(left + row * kLanes<E>);
 #pragma GCC unroll 4
-          for (int column = 0; column < kBlockColumns; ++column) {
-            block[row * kBlockColumns + column] += factor * columns[column];
-          }
-        }
+      for (int column = 0; column < kBlockColumns; ++column) {
+        Vector<A>& sum = block[row * kBlockColumns + column];
+        sum = multiply_add(sum, factor, columns[column]);
       }
     }
   }

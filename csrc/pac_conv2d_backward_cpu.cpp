@@ -4,7 +4,8 @@
 //   grad_x[c](p+t) += k_t(p) u_t(p)[c],   m_t(p) = sum over c of k_t(p) x[c](p+t) u_t(p)[c],
 //   grad_g(p) -= m_t(p) (g(p) - g(p+t)),   grad_g(p+t) += the same.
 // m_t is k_t times its gradient; with normalize, k_t is a share of the sum and m_t loses k_t · (sum over r of m_r).
-// A thread takes a strip as forward does; u is made tile by tile by one product, and used at once for grad_x and m.
+// A thread packs the scaled columns k_t(p) · x[c](p+t) of a strip, row t·C + c, and grad_y; u is made tile by tile by one
+// product, and used at once for grad_x and m.
 // Scratch memory: a strip and a copy of grad_weight for each thread; in bfloat16 grad_x and grad_guide in float32 too.
 //
 // Strips add to pixels of their neighbours: bands of rows, so high that only neighbouring bands meet, run in two turns,
@@ -78,26 +79,66 @@ class SummedGradient {
   Buffer<A> memory_;
 };
 
-// One thread's arrays beside those of StripScratch.
-template <typename A>
-struct BackwardScratch {
-  A* grad_y;       // [tiles, output_rows, kTile]: alpha · grad_y, zero where there is no pixel
-  A* guide_slope;  // [K², places]: m_t(p)
-  A* guide_row;    // gradient of one row of the guide under the centre tap
-  A* grad_bias;    // [O]
-  A* grad_weight;  // in blocks as add_block_products makes them; with shared filters [K²]
+// What products over pixels are made of: kSteps vectors of numbers, pixels in order, rounded to an operand.
+template <typename E>
+HOST_DEVICE Vector<E> pack_pixels(const Vector<AccumulateType<E>>* pixels) {
+#if defined(__AVX512BF16__)
+  if constexpr (kSteps<E> == 2) return (Vector<E>)_mm512_cvtne2ps_pbh((__m512)pixels[1], (__m512)pixels[0]);
+#endif
+  if constexpr (kSteps<E> == 1) return pixels[0];
+}
 
+// Number `vector` of the vectors that pack_pixels was given for the vectors of an operand that lie `stride` apart.
+template <typename E>
+HOST_DEVICE Vector<AccumulateType<E>> unpack_pixels(const E* packed, int64_t stride, int64_t vector) {
+#if defined(__AVX512BF16__)
+  if constexpr (kSteps<E> == 2) {
+    const E* half = packed + vector / 2 * stride + vector % 2 * (kLanes<E> / 2);
+    return (Vector<float>)_mm512_slli_epi32(
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(half))), 16);
+  }
+#endif
+  if constexpr (kSteps<E> == 1) return load(packed + vector * stride);
+}
+
+// Lanes of which the first `count` are kept, and the others 0, even where they were NaN.
+template <typename A>
+HOST_DEVICE Vector<A> keep_first(Vector<A> vector, int64_t count) {
+  for (int64_t lane = std::max<int64_t>(count, 0); lane < kLanes<A>; ++lane) vector[lane] = 0;
+  return vector;
+}
+
+// One thread's arrays beside those of StripScratch.
+template <typename E>
+struct BackwardScratch {
+  using A = AccumulateType<E>;
+
+  E* columns;        // [blocks, column_rows, kLanes], zero where there is no pixel
+  E* grad_y;         // [blocks, output_rows, kLanes]: alpha · grad_y, zero where there is no pixel
+  E* grad_y_steps;   // [vectors, output_elements, kLanes]: the same, for sums over outputs; grad_y itself if that serves
+  A* grad_y_row;     // [kSteps, places of a row]
+  A* guide_slope;    // [K², places]: m_t(p)
+  A* guide_row;      // gradient of one row of the guide under the centre tap
+  A* grad_bias;      // [O]
+  A* grad_weight;    // in blocks as add_block_products makes them; with shared filters [K²]
+
+  static int64_t column_rows(const PacConv2dSizes& sizes) { return round_up(sizes.depth(), kBlockColumns); }
   static int64_t output_rows(const PacConv2dSizes& sizes) { return round_up(sizes.out_channels, kBlockRows); }
+  // Elements that are steps of the sum over outputs, with room between one vector of pixels and the next.
+  static int64_t output_elements(const PacConv2dSizes& sizes) { return output_rows(sizes) / kSteps<E>; }
   static int64_t weight_sums(const PacConv2dSizes& sizes) {
-    return sizes.shared ? sizes.taps() : output_rows(sizes) * StripScratch<A>::column_rows(sizes);
+    return sizes.shared ? sizes.taps() : output_rows(sizes) * column_rows(sizes);
   }
 
-  BackwardScratch(Carver<A>& carver, const PacConv2dSizes& sizes, const StripTiles<A>& largest)
-      : grad_y(carver.take(output_rows(sizes) * largest.places())),
-        guide_slope(carver.take(sizes.taps() * largest.places())),
-        guide_row(carver.take(largest.places_per_row())),
-        grad_bias(carver.take(sizes.out_channels)),
-        grad_weight(carver.take(weight_sums(sizes))) {}
+  BackwardScratch(Carver& carver, const PacConv2dSizes& sizes, const StripTiles<E>& largest)
+      : columns(carver.take<E>(column_rows(sizes) * largest.places() / kSteps<E>)),
+        grad_y(carver.take<E>(output_rows(sizes) * largest.places() / kSteps<E>)),
+        grad_y_steps(kSteps<E> == 1 ? grad_y : carver.take<E>(output_rows(sizes) * largest.places() / kSteps<E>)),
+        grad_y_row(carver.take<A>(kSteps<E> * largest.places_per_row())),
+        guide_slope(carver.take<A>(sizes.taps() * largest.places())),
+        guide_row(carver.take<A>(largest.places_per_row())),
+        grad_bias(carver.take<A>(sizes.out_channels)),
+        grad_weight(carver.take<A>(weight_sums(sizes))) {}
 };
 
 // The work of one thread.
@@ -105,9 +146,10 @@ template <typename T, typename R>
 class Worker {
  public:
   using A = AccumulateType<T>;
+  using E = Operand<T>;
 
-  Worker(const PacConv2dBackward& arguments, const PacConv2dSizes& sizes, const StripShape<A>& shape, const A* panels,
-         A* grad_x, A* grad_guide, A* memory)
+  Worker(const PacConv2dBackward& arguments, const PacConv2dSizes& sizes, const StripShape<E>& shape, const E* panels,
+         A* grad_x, A* grad_guide, char* memory)
       : sizes_(sizes),
         x_(static_cast<const T*>(arguments.x)),
         guide_(static_cast<const T*>(arguments.guide)),
@@ -129,16 +171,16 @@ class Worker {
 
   void clear() {
     std::memset(own_.grad_bias, 0, sizes_.out_channels * sizeof(A));
-    std::memset(own_.grad_weight, 0, BackwardScratch<A>::weight_sums(sizes_) * sizeof(A));
+    std::memset(own_.grad_weight, 0, BackwardScratch<E>::weight_sums(sizes_) * sizeof(A));
   }
 
   void run(const Strip& strip) {
-    const StripTiles<A> tiles(strip);
+    const StripTiles<E> tiles{strip};
     pack_grad_y(tiles);
     const bool wants_columns = wants_weight_ || grad_guide_ != nullptr;
     const bool wants_products = grad_x_ != nullptr || grad_guide_ != nullptr;
     if (wants_columns || wants_products) pack_kernel(tiles, sizes_, guide_, strip_);
-    if (wants_columns) pack_columns(tiles, sizes_, x_, strip_);
+    if (wants_columns) pack_columns(tiles);
     if (wants_weight_) sizes_.shared ? add_filter_gradient(tiles) : add_weight_gradient(tiles);
     if (grad_guide_ != nullptr) std::memset(own_.guide_slope, 0, sizes_.taps() * tiles.places() * sizeof(A));
     if (wants_products) sizes_.shared ? filter_grad_y(tiles) : multiply_grad_y(tiles);
@@ -146,101 +188,192 @@ class Worker {
   }
 
  private:
-  int64_t column_stride() const { return StripScratch<A>::column_rows(sizes_) * kTile<A>; }
-  int64_t grad_y_stride() const { return BackwardScratch<A>::output_rows(sizes_) * kTile<A>; }
+  // Between vectors of the same row of an operand.
+  int64_t column_stride() const { return BackwardScratch<E>::column_rows(sizes_) * kLanes<E>; }
+  int64_t grad_y_stride() const { return BackwardScratch<E>::output_rows(sizes_) * kLanes<E>; }
+  int64_t grad_y_steps_stride() const { return BackwardScratch<E>::output_elements(sizes_) * kLanes<E>; }
 
-  void pack_grad_y(const StripTiles<A>& tiles) {
-    const A alpha = alpha_;
-    for (int64_t tile = 0; tile < tiles.tiles(); ++tile) {
-      A* packed = own_.grad_y + tile * grad_y_stride();
-      const int64_t pixels = tiles.pixels(tile);
-      for (int64_t channel = 0; channel < sizes_.out_channels; ++channel, packed += kTile<A>) {
-        const R* values = grad_y_ + tiles.output_offset(sizes_, channel, tile);
-        A sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t place = 0; place < pixels; ++place) {
-          packed[place] = alpha * static_cast<A>(values[place]);
-          sum += packed[place];
+  void pack_grad_y(const StripTiles<E>& tiles) {
+    const int64_t places = tiles.places_per_row();
+    for (int64_t row = 0; row < tiles.strip.rows; ++row) {
+      for (int64_t channel = 0; channel < BackwardScratch<E>::output_rows(sizes_); ++channel) {
+        A* values = own_.grad_y_row + channel % kSteps<E> * places;
+        copy_grad_y(tiles, row, channel, values);
+        for (int64_t block = 0; block < tiles.blocks_per_row(); ++block) {
+          Vector<A> pixels[kSteps<E>];
+          for (int part = 0; part < kSteps<E>; ++part) {
+            pixels[part] = load(values + (block * kSteps<E> + part) * kLanes<A>);
+          }
+          store(own_.grad_y + (row * tiles.blocks_per_row() + block) * grad_y_stride() + channel * kLanes<E>,
+                pack_pixels<E>(pixels));
         }
-        for (int64_t place = pixels; place < kTile<A>; ++place) packed[place] = 0;
-        if (wants_bias_) own_.grad_bias[channel] += sum;
+        if (kSteps<E> == 2 && channel % 2 == 1) pack_grad_y_steps(tiles, row, channel / 2);
       }
-      const int64_t filling = BackwardScratch<A>::output_rows(sizes_) - sizes_.out_channels;
-      std::memset(packed, 0, filling * kTile<A> * sizeof(A));
     }
   }
 
-  void add_weight_gradient(const StripTiles<A>& tiles) {
-    const int64_t rows = BackwardScratch<A>::output_rows(sizes_), columns = StripScratch<A>::column_rows(sizes_);
+  // One row of one channel of alpha · grad_y, zero beyond its pixels and channels.
+  void copy_grad_y(const StripTiles<E>& tiles, int64_t row, int64_t channel, A* copy) {
+    const int64_t pixels = channel < sizes_.out_channels ? tiles.strip.columns : 0;
+    const R* values = grad_y_ + tiles.output_offset(sizes_, channel, row);
+    const A alpha = alpha_;
+    A sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t place = 0; place < pixels; ++place) {
+      copy[place] = alpha * static_cast<A>(values[place]);
+      sum += copy[place];
+    }
+    for (int64_t place = pixels; place < tiles.places_per_row(); ++place) copy[place] = 0;
+    if (wants_bias_ && pixels > 0) own_.grad_bias[channel] += sum;
+  }
+
+  // Two channels of a row, lane by lane.
+  void pack_grad_y_steps(const StripTiles<E>& tiles, int64_t row, int64_t element) {
+    const int64_t places = tiles.places_per_row(), vectors = places / kLanes<A>;
+    const A* values = own_.grad_y_row;
+    E* packed = own_.grad_y_steps + row * vectors * grad_y_steps_stride() + element * kLanes<E>;
+    for (int64_t vector = 0; vector < vectors; ++vector, values += kLanes<A>, packed += grad_y_steps_stride()) {
+      if constexpr (kSteps<E> == 2) {
+#pragma omp simd
+        for (int lane = 0; lane < kLanes<E>; ++lane) {
+          packed[lane] = {BFloat16(values[lane]), BFloat16(values[lane + places])};
+        }
+      }
+    }
+  }
+
+  // Scales what lies under the taps, row t·C + c: neighbouring rows are of different channels.
+  void pack_columns(const StripTiles<E>& tiles) {
+    const int64_t filling = BackwardScratch<E>::column_rows(sizes_) - sizes_.depth();
+    for (int64_t block = 0; block < tiles.strip.rows * tiles.blocks_per_row(); ++block) {
+      E* last = own_.columns + block * column_stride() + sizes_.depth() * kLanes<E>;
+      std::memset(static_cast<void*>(last), 0, filling * kVectorBytes);
+    }
+    const T* image = x_ + tiles.strip.image * sizes_.channels * sizes_.pixels();
+    for (int64_t row = 0; row < tiles.strip.rows; ++row) {
+      const A* row_kernel = strip_.kernel + row * tiles.places_per_row();
+      for (int64_t channel = 0; channel < sizes_.channels; ++channel) {
+        for (int64_t tap_row = 0; tap_row < sizes_.kernel_size; ++tap_row) {
+          for_each_tap(tiles, sizes_, image + channel * sizes_.pixels(), row, tap_row, strip_.source,
+                       [&](int64_t tap, const A* values) {
+                         scale_row(tiles, row_kernel + tap * tiles.places(), values,
+                                   own_.columns + row * tiles.blocks_per_row() * column_stride() +
+                                       (tap * sizes_.channels + channel) * kLanes<E>);
+                       });
+        }
+      }
+    }
+  }
+
+  HOST_DEVICE void scale_row(const StripTiles<E>& tiles, const A* kernel, const A* values, E* column) const {
+    for (int64_t place = 0; place < tiles.places_per_row(); column += column_stride()) {
+      Vector<A> pixels[kSteps<E>];
+      for (int part = 0; part < kSteps<E>; ++part, place += kLanes<A>) {
+        pixels[part] = load(kernel + place) * load(values + place);
+        // Sums over pixels are of whole vectors: nothing, not even NaN, may come from beyond the last pixel.
+        if (place + kLanes<A> > tiles.strip.columns) {
+          pixels[part] = keep_first<A>(pixels[part], tiles.strip.columns - place);
+        }
+      }
+      store(column, pack_pixels<E>(pixels));
+    }
+  }
+
+  void add_weight_gradient(const StripTiles<E>& tiles) {
+    const int64_t rows = BackwardScratch<E>::output_rows(sizes_), columns = BackwardScratch<E>::column_rows(sizes_);
     A* sums = own_.grad_weight;
     for (int64_t column = 0; column < columns; column += kBlockColumns) {
       for (int64_t row = 0; row < rows; row += kBlockRows, sums += kBlockSums) {
-        add_block_products(own_.grad_y + row * kTile<A>, grad_y_stride(), strip_.columns + column * kTile<A>,
-                           column_stride(), tiles.tile_rows(), sums);
+        add_block_products(own_.grad_y + row * kLanes<E>, grad_y_stride(), own_.columns + column * kLanes<E>,
+                           column_stride(), tiles.strip.rows * tiles.blocks_per_row(), sums);
       }
     }
   }
 
-  void add_filter_gradient(const StripTiles<A>& tiles) {
-    for (int64_t tile = 0; tile < tiles.tiles(); ++tile) {
-      const int64_t pixels = tiles.pixels(tile);
-      for (int64_t row = 0; row < sizes_.depth(); ++row) {
-        const A* columns = strip_.columns + tile * column_stride() + row * kTile<A>;
-        const A* grad_y = own_.grad_y + tile * grad_y_stride() + row % sizes_.channels * kTile<A>;
-        A sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t place = 0; place < pixels; ++place) sum += columns[place] * grad_y[place];
-        own_.grad_weight[row / sizes_.channels] += sum;
+  void add_filter_gradient(const StripTiles<E>& tiles) {
+    for (int64_t row = 0; row < sizes_.depth(); ++row) {
+      Vector<A> sum = {};
+      for (int64_t block = 0; block < tiles.strip.rows * tiles.blocks_per_row(); ++block) {
+        sum = multiply_add(sum, load(own_.columns + block * column_stride() + row * kLanes<E>),
+                           load(own_.grad_y + block * grad_y_stride() + row % sizes_.channels * kLanes<E>));
       }
+      for (int lane = 0; lane < kLanes<A>; ++lane) own_.grad_weight[row / sizes_.channels] += sum[lane];
     }
   }
 
-  void multiply_grad_y(const StripTiles<A>& tiles) {
+  void multiply_grad_y(const StripTiles<E>& tiles) {
+    const int64_t elements = ceil_divide(sizes_.out_channels, kSteps<E>);
     alignas(kCacheLineBytes) A product[kPanelRows * kTile<A>];
     for (int64_t first = 0; first < sizes_.depth(); first += kPanelRows) {
-      const A* panel = panels_ + first * sizes_.out_channels;
+      const E* panel = panels_ + first * elements;
       const int64_t last = std::min<int64_t>(first + kPanelRows, sizes_.depth());
-      for (int64_t tile = 0; tile < tiles.tiles(); ++tile) {
-        panel_times_tile(panel, own_.grad_y + tile * grad_y_stride(), sizes_.out_channels, tiles.pixels(tile), product);
-        for (int64_t row = first; row < last; ++row) use_product(tiles, tile, row, product + (row - first) * kTile<A>);
-      }
+      for_each_tile(tiles, [&](int64_t row, int64_t place, int64_t pixels) {
+        const E* tile = own_.grad_y_steps + (row * tiles.places_per_row() + place) / kLanes<A> * grad_y_steps_stride();
+        for_tile_of<A>(pixels, [&](auto vectors) {
+          constexpr int kVectors = decltype(vectors)::value;
+          PanelSums<kVectors, A> sums;
+          multiply_panel<kVectors>(panel, tile, elements, kLanes<E>, grad_y_steps_stride(), sums);
+          for (int sum = 0; sum < kPanelRows; ++sum) {
+            for (int vector = 0; vector < kVectors; ++vector) {
+              store(product + sum * kTile<A> + vector * kLanes<A>, sums[sum][vector]);
+            }
+          }
+        });
+        for (int64_t column = first; column < last; ++column) {
+          use_product(tiles, row, place, pixels, column, product + (column - first) * kTile<A>);
+        }
+      });
     }
   }
 
-  void filter_grad_y(const StripTiles<A>& tiles) {
+  void filter_grad_y(const StripTiles<E>& tiles) {
     alignas(kCacheLineBytes) A product[kTile<A>];
-    for (int64_t row = 0; row < sizes_.depth(); ++row) {
-      const A factor = static_cast<A>(weight_[row / sizes_.channels]);
-      for (int64_t tile = 0; tile < tiles.tiles(); ++tile) {
-        const A* grad_y = own_.grad_y + tile * grad_y_stride() + row % sizes_.channels * kTile<A>;
-        for (int64_t place = 0; place < kTile<A>; ++place) product[place] = factor * grad_y[place];
-        use_product(tiles, tile, row, product);
+    for (int64_t column = 0; column < sizes_.depth(); ++column) {
+      const Vector<A> factor = Vector<A>{} + static_cast<A>(weight_[column / sizes_.channels]);
+      const E* grad_y = own_.grad_y + column % sizes_.channels * kLanes<E>;
+      for_each_tile(tiles, [&](int64_t row, int64_t place, int64_t pixels) {
+        const int64_t first = row * tiles.places_per_row() + place;
+        for (int64_t offset = 0; offset < pixels; offset += kLanes<A>) {
+          store(product + offset, factor * unpack_pixels(grad_y, grad_y_stride(), (first + offset) / kLanes<A>));
+        }
+        use_product(tiles, row, place, pixels, column, product);
+      });
+    }
+  }
+
+  // Calls call(row, place, pixels) for the tiles of each row of the strip.
+  template <typename Call>
+  HOST_DEVICE void for_each_tile(const StripTiles<E>& tiles, Call call) {
+    for (int64_t row = 0; row < tiles.strip.rows; ++row) {
+      for (int64_t place = 0; place < tiles.strip.columns; place += kTile<A>) {
+        call(row, place, std::min<int64_t>(kTile<A>, tiles.strip.columns - place));
       }
     }
   }
 
-  // What row `row` of u, for the pixels of one tile, adds to grad_x and to the slope of the guide.
-  HOST_DEVICE void use_product(const StripTiles<A>& tiles, int64_t tile, int64_t row, const A* product) {
-    const int64_t tap = row / sizes_.channels, channel = row % sizes_.channels;
+  // What row `column` of u, for the pixels of one tile, adds to grad_x and to the slope of the guide.
+  HOST_DEVICE void use_product(const StripTiles<E>& tiles, int64_t row, int64_t place, int64_t pixels, int64_t column,
+                               const A* product) {
+    const int64_t tap = column / sizes_.channels, channel = column % sizes_.channels;
+    const int64_t first = row * tiles.places_per_row() + place;
     if (grad_guide_ != nullptr && (sizes_.normalize || tap != sizes_.taps() / 2)) {
-      const A* columns = strip_.columns + tile * column_stride() + row * kTile<A>;
-      A* slope = own_.guide_slope + tap * tiles.places() + tile * kTile<A>;
-      const int64_t pixels = tiles.pixels(tile);
-      for (int64_t place = 0; place < pixels; place += kLanes<A>) {
-        store(slope + place, load(slope + place) + load(columns + place) * load(product + place));
+      const E* columns = own_.columns + column * kLanes<E>;
+      A* slope = own_.guide_slope + tap * tiles.places() + first;
+      for (int64_t offset = 0; offset < pixels; offset += kLanes<A>) {
+        store(slope + offset, load(slope + offset) + unpack_pixels(columns, column_stride(), (first + offset) / kLanes<A>) *
+                                                         load(product + offset));
       }
     }
     if (grad_x_ != nullptr) {
-      const A* kernel = strip_.kernel + tap * tiles.places() + tile * kTile<A>;
+      const A* kernel = strip_.kernel + tap * tiles.places() + first;
       A* plane = grad_x_ + (tiles.strip.image * sizes_.channels + channel) * sizes_.pixels();
-      add_inside(tiles, tiles.row(tile), tap, tiles.column(tile), tiles.pixels(tile), plane,
-                 [=](int64_t place) { return kernel[place] * product[place]; });
+      add_inside(tiles, row, tap, place, pixels, plane, [=](int64_t index) { return kernel[index] * product[index]; });
     }
   }
 
   // plane(p+t) += value(p) for `count` places from `first` on in a row of the strip, where p+t is inside the image.
   template <typename Value>
-  HOST_DEVICE void add_inside(const StripTiles<A>& tiles, int64_t row, int64_t tap, int64_t first, int64_t count,
+  HOST_DEVICE void add_inside(const StripTiles<E>& tiles, int64_t row, int64_t tap, int64_t first, int64_t count,
                               A* plane, Value value) {
     const InsideRange range = inside(tiles, sizes_, row, tap);
     const int64_t begin = std::max<int64_t>(range.begin - first, 0);
@@ -257,8 +390,8 @@ class Worker {
   }
 
   // k_t(p) is a share of the sum: a change of k_t changes the shares of all taps.
-  void center_slope(const StripTiles<A>& tiles, int64_t row) {
-    const int64_t count = tiles.computed_per_row(), stride = tiles.places();
+  void center_slope(const StripTiles<E>& tiles, int64_t row) {
+    const int64_t count = tiles.places_per_row(), stride = tiles.places();
     A* total = own_.guide_row;
     std::memset(total, 0, count * sizeof(A));
     A* row_slope = own_.guide_slope + row * tiles.places_per_row();
@@ -273,9 +406,9 @@ class Worker {
     }
   }
 
-  void add_guide_gradient(const StripTiles<A>& tiles) {
+  void add_guide_gradient(const StripTiles<E>& tiles) {
     const int64_t middle = sizes_.taps() / 2;
-    const int64_t pixels = tiles.strip.columns, count = tiles.computed_per_row();
+    const int64_t pixels = tiles.strip.columns, count = tiles.places_per_row();
     for (int64_t row = 0; row < tiles.strip.rows; ++row) {
       if (sizes_.normalize) center_slope(tiles, row);
       for (int64_t channel = 0; channel < sizes_.guide_channels; ++channel) {
@@ -306,55 +439,60 @@ class Worker {
   const T* guide_;
   const T* weight_;
   const R* grad_y_;
-  const A* panels_;
+  const E* panels_;
   A* grad_x_;
   A* grad_guide_;
   bool wants_weight_;
   bool wants_bias_;
   A alpha_;
-  Carver<A> carver_;
-  StripScratch<A> strip_;
-  BackwardScratch<A> own_;
+  Carver carver_;
+  StripScratch<E> strip_;
+  BackwardScratch<E> own_;
 };
 
 // [C·K², O]: the transpose of what forward multiplies with.
-template <typename A, typename T>
-void pack_transposed_weight(A* panels, const PacConv2dSizes& sizes, const T* weight) {
-  pack_panels<A>(panels, sizes.depth(), sizes.out_channels, [&](int64_t row, int64_t step) {
-    return static_cast<A>(weight[step * sizes.depth() + row % sizes.channels * sizes.taps() + row / sizes.channels]);
+template <typename E, typename T>
+void pack_transposed_weight(E* panels, const PacConv2dSizes& sizes, const T* weight) {
+  pack_panels<E>(panels, sizes.depth(), sizes.out_channels, [&](int64_t row, int64_t step) {
+    return static_cast<AccumulateType<T>>(
+        weight[step * sizes.depth() + row % sizes.channels * sizes.taps() + row / sizes.channels]);
   });
 }
 
 // Place of grad_W[o,c,t] in BackwardScratch::grad_weight.
-template <typename A>
+template <typename E>
 int64_t weight_sum(const PacConv2dSizes& sizes, int64_t output, int64_t channel, int64_t tap) {
   if (sizes.shared) return tap;
   const int64_t column = tap * sizes.channels + channel;
   const int64_t block =
-      column / kBlockColumns * (BackwardScratch<A>::output_rows(sizes) / kBlockRows) + output / kBlockRows;
+      column / kBlockColumns * (BackwardScratch<E>::output_rows(sizes) / kBlockRows) + output / kBlockRows;
   return block * kBlockSums + output % kBlockRows * kBlockColumns + column % kBlockColumns;
 }
 
 template <typename T, typename R>
 void backward(const PacConv2dBackward& arguments, const PacConv2dSizes& sizes, int threads) {
   using A = AccumulateType<T>;
+  using E = Operand<T>;
   const T* weight = static_cast<const T*>(arguments.weight);
   const int64_t work = sizes.batch * sizes.out_pixels() * sizes.out_channels * sizes.depth();
   const int workers = work < kParallelProducts ? 1 : threads;
 
-  Buffer<A> panels(sizes.shared ? 0 : round_up(sizes.depth(), kPanelRows) * sizes.out_channels);
+  Buffer<E> panels(sizes.shared ? 0
+                                : round_up(sizes.depth(), kPanelRows) * ceil_divide(sizes.out_channels, kSteps<E>));
   if (!sizes.shared) pack_transposed_weight(panels.data(), sizes, weight);
   SummedGradient<T> grad_x(arguments.grad_x, sizes.batch * sizes.channels * sizes.pixels(), workers);
   SummedGradient<T> grad_guide(arguments.grad_guide, sizes.batch * sizes.guide_channels * sizes.pixels(), workers);
 
-  const int64_t rows = StripScratch<A>::column_rows(sizes) + BackwardScratch<A>::output_rows(sizes);
-  const StripShape<A> shape(sizes, std::min(kOperandBytes / (rows * int64_t{sizeof(A)}), kMostPlaces));
-  auto worker = [&](A* memory) {
+  const int64_t place_bytes = (BackwardScratch<E>::column_rows(sizes) / kSteps<E> + BackwardScratch<E>::output_rows(sizes)) *
+                              int64_t{sizeof(E)};
+  const int64_t places = std::min(kOperandBytes / place_bytes, kMostPlaces);
+  const StripShape<E> shape(sizes, places, places);
+  auto worker = [&](char* memory) {
     return Worker<T, R>(arguments, sizes, shape, panels.data(), grad_x.wanted() ? grad_x.sums() : nullptr,
                         grad_guide.wanted() ? grad_guide.sums() : nullptr, memory);
   };
   const int64_t worker_memory = worker(nullptr).memory_used();
-  Buffer<A> memory(workers * worker_memory);
+  Buffer<char> memory(workers * worker_memory);
   for (int number = 0; number < workers; ++number) worker(memory.data() + number * worker_memory).clear();
 
   // Rows that the taps of one output row reach over, in output rows: bands two apart then have no input row in common.
@@ -389,7 +527,7 @@ void backward(const PacConv2dBackward& arguments, const PacConv2dSizes& sizes, i
     for (int64_t output = 0; output < outputs; ++output) {
       for (int64_t channel = 0; channel < channels; ++channel) {
         for (int64_t tap = 0; tap < sizes.taps(); ++tap) {
-          const int64_t place = weight_sum<A>(sizes, output, channel, tap);
+          const int64_t place = weight_sum<E>(sizes, output, channel, tap);
           *grad_weight++ = sum_of_workers([=](const auto& worker) { return worker.grad_weight()[place]; });
         }
       }
