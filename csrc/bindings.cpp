@@ -315,6 +315,38 @@ void bind_pac_conv2d(py::module_& module) {
       "guide_channels"_a, "out_channels"_a, "height"_a, "width"_a, "kernel_size"_a, "stride"_a, "padding"_a,
       "dilation"_a, "normalize"_a, "shared"_a, "alpha"_a, "quantum"_a, "dtype"_a, "output_dtype"_a, "threads"_a,
       Unlocked());
+#if defined(RESTORATION_CUDA)
+  module.def(
+      "pac_conv2d_forward_workspace_cuda",
+      [](int64_t batch, int64_t channels, int64_t guide_channels, int64_t out_channels, int64_t height, int64_t width,
+         int64_t kernel_size, Pair stride, Pair padding, Pair dilation, bool normalize, bool shared, bool allow_tf32,
+         int64_t dtype) {
+        return pac_conv2d_forward_workspace(
+            pac_conv2d_sizes(batch, channels, guide_channels, out_channels, height, width, kernel_size, stride, padding,
+                             dilation, normalize, shared),
+            allow_tf32, static_cast<DType>(dtype));
+      },
+      "Bytes of scratch memory on the device that the kernel needs.", py::kw_only(), "batch"_a, "channels"_a,
+      "guide_channels"_a, "out_channels"_a, "height"_a, "width"_a, "kernel_size"_a, "stride"_a, "padding"_a,
+      "dilation"_a, "normalize"_a, "shared"_a, "allow_tf32"_a, "dtype"_a);
+  module.def(
+      "pac_conv2d_forward_cuda",
+      [](Address x, Address guide, Address weight, Address bias, Address residual, Address y, Address workspace,
+         int64_t batch, int64_t channels, int64_t guide_channels, int64_t out_channels, int64_t height, int64_t width,
+         int64_t kernel_size, Pair stride, Pair padding, Pair dilation, bool normalize, bool shared, bool allow_tf32,
+         double alpha, double quantum, int64_t dtype, int64_t output_dtype, Address stream) {
+        launch_pac_conv2d_forward(
+            {pointer(x), pointer(guide), pointer(weight), pointer(bias), pointer(residual), pointer(y), alpha, quantum},
+            pac_conv2d_sizes(batch, channels, guide_channels, out_channels, height, width, kernel_size, stride, padding,
+                             dilation, normalize, shared),
+            allow_tf32, static_cast<DType>(dtype), static_cast<DType>(output_dtype), pointer(workspace),
+            pointer(stream));
+      },
+      py::kw_only(), "x"_a, "guide"_a, "weight"_a, "bias"_a, "residual"_a, "y"_a, "workspace"_a, "batch"_a,
+      "channels"_a, "guide_channels"_a, "out_channels"_a, "height"_a, "width"_a, "kernel_size"_a, "stride"_a,
+      "padding"_a, "dilation"_a, "normalize"_a, "shared"_a, "allow_tf32"_a, "alpha"_a, "quantum"_a, "dtype"_a,
+      "output_dtype"_a, "stream"_a, Unlocked());
+#endif
   module.def(
       "pac_conv2d_backward_cpu",
       [](Address grad_y, Address x, Address guide, Address weight, Address grad_x, Address grad_guide,

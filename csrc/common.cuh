@@ -80,8 +80,8 @@ void dispatch_cuda_dtype(const char* operator_name, DType dtype, Call call) {
   refuse_dtype(operator_name, dtype);
 }
 
-// Dynamic shared memory beyond 48 KB must be asked for, on each device. 99 KB is what compute capability 8.6 gives.
-constexpr size_t kMaximumSharedBytes = size_t{99} << 10;
+// More dynamic shared memory must be asked for, on each device. Compute capability 8.6 gives up to 99 KB.
+constexpr size_t kFreeSharedBytes = size_t{48} << 10;
 
 template <typename Kernel>
 void allow_shared(Kernel kernel, size_t bytes) {

@@ -1,7 +1,9 @@
 // Pixel-adaptive convolution (Su 2019, eq. 3): k_t(p) = exp(-1/2 |g(p) - g(p+t)|²), 1 for the centre tap;
 //   y[o](p) = residual + alpha · (bias[o] + sum over t and c of k_t(p) · W[o,c,t] · x[c](p+t)),
-// x and g zero outside the image. Here: the arguments, where a tap lies, and the entry points.
+// x and g zero outside the image. Here: the arguments, where a tap lies, the rounding to multiples, and the entry points.
 #pragma once
+
+#include <cmath>
 
 #include "common.h"
 
@@ -20,6 +22,17 @@ struct PacConv2dAxis {
   // Where tap `tap` of output `place` reads; outside the image if below 0 or not below size.
   HOST_DEVICE int64_t position(int64_t place, int64_t tap) const { return place * stride - padding + tap * dilation; }
 };
+
+// Nearest multiple of 2^n where quantum = 2^n and inverse = 2^-n, ties to even.
+template <typename A>
+HOST_DEVICE A round_to_multiple(A value, A quantum, A inverse) {
+  // Adding 2^23 (2^52), with the sign of the value, leaves no room for a fraction; larger numbers have none.
+  constexpr A kNoFraction = sizeof(A) == 4 ? A(int64_t{1} << 23) : A(int64_t{1} << 52);
+  const A scaled = value * inverse;
+  const A rounder = scaled < 0 ? -kNoFraction : kNoFraction;
+  const A rounded = (scaled + rounder) - rounder;
+  return (std::abs(scaled) < kNoFraction ? rounded : scaled) * quantum;
+}
 
 struct PacConv2dSizes {
   int64_t batch;
@@ -73,5 +86,10 @@ struct PacConv2dBackward {
   void pac_conv2d_backward(const PacConv2dBackward&, const PacConv2dSizes&, DType, DType output_dtype, int threads); \
   }
 FOR_EACH_CPU_ISA(DECLARE_PAC_CONV2D_CPU)
+
+// With allow_tf32 the products of float32 numbers may be rounded to tf32. workspace: as many bytes as the function says.
+int64_t pac_conv2d_forward_workspace(const PacConv2dSizes& sizes, bool allow_tf32, DType dtype);
+void launch_pac_conv2d_forward(const PacConv2dForward& arguments, const PacConv2dSizes& sizes, bool allow_tf32,
+                               DType dtype, DType output_dtype, void* workspace, void* stream);
 
 }  // namespace restoration

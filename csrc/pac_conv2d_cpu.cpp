@@ -6,8 +6,6 @@
 // neighbouring rows again from the cache). Written: y once. Scratch memory: a strip for each thread, and one copy of the
 // weights.
 
-#include <cmath>
-
 #include "pac_conv2d_strips_cpu.h"
 
 namespace restoration::CPU_ISA {
@@ -120,17 +118,6 @@ StripShape<E> strip_shape(const PacConv2dSizes& sizes, int threads) {
   const int64_t share = sizes.batch * sizes.out_pixels() / (kStripsPerThread * threads);
   const int64_t depth = sizes.kernel_size * TapRows<E>::copies(sizes) * elements_per_tap<E>(sizes);
   return StripShape<E>(sizes, std::min(kMostPlaces, share), kRowsBytes / (depth * int64_t{sizeof(E)}));
-}
-
-// Nearest multiple of 2^n where quantum = 2^n and inverse = 2^-n, ties to even.
-template <typename A>
-HOST_DEVICE A round_to_multiple(A value, A quantum, A inverse) {
-  // Adding 2^23 (2^52), with the sign of the value, leaves no room for a fraction; larger numbers have none.
-  constexpr A kNoFraction = sizeof(A) == 4 ? A(int64_t{1} << 23) : A(int64_t{1} << 52);
-  const A scaled = value * inverse;
-  const A rounder = scaled < 0 ? -kNoFraction : kNoFraction;
-  const A rounded = (scaled + rounder) - rounder;
-  return (std::abs(scaled) < kNoFraction ? rounded : scaled) * quantum;
 }
 
 // The end of a row of sums: y = residual + alpha · round(sum + bias).

@@ -5,6 +5,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 
 from . import _backend, _checks, _launch, _registration
 from .pac_conv2d_reference import pac_conv2d_reference, pac_conv2d_reference_, pac_kernel2d_reference
@@ -13,6 +14,9 @@ IntOrPair = int | tuple[int, int]
 
 _OPERATOR = _backend.Operator("pac_conv2d", pac_conv2d_reference)
 _IN_PLACE = _backend.Operator("pac_conv2d_", pac_conv2d_reference_)
+
+# Of an image with its padding, in the CUDA kernels: a tile beyond its end still fits into 32 bits.
+_LONGEST_SIDE = 2**30
 
 
 def pac_conv2d(
@@ -236,6 +240,12 @@ def _cpu_cannot(x, **others):
     return "its kernel takes no float16" if x.dtype == torch.float16 else None
 
 
+def _cuda_cannot(x, weight, stride=1, padding=0, dilation=1, **others):
+    margins, gaps = _pair(padding), _pair(dilation)
+    longest = max(x.shape[2 + axis] + 2 * margins[axis] + weight.shape[-1] * gaps[axis] for axis in (0, 1))
+    return "its kernel counts padded rows and columns in 32 bits" if longest > _LONGEST_SIDE else None
+
+
 def _output_size(x, weight, stride, padding, dilation):
     """Sizes of the output [B, O, H', W'] of checked arguments."""
     reach = weight.shape[-1] - 1
@@ -285,10 +295,14 @@ def _launch_forward(
         return pac_conv2d_triton.forward(
             x, guide, weight, bias, residual, y, stride, padding, dilation, normalize, alpha, quantum
         )
-    options = _options(x, guide, weight, stride, padding, dilation, normalize)
-    options.update(alpha=alpha, quantum=quantum or 0.0, output_dtype=_launch.dtype_code(y.dtype))
+    geometry = _options(x, guide, weight, stride, padding, dilation, normalize)
     tensors = {"x": x, "guide": guide, "weight": weight, "bias": bias, "residual": residual, "y": y}
-    _launch.run("pac_conv2d_forward", backend, tensors, options, x.dtype)
+    if backend == "cuda":
+        # As for conv2d, whose sums these are.
+        geometry["allow_tf32"] = torch.backends.cudnn.allow_tf32
+        tensors["workspace"] = _launch.workspace("pac_conv2d_forward", geometry, x)
+    options = {"alpha": alpha, "quantum": quantum or 0.0, "output_dtype": _launch.dtype_code(y.dtype)}
+    _launch.run("pac_conv2d_forward", backend, tensors, geometry | options, x.dtype)
 
 
 def _launch_in_place(backend, residual, *arguments):
@@ -321,6 +335,8 @@ def _launch_backward(backend, outputs, grad_y, x, guide, weight, stride, padding
         return pac_conv2d_backward_triton.backward(
             grad_y, x, guide, weight, *gradients, stride, padding, dilation, normalize, alpha
         )
+    if backend == "cuda":
+        raise NotImplementedError("pac_conv2d: backend must be another than 'cuda' where gradients are taken, as yet")
     options = _options(x, guide, weight, stride, padding, dilation, normalize)
     options.update(alpha=alpha, output_dtype=_launch.dtype_code(grad_y.dtype))
     names = ("grad_x", "grad_guide", "grad_weight", "grad_bias")
@@ -363,6 +379,8 @@ def _run_in_place(backend, residual, x, guide, weight, bias, *, stride, padding,
     return residual
 
 
+_OPERATOR.register("cuda", functools.partial(_run, "cuda"), _cuda_cannot)
+_IN_PLACE.register("cuda", functools.partial(_run_in_place, "cuda"), _cuda_cannot)
 _OPERATOR.register("triton", functools.partial(_run, "triton"))
 _IN_PLACE.register("triton", functools.partial(_run_in_place, "triton"))
 _OPERATOR.register("cpu", functools.partial(_run, "cpu"), _cpu_cannot)

@@ -142,9 +142,9 @@ def test_deterministic(backend, sample):
 )
 def test_identity_constant_guide(backend, geometry):
     """Where the guide does not change there is nothing to adapt to; nor at the border, where x is zero."""
-    x = torch.randn(2, 3, 8, 9, dtype=torch.float64)
-    weight, bias = torch.randn(4, 3, 3, 3, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
-    guide = torch.zeros(2, 5, 8, 9, dtype=torch.float64)
+    x = torch.randn(2, 3, 8, 9, dtype=torch.float64, device=compare.device(backend))
+    weight, bias, guide = torch.randn(4, 3, 3, 3).to(x), torch.randn(4).to(x), torch.zeros(2, 5, 8, 9).to(x)
+    compare.skip_unless_able(backend, OPERATOR, {"x": x, "guide": guide, "weight": weight})
     output = pac_conv2d(x, guide, weight, bias, **geometry, backend=backend)
     compare.judge(str(geometry), output, F.conv2d(x, weight, bias, **geometry), ulps=compare.REFERENCE_ULPS[x.dtype])
 
@@ -155,6 +155,7 @@ def test_identity_grad_x(backend):
     x = torch.randn(2, 3, 9, 14, dtype=torch.float64, device=compare.device(backend), requires_grad=True)
     guide, grad_y = torch.randn(2, 2, 9, 14).to(x), torch.randn(2, 5, 9, 14).to(x)
     weight = torch.randn(5, 3, 3, 3).to(x)
+    compare.skip_unless_able(backend, OPERATOR, {"x": x, "guide": guide, "weight": weight})
     geometry = {"padding": 2, "dilation": 2, "backend": backend}
     (grad_x,) = torch.autograd.grad(pac_conv2d(x, guide, weight, **geometry), x, grad_y)
     expected = pac_conv2d(grad_y, guide, weight.transpose(0, 1).flip(2, 3), **geometry)
@@ -168,6 +169,7 @@ def test_identity_distant_guide(backend):
     # Distances of 1e4 and more between any two neighbours.
     guide = (1e4 * (rows % 2 + 2 * (columns % 2)).double())[None, None].to(compare.device(backend))
     x, weight, bias = torch.randn(1, 3, 9, 20).to(guide), torch.randn(5, 3, 3, 3).to(guide), torch.randn(5).to(guide)
+    compare.skip_unless_able(backend, OPERATOR, {"x": x, "guide": guide, "weight": weight})
     output = pac_conv2d(x, guide, weight, bias, padding=1, backend=backend)
     alone = weight.clone()
     alone.view(5, 3, 9)[:, :, [0, 1, 2, 3, 5, 6, 7, 8]] = 0
@@ -339,8 +341,10 @@ def test_spoiled_guide_stays_local(backend, spoiled):
 
 @compare.every_backend(OPERATOR)
 def test_no_tap_inside_gives_the_bias(backend):
-    x, bias = torch.randn(1, 2, 1, 1), torch.tensor([0.5, -1.0, 2.0])
-    output = pac_conv2d(x, x, torch.randn(3, 2, 3, 3), bias, padding=3, normalize=True, backend=backend)
+    x = torch.randn(1, 2, 1, 1, device=compare.device(backend))
+    weight, bias = torch.randn(3, 2, 3, 3).to(x), torch.tensor([0.5, -1.0, 2.0]).to(x)
+    compare.skip_unless_able(backend, OPERATOR, {"x": x, "guide": x, "weight": weight})
+    output = pac_conv2d(x, x, weight, bias, padding=3, normalize=True, backend=backend)
     assert torch.equal(output[0, :, 0, 0], bias)
     assert not torch.equal(output[0, :, 2, 2], bias)
 

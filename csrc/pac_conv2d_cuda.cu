@@ -1,0 +1,293 @@
+// Pixel-adaptive convolution in CUDA, forward: formula in pac_conv2d.h.
+// An implicit product [pixels, K²·C] · [K²·C, O]. A block owns a tile of pixels and one or all tiles of outputs. For
+// each row of taps it computes the tile's k_t(p) into shared memory, then walks over the channels: while one buffer is
+// multiplied (pac_conv2d_products.cuh), the next channels of x and weights are copied into the other. Neither k nor
+// columns reach main memory. Read: x and guide K times, but for the first time from the caches; written: y once.
+// Scratch memory: one copy of weight, in the order in which it is multiplied. No atomics: the same bits every run.
+
+#include "pac_conv2d_products.cuh"
+
+namespace restoration {
+namespace {
+
+// Blocks that keep every multiprocessor of the largest GPU (132 of Hopper) busy, four on each. With fewer tiles of
+// pixels than that, tiles of outputs go to blocks of their own, each of which computes the kernel again.
+constexpr int64_t kWantedBlocks = 4 * 132;
+
+// As much of a kernel is kept for all tiles of outputs as leaves room for three blocks on a multiprocessor.
+constexpr int64_t kKeptKernelBytes = 16 << 10;
+
+// The sums of one round on their way through shared memory, in which threads swap them so that each warp writes
+// neighbouring pixels of y, and none needs all of its sums' addresses at once.
+template <typename Products>
+struct FinishedSums {
+  using A = typename Products::A;
+  static constexpr int kOutputs = Products::kOutputs / Products::kRounds;
+  static constexpr int kStride = Products::kPixels + 4;  // spreads the outputs of a fragment over the banks
+  static constexpr int kCount = kOutputs * kStride;
+
+  template <typename T>
+  __device__ static void store(const Products& products, int round, const PacConv2dTiling& tiling,
+                               const TilePlace& place, int first_channel, const PacConv2dEpilogue<T>& epilogue,
+                               A* sums) {
+#pragma unroll
+    for (int i = 0; i < Products::kOwnPixels; ++i) {
+#pragma unroll
+      for (int j = 0; j < Products::kOwnOutputs; ++j) {
+        sums[Products::output(j) * kStride + Products::pixel(i)] = products.sum(round, i, j);
+      }
+    }
+    __syncthreads();
+    const int outputs = min(kOutputs, tiling.out_channels - first_channel);
+    for (int pixel = threadIdx.x; pixel < Products::kPixels; pixel += Products::kThreads) {
+      const int row = place.row + tiling.row_of(pixel), column = place.column + tiling.column_of(pixel);
+      if (row >= tiling.vertical.output || column >= tiling.horizontal.output) continue;
+      int64_t offset = (place.image * tiling.out_channels + first_channel) * tiling.out_pixels() +
+                       static_cast<int64_t>(row) * tiling.horizontal.output + column;
+#pragma unroll 4
+      for (int output = 0; output < outputs; ++output, offset += tiling.out_pixels()) {
+        epilogue.store(sums[output * kStride + pixel] + epilogue.bias_of(first_channel + output), offset);
+      }
+    }
+    __syncthreads();  // before the sums are overwritten
+  }
+};
+
+// How the work of one call is cut; the same for the kernel that packs weights and the one that multiplies.
+template <typename Products>
+struct Plan {
+  using Element = typename Products::Element;
+  using A = typename Products::A;
+
+  PacConv2dTiling tiling;
+  int planes;  // of x, staged together
+  int plane_stride;
+  int slabs;  // of planes
+  int output_tiles;
+  int kernel_rows;  // that are kept in shared memory: all, or one
+
+  explicit Plan(const PacConv2dSizes& sizes) : tiling(sizes, Products::kPixels, Products::kMaximumColumns) {
+    const int all_planes = static_cast<int>(ceil_divide(sizes.channels, Products::kChannels));
+    slabs = Products::kShared ? 1 : static_cast<int>(ceil_divide(all_planes, kStagedPlanes));
+    // Slabs of equal size, where they may be smaller than a fragment: 12 channels are 2 times 6.
+    planes = Products::kWholeSlabs ? kStagedPlanes
+                                   : static_cast<int>(std::min<int64_t>(ceil_divide(all_planes, slabs), kStagedPlanes));
+    // An odd multiple of 4: the planes that the lanes of a fragment read together then lie in different banks.
+    plane_stride = (tiling.rows() * tiling.span + 3) / 8 * 8 + 4;
+    output_tiles = static_cast<int>(ceil_divide(sizes.out_channels, Products::kOutputs));
+    const int64_t kernel_bytes = sizes.taps() * Products::kPixels * int64_t{sizeof(A)};
+    kernel_rows = output_tiles > 1 && kernel_bytes <= kKeptKernelBytes ? tiling.kernel_size : 1;
+  }
+
+  HOST_DEVICE int tap_weights() const { return planes * Products::kOutputs; }
+  // Of one stage: a row of taps of a slab.
+  HOST_DEVICE int stage_weights() const { return Products::kShared ? 0 : tiling.kernel_size * tap_weights(); }
+  HOST_DEVICE int64_t tile_weights() const {
+    return static_cast<int64_t>(tiling.kernel_size) * slabs * stage_weights();
+  }
+  HOST_DEVICE int staged() const { return planes * plane_stride; }
+  HOST_DEVICE int kernel() const { return kernel_rows * tiling.kernel_size * Products::kPixels; }
+  HOST_DEVICE int totals() const { return tiling.normalize ? Products::kPixels : 0; }
+
+  size_t shared_bytes() const {
+    const size_t stages = 2 * (stage_weights() + staged()) * sizeof(Element);
+    return (kernel() + totals()) * sizeof(A) + std::max(stages, FinishedSums<Products>::kCount * sizeof(A));
+  }
+};
+
+// packed[tile of outputs, row of taps, slab, tap, plane and output in the order of the products], 0 beyond the last.
+template <typename Products, typename T>
+__global__ void pac_conv2d_pack_kernel(Plan<Products> plan, const T* __restrict__ weight,
+                                       typename Products::Element* __restrict__ packed) {
+  using A = typename Products::A;
+  const int taps = plan.tiling.kernel_size;
+  const int64_t count = plan.output_tiles * plan.tile_weights();
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; index < count; index += step) {
+    int plane, output;
+    Products::source(static_cast<int>(index % plan.tap_weights()), plane, output);
+    const int64_t block = index / plan.tap_weights();
+    const int tap = static_cast<int>(block % taps);
+    const int slab = static_cast<int>(block / taps % plan.slabs);
+    const int tap_row = static_cast<int>(block / taps / plan.slabs % taps);
+    const int out_channel = static_cast<int>(index / plan.tile_weights()) * Products::kOutputs + output;
+    A values[Products::kChannels];
+#pragma unroll
+    for (int part = 0; part < Products::kChannels; ++part) {
+      const int channel = (slab * plan.planes + plane) * Products::kChannels + part;
+      const bool exists = out_channel < plan.tiling.out_channels && channel < plan.tiling.channels;
+      const int64_t filter = static_cast<int64_t>(out_channel) * plan.tiling.channels + channel;
+      values[part] = exists ? static_cast<A>(weight[(filter * taps + tap_row) * taps + tap]) : A(0);
+    }
+    packed[index] = Products::pack(values);
+  }
+}
+
+// weights: packed, or the one filter that all channels share.
+template <typename Products, typename T, typename Weight>
+__global__ void __launch_bounds__(Products::kThreads, Products::kBlocks)
+    pac_conv2d_forward_kernel(Plan<Products> plan, const T* __restrict__ x, const T* __restrict__ guide,
+                              const Weight* __restrict__ weights, PacConv2dEpilogue<T> epilogue) {
+  using Element = typename Products::Element;
+  using A = typename Products::A;
+  constexpr int kThreads = Products::kThreads, kPixels = Products::kPixels;
+  const PacConv2dTiling& tiling = plan.tiling;
+  const int taps = tiling.kernel_size;
+  const TilePlace place(tiling);
+
+  DYNAMIC_SHARED(Vector<A>, memory);
+  A* const kernel = memory->values;
+  A* const totals = tiling.normalize ? kernel + plan.kernel() : nullptr;
+  A* const sums = kernel + plan.kernel() + plan.totals();  // in place of the stages, once they have been multiplied
+  Element* const weight_buffers = reinterpret_cast<Element*>(sums);
+  Element* const staged_buffers = weight_buffers + 2 * plan.stage_weights();
+  if (tiling.normalize) fill_totals<kPixels, kThreads>(guide, tiling, place, totals, kernel);
+
+  int slots[Products::kOwnPixels];
+#pragma unroll
+  for (int i = 0; i < Products::kOwnPixels; ++i) slots[i] = tiling.slot(Products::pixel(i));
+
+#pragma unroll 1
+  for (int tile = blockIdx.y; tile < plan.output_tiles; tile += gridDim.y) {
+    // A stage is a row of taps of a slab of planes.
+    const int stages = taps * plan.slabs;
+    const auto start = [&](int tap_row, int slab, int stage) {
+      const int first_channel = (Products::kShared ? tile * kStagedPlanes : slab * plan.planes) * Products::kChannels;
+      stage_rows<kThreads>(x, tiling, place, tap_row, first_channel, plan.planes, plan.plane_stride,
+                           staged_buffers + stage % 2 * plan.staged());
+      if constexpr (!Products::kShared) {
+        constexpr int kCount = Vector<Element>::kCount;
+        const Element* const source =
+            weights + tile * plan.tile_weights() + static_cast<int64_t>(stage) * plan.stage_weights();
+        Element* const destination = weight_buffers + stage % 2 * plan.stage_weights();
+        for (int index = threadIdx.x * kCount; index < plan.stage_weights(); index += kThreads * kCount) {
+          copy_async<kVectorBytes>(destination + index, source + index, true);
+        }
+      }
+    };
+
+    Products products;
+    int tap_row = 0, slab = 0, next_row = 0, next_slab = 0;
+#pragma unroll 1
+    for (int stage = -1; stage < stages; ++stage) {
+      if (stage + 1 < stages) start(next_row, next_slab, stage + 1);
+      commit_copies();
+      if (stage >= 0) {
+        A* const kernel_row = kernel + tap_row % plan.kernel_rows * taps * kPixels;
+        if (slab == 0 && (plan.kernel_rows == 1 || tile == static_cast<int>(blockIdx.y))) {
+          fill_kernel_row<kPixels, kThreads, false>(guide, tiling, place, tap_row, totals, kernel_row);
+        }
+        wait_for_copies<1>();
+        __syncthreads();
+        const Element* const staged = staged_buffers + stage % 2 * plan.staged();
+        if constexpr (Products::kShared) {
+          products.multiply(tiling, staged, plan.planes, plan.plane_stride, weights + tap_row * taps, kernel_row, slots);
+        } else {
+          const Element* const stage_weights = weight_buffers + stage % 2 * plan.stage_weights();
+          products.multiply(tiling, staged, plan.planes, plan.plane_stride, stage_weights, kernel_row, slots);
+        }
+        __syncthreads();  // before the buffer, or the row of the kernel, is overwritten
+      }
+      tap_row = next_row;
+      slab = next_slab;
+      if (++next_slab == plan.slabs) {
+        next_slab = 0;
+        ++next_row;
+      }
+    }
+#pragma unroll
+    for (int round = 0; round < Products::kRounds; ++round) {
+      FinishedSums<Products>::store(products, round, tiling, place,
+                                    tile * Products::kOutputs + round * FinishedSums<Products>::kOutputs, epilogue,
+                                    sums);
+    }
+  }
+}
+
+constexpr int kPackThreads = 256;
+
+template <typename Products, typename T>
+int64_t workspace_bytes(const PacConv2dSizes& sizes) {
+  const Plan<Products> plan(sizes);
+  return plan.output_tiles * plan.tile_weights() * int64_t{sizeof(typename Products::Element)};
+}
+
+template <typename Products, typename T, typename Weight>
+void launch_products(const Plan<Products>& plan, const PacConv2dForward& arguments, const PacConv2dSizes& sizes,
+                     const Weight* weights, bool wide, cudaStream_t stream) {
+  const auto kernel = pac_conv2d_forward_kernel<Products, T, Weight>;
+  const size_t bytes = plan.shared_bytes();
+  if (bytes > kFreeSharedBytes) allow_shared(kernel, bytes);
+  const int64_t tiles = plan.tiling.tiles(sizes.batch);
+  const int64_t output_blocks =
+      std::min<int64_t>({plan.output_tiles, ceil_divide(kWantedBlocks, tiles), kMaximumGridY});
+  LAUNCH(kernel, dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(output_blocks)), dim3(Products::kThreads),
+         bytes, stream, plan, static_cast<const T*>(arguments.x), static_cast<const T*>(arguments.guide), weights,
+         PacConv2dEpilogue<T>(arguments, wide));
+}
+
+template <typename Products, typename T>
+void launch_forward(const PacConv2dForward& arguments, const PacConv2dSizes& sizes, bool wide, void* workspace,
+                    cudaStream_t stream) {
+  using Element = typename Products::Element;
+  const Plan<Products> plan(sizes);
+  const T* const weight = static_cast<const T*>(arguments.weight);
+  if constexpr (Products::kShared) {
+    launch_products<Products, T>(plan, arguments, sizes, weight, wide, stream);
+  } else {
+    Element* const packed = static_cast<Element*>(workspace);
+    const int64_t blocks = ceil_divide(plan.output_tiles * plan.tile_weights(), kPackThreads);
+    LAUNCH((pac_conv2d_pack_kernel<Products, T>), dim3(static_cast<unsigned>(std::min(blocks, kMaximumGridY))),
+           dim3(kPackThreads), 0, stream, plan, weight, packed);
+    launch_products<Products, T>(plan, arguments, sizes, static_cast<const Element*>(packed), wide, stream);
+  }
+}
+
+// Calls call(type of x, products).
+template <typename Call>
+void choose_products(const PacConv2dSizes& sizes, bool allow_tf32, DType dtype, Call call) {
+  dispatch_cuda_dtype("pac_conv2d", dtype, [&](auto tag) {
+    using T = typename decltype(tag)::Type;
+    if (sizes.shared) return call(tag, TypeTag<SharedProducts<T>>());
+    // Tiles of 64 outputs waste most of their products on fewer than 32.
+    const bool narrow = sizes.out_channels <= 32;
+    if constexpr (std::is_same_v<T, double>) {
+      call(tag, TypeTag<ExactProducts<T, 32, 4, 4, 4>>());
+    } else {
+      if constexpr (std::is_same_v<T, float>) {
+        // Few channels leave a fragment empty, and the time is that of reading and writing anyway.
+        if (!allow_tf32 || sizes.channels < kStagedPlanes) {
+          if (narrow) return call(tag, TypeTag<ExactProducts<T, 64, 2, 8, 8>>());
+          return call(tag, TypeTag<ExactProducts<T, 16, 8, 8, 8>>());
+        }
+      }
+      if (narrow) return call(tag, TypeTag<FragmentProducts<T, 16>>());
+      call(tag, TypeTag<FragmentProducts<T, 64>>());
+    }
+  });
+}
+
+}  // namespace
+
+int64_t pac_conv2d_forward_workspace(const PacConv2dSizes& sizes, bool allow_tf32, DType dtype) {
+  int64_t bytes = 0;
+  choose_products(sizes, allow_tf32, dtype, [&](auto tag, auto products) {
+    bytes = workspace_bytes<typename decltype(products)::Type, typename decltype(tag)::Type>(sizes);
+  });
+  return bytes;
+}
+
+void launch_pac_conv2d_forward(const PacConv2dForward& arguments, const PacConv2dSizes& sizes, bool allow_tf32,
+                               DType dtype, DType output_dtype, void* workspace, void* stream) {
+  if (output_dtype != dtype && (output_dtype != DType::float32 || dtype == DType::float64)) {
+    refuse_dtype("pac_conv2d", output_dtype);
+  }
+  if (sizes.batch == 0) return;
+  choose_products(sizes, allow_tf32, dtype, [&](auto tag, auto products) {
+    using T = typename decltype(tag)::Type;
+    using Products = typename decltype(products)::Type;
+    launch_forward<Products, T>(arguments, sizes, output_dtype != dtype, workspace, static_cast<cudaStream_t>(stream));
+  });
+}
+
+}  // namespace restoration

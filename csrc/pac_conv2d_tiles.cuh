@@ -1,0 +1,270 @@
+// What the kernels of the pixel-adaptive convolution in CUDA share: tiles of output pixels, the k_t(p) of a tile, and
+// the part of x under one row of taps, both in shared memory.
+// A tile is a rectangle of pixels, its width a power of two. Its x is staged for one row of taps at a time: as rows of
+// the image, from which neighbouring taps and pixels read the same numbers, or, where dilation is so large that they
+// share too few, as one segment for each tap.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "async_copy.cuh"
+#include "common.cuh"
+#include "pac_conv2d.h"
+
+namespace restoration {
+
+// Rows and columns are counted in 32 bits, offsets of planes and pixels in 64.
+struct PacConv2dTiling {
+  struct Axis {
+    int size;
+    int output;
+    int stride;
+    int padding;
+    int dilation;
+
+    explicit Axis(const PacConv2dAxis& axis, int64_t kernel_size)
+        : size(static_cast<int>(axis.size)),
+          output(static_cast<int>(axis.output(kernel_size))),
+          stride(static_cast<int>(axis.stride)),
+          padding(static_cast<int>(axis.padding)),
+          dilation(static_cast<int>(axis.dilation)) {}
+    __device__ int position(int place, int tap) const { return place * stride - padding + tap * dilation; }
+  };
+
+  Axis vertical;
+  Axis horizontal;
+  int kernel_size;
+  int channels;
+  int guide_channels;
+  int out_channels;
+  bool normalize;
+  bool segmented;
+  int columns_log2;  // of a tile
+  int rows_log2;
+  int tiles_across;
+  int tiles_down;
+  int span;        // staged numbers for one row of a tile
+  int pixel_step;  // staged numbers between neighbouring pixels, and between neighbouring taps
+  int tap_step;
+
+  static constexpr int kMinimumColumns = 16;  // so that fragments lie in whole rows
+
+  PacConv2dTiling(const PacConv2dSizes& sizes, int pixels, int maximum_columns)
+      : vertical(sizes.vertical, sizes.kernel_size),
+        horizontal(sizes.horizontal, sizes.kernel_size),
+        kernel_size(static_cast<int>(sizes.kernel_size)),
+        channels(static_cast<int>(sizes.channels)),
+        guide_channels(static_cast<int>(sizes.guide_channels)),
+        out_channels(static_cast<int>(sizes.out_channels)),
+        normalize(sizes.normalize) {
+    columns_log2 = log2_of(std::clamp(horizontal.output, kMinimumColumns, maximum_columns));
+    rows_log2 = log2_of(pixels) - columns_log2;
+    tiles_across = static_cast<int>(ceil_divide(horizontal.output, columns()));
+    tiles_down = static_cast<int>(ceil_divide(vertical.output, rows()));
+    const int64_t row = (columns() - 1) * sizes.horizontal.stride + (kernel_size - 1) * sizes.horizontal.dilation + 1;
+    segmented = row > int64_t{kernel_size} * columns();
+    span = segmented ? kernel_size * columns() : static_cast<int>(row);
+    pixel_step = segmented ? 1 : horizontal.stride;
+    tap_step = segmented ? columns() : horizontal.dilation;
+  }
+
+  int64_t tiles(int64_t batch) const { return batch * tiles_across * tiles_down; }
+  HOST_DEVICE int64_t pixels() const { return static_cast<int64_t>(vertical.size) * horizontal.size; }
+  HOST_DEVICE int64_t out_pixels() const { return static_cast<int64_t>(vertical.output) * horizontal.output; }
+  HOST_DEVICE int columns() const { return 1 << columns_log2; }
+  HOST_DEVICE int rows() const { return 1 << rows_log2; }
+  __device__ int row_of(int pixel) const { return pixel >> columns_log2; }
+  __device__ int column_of(int pixel) const { return pixel & (columns() - 1); }
+  // Where the staged numbers of a pixel begin.
+  __device__ int slot(int pixel) const { return row_of(pixel) * span + column_of(pixel) * pixel_step; }
+
+ private:
+  // The least power of two that is not below value.
+  static int log2_of(int value) {
+    int power = 0;
+    while ((1 << power) < value) ++power;
+    return power;
+  }
+};
+
+// The first pixel of a tile.
+struct TilePlace {
+  int64_t image;
+  int row;
+  int column;
+
+  __device__ explicit TilePlace(const PacConv2dTiling& tiling) {
+    const unsigned across = blockIdx.x / tiling.tiles_across;
+    image = across / tiling.tiles_down;
+    row = across % tiling.tiles_down * tiling.rows();
+    column = blockIdx.x % tiling.tiles_across * tiling.columns();
+  }
+};
+
+// Taps whose distances a thread sums together: a row of the usual kernel.
+constexpr int kTapsTogether = 3;
+
+// kernel[tap, pixel] of one row of taps: k_t(p), or with totals its share of them; then, and with kInsideOnly, 0 for
+// taps outside the image. Each thread fills in pixels of its own.
+template <int kPixels, int kThreads, bool kInsideOnly, typename T, typename A>
+__device__ __forceinline__ void fill_kernel_row(const T* __restrict__ guide, const PacConv2dTiling& tiling,
+                                                const TilePlace& place, int tap_row, const A* totals, A* kernel) {
+  const int taps = tiling.kernel_size, width = tiling.horizontal.size;
+  const int64_t pixels = tiling.pixels();
+  const T* const image = guide + place.image * tiling.guide_channels * pixels;
+  const auto is_inside = [](int position, int size) { return position >= 0 && position < size; };
+  for (int pixel = threadIdx.x; pixel < kPixels; pixel += kThreads) {
+    const int row = place.row + tiling.row_of(pixel), column = place.column + tiling.column_of(pixel);
+    const int centre_row = tiling.vertical.position(row, taps / 2);
+    const int centre_column = tiling.horizontal.position(column, taps / 2);
+    const bool centre_inside =
+        is_inside(centre_row, tiling.vertical.size) && is_inside(centre_column, tiling.horizontal.size);
+    const T* centre = image + (centre_inside ? static_cast<int64_t>(centre_row) * width + centre_column : 0);
+    const int input_row = tiling.vertical.position(row, tap_row);
+    for (int first = 0; first < taps; first += kTapsTogether) {
+      bool inside[kTapsTogether];
+      int64_t ahead[kTapsTogether];  // of the centre
+      A distances[kTapsTogether] = {};
+#pragma unroll
+      for (int part = 0; part < kTapsTogether; ++part) {
+        const int input_column = tiling.horizontal.position(column, first + part);
+        inside[part] = first + part < taps && is_inside(input_row, tiling.vertical.size) &&
+                       is_inside(input_column, tiling.horizontal.size);
+        ahead[part] = inside[part] ? image + static_cast<int64_t>(input_row) * width + input_column - centre : 0;
+      }
+      const T* values = centre;
+#pragma unroll 4
+      for (int channel = 0; channel < tiling.guide_channels; ++channel, values += pixels) {
+        const A own = centre_inside ? static_cast<A>(*values) : A(0);
+#pragma unroll
+        for (int part = 0; part < kTapsTogether; ++part) {
+          const A difference = own - (inside[part] ? static_cast<A>(values[ahead[part]]) : A(0));
+          distances[part] += difference * difference;
+        }
+      }
+#pragma unroll
+      for (int part = 0; part < kTapsTogether; ++part) {
+        if (first + part >= taps) continue;
+        // The centre's k is 1 by definition, also for Inf.
+        const bool is_centre = tap_row == taps / 2 && first + part == taps / 2;
+        A value = is_centre ? A(1) : std::exp(A(-0.5) * distances[part]);
+        if (kInsideOnly || totals != nullptr) value = inside[part] ? value : A(0);
+        if (totals != nullptr) value /= totals[pixel];
+        kernel[(first + part) * kPixels + pixel] = value;
+      }
+    }
+  }
+}
+
+// totals[pixel] = sum of k over the taps inside the image, 1 where there are none. Overwrites one row of kernel.
+template <int kPixels, int kThreads, typename T, typename A>
+__device__ __forceinline__ void fill_totals(const T* __restrict__ guide, const PacConv2dTiling& tiling,
+                                            const TilePlace& place, A* totals, A* kernel) {
+  // A thread reads what it has written itself: there is nothing to wait for.
+  for (int pixel = threadIdx.x; pixel < kPixels; pixel += kThreads) totals[pixel] = 0;
+  for (int tap_row = 0; tap_row < tiling.kernel_size; ++tap_row) {
+    fill_kernel_row<kPixels, kThreads, true>(guide, tiling, place, tap_row, static_cast<const A*>(nullptr), kernel);
+    for (int pixel = threadIdx.x; pixel < kPixels; pixel += kThreads) {
+      for (int tap = 0; tap < tiling.kernel_size; ++tap) totals[pixel] += kernel[tap * kPixels + pixel];
+    }
+  }
+  for (int pixel = threadIdx.x; pixel < kPixels; pixel += kThreads) {
+    if (totals[pixel] == 0) totals[pixel] = 1;
+  }
+}
+
+// What is staged of x: a number of one channel, or two 16-bit numbers of neighbouring channels in a word.
+template <typename T>
+struct Staged {
+  using Element = T;
+  static constexpr int kChannels = 1;
+};
+template <>
+struct Staged<__half> {
+  using Element = uint32_t;
+  static constexpr int kChannels = 2;
+};
+template <>
+struct Staged<__nv_bfloat16> : Staged<__half> {};
+
+// staged[plane, slot] of `planes` planes under one row of taps, from channel first_channel on; 0 outside the image and
+// beyond the last channel. Numbers of 4 and more bytes are on their way until the copies are waited for.
+template <int kThreads, typename T, typename Element = typename Staged<T>::Element>
+__device__ __forceinline__ void stage_rows(const T* __restrict__ x, const PacConv2dTiling& tiling,
+                                           const TilePlace& place, int tap_row, int first_channel, int planes,
+                                           int plane_stride, Element* staged) {
+  const int first_column = tiling.horizontal.position(place.column, 0);
+  const int64_t pixels = tiling.pixels();
+  const T* const image = x + place.image * tiling.channels * pixels;
+  for (int line = threadIdx.x / kWarpThreads; line < planes << tiling.rows_log2; line += kThreads / kWarpThreads) {
+    const int plane = line >> tiling.rows_log2, row = line & (tiling.rows() - 1);
+    const int channel = first_channel + plane * Staged<T>::kChannels;
+    const int input_row = tiling.vertical.position(place.row + row, tap_row);
+    const bool row_inside = input_row >= 0 && input_row < tiling.vertical.size;
+    const T* const source =
+        image + (row_inside && channel < tiling.channels
+                     ? channel * pixels + static_cast<int64_t>(input_row) * tiling.horizontal.size
+                     : 0);
+    Element* const destination = staged + plane * plane_stride + row * tiling.span;
+    for (int slot = threadIdx.x % kWarpThreads; slot < tiling.span; slot += kWarpThreads) {
+      const int column =
+          first_column + (tiling.segmented ? tiling.row_of(slot) * tiling.horizontal.dilation +
+                                                 tiling.column_of(slot) * tiling.horizontal.stride
+                                           : slot);
+      const bool inside = row_inside && column >= 0 && column < tiling.horizontal.size;
+      if constexpr (Staged<T>::kChannels == 1) {
+        const bool exists = inside && channel < tiling.channels;
+        copy_async<sizeof(T)>(destination + slot, exists ? source + column : x, exists);
+      } else {
+        const auto* const bits = reinterpret_cast<const uint16_t*>(source);
+        const uint32_t low = inside && channel < tiling.channels ? bits[column] : 0;
+        const uint32_t high = inside && channel + 1 < tiling.channels ? bits[pixels + column] : 0;
+        destination[slot] = low | high << 16;
+      }
+    }
+  }
+}
+
+// The end of a sum: y = residual + alpha · round(sum + bias). y and residual, which may be the same, are of type T, or
+// of float32 where `wide`.
+template <typename T>
+struct PacConv2dEpilogue {
+  using A = AccumulateType<T>;
+
+  const T* bias;
+  const void* residual;
+  void* y;
+  A alpha;
+  A quantum;
+  A inverse;
+  bool wide;
+
+  PacConv2dEpilogue(const PacConv2dForward& arguments, bool wide)
+      : bias(static_cast<const T*>(arguments.bias)),
+        residual(arguments.residual),
+        y(arguments.y),
+        alpha(A(arguments.alpha)),
+        quantum(A(arguments.quantum)),
+        inverse(arguments.quantum == 0 ? A(0) : A(1 / arguments.quantum)),
+        wide(wide) {}
+
+  __device__ A bias_of(int channel) const { return bias == nullptr ? A(0) : static_cast<A>(bias[channel]); }
+
+  __device__ void store(A sum_and_bias, int64_t offset) const {
+    const A value = alpha * (quantum == 0 ? sum_and_bias : round_to_multiple(sum_and_bias, quantum, inverse));
+    if constexpr (sizeof(T) < sizeof(A)) {
+      if (!wide) return add<T>(value, offset);
+    }
+    add<A>(value, offset);
+  }
+
+ private:
+  template <typename R>
+  __device__ void add(A value, int64_t offset) const {
+    if (residual != nullptr) value = static_cast<A>(static_cast<const R*>(residual)[offset]) + value;
+    static_cast<R*>(y)[offset] = R(value);
+  }
+};
+
+}  // namespace restoration
