@@ -25,7 +25,17 @@ OUTPUT_INIT_SCALE = 0.1  # 22 residual sums deep, outputs of unit scale would le
 
 def round_to_quantum(x: Tensor) -> Tensor:
     """Rounds to the nearest multiple of STREAM_QUANTUM; the gradient passes straight through."""
-    return x + (torch.round(x.detach() / STREAM_QUANTUM) * STREAM_QUANTUM - x.detach())
+    return _RoundToQuantum.apply(x)
+
+
+class _RoundToQuantum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return (x / STREAM_QUANTUM).round_().mul_(STREAM_QUANTUM)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient
 
 
 class DualPoolingChannelAttention(nn.Module):

@@ -12,7 +12,7 @@ from restoration.blocks import STREAM_LIMIT
 from restoration.config import TrainingConfig
 from restoration.flow import ReversibleNetwork
 from restoration.losses import ReconstructionLoss
-from restoration.whitening import transfer_statistics
+from restoration.whitening import moments, transfer_moments
 
 # Far apart, so that no two runs of neighbouring seeds share the anchors of a step.
 SEED_STRIDE = 1_000_003
@@ -44,11 +44,12 @@ class TrainingStep(nn.Module):
 
     def forward(self, degraded: Tensor, reference: Tensor, generator: torch.Generator) -> StepResult:
         content, style = self.network.encode(degraded), self.network.encode(reference)
-        recoloured = transfer_statistics(content, style)
+        own = moments(content)
+        recoloured = transfer_moments(content, own, moments(style))
         size = degraded.shape[-2:]
         result = self.network.decode(recoloured.z, size)
         encoded_result = self.network.encode(result)
-        returned = transfer_statistics(encoded_result, content)
+        returned = transfer_moments(encoded_result, moments(encoded_result), own)
         cycled = self.network.decode(returned.z, size)
         return StepResult(
             losses=self.losses(degraded, reference, result, cycled, generator),

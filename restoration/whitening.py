@@ -6,7 +6,7 @@ factors are in float64: whitening a nearly grey painting divides by standard dev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor
 RIDGE_LADDER = (1e-6, 1e-4, 1e-2, 1.0)
 # Variance of half a stream quantum: below it, spread is the rounding's own, and a flat picture has trace 0.
 RIDGE_FLOOR = 2.0**-34
-# Pixels converted to float64 at a time: 32 channels of them are 64 MB, whatever the picture's size.
-CHUNK = 1 << 18
+# Pixels converted to float64 at a time: 32 channels of them are 16 MB, whatever the picture's size.
+CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -42,21 +42,53 @@ class Transfer:
 
 
 def moments(z: Tensor, mask: Tensor | None = None) -> Moments:
-    """Mean and covariance over the pixels of z [B,C,H,W]; mask [B,H,W] or [H,W], bool, restricts them to a region."""
-    B, C = z.shape[:2]
-    values = z.flatten(2)
-    weights = torch.ones(B, 1, values.shape[2], dtype=torch.float64, device=z.device)
-    if mask is not None:
-        weights = weights * mask.expand(B, *z.shape[2:]).reshape(B, 1, -1)
-    total = weights.sum(2).clamp_min(1.0)
+    """Mean and covariance over the pixels of z [B,C,H,W]; mask [B,H,W] or [H,W], bool, restricts them to a region.
 
-    pieces = list(zip(values.split(CHUNK, 2), weights.split(CHUNK, 2), strict=True))
-    mean = sum((piece.double() * weight).sum(2) for piece, weight in pieces) / total
-    covariance = z.new_zeros(B, C, C, dtype=torch.float64)
-    for piece, weight in pieces:
-        centred = piece.double() - mean[..., None]
-        covariance = covariance + torch.matmul(centred * weight, centred.transpose(1, 2))
-    return Moments(mean, covariance / total[..., None])
+    Differentiable once, and only z is kept for it.
+    """
+    weights = None if mask is None else mask.expand(z.shape[0], *z.shape[2:]).flatten(1)[:, None].double()
+    return Moments(*_Moments.apply(z, weights))
+
+
+class _Moments(torch.autograd.Function):
+    """Weighted mean and covariance of z [B,C,H,W], weights [B,1,H·W]; in float64, CHUNK pixels at a time."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        B, C = z.shape[:2]
+        count = z[0, 0].numel() if weights is None else weights.sum(2).clamp_min(1.0)[..., None]
+        total = z.new_zeros(B, C, 1, dtype=torch.float64)
+        for piece, weight in _pieces(z, weights):
+            total += (piece if weight is None else piece * weight).sum(2, keepdim=True)
+        mean = total / count
+        covariance = z.new_zeros(B, C, C, dtype=torch.float64)
+        for piece, weight in _pieces(z, weights):
+            piece -= mean
+            covariance.baddbmm_(piece if weight is None else piece * weight, piece.transpose(1, 2))
+        ctx.save_for_backward(z, weights, mean)
+        ctx.count = count
+        return mean[..., 0], covariance / count
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_mean: Tensor, grad_covariance: Tensor) -> tuple[Tensor, None]:
+        z, weights, mean = ctx.saved_tensors
+        # The covariance's gradient through the mean is a sum of deviations from it, which is zero.
+        symmetric = (grad_covariance + grad_covariance.transpose(1, 2)) / ctx.count
+        shift = grad_mean[..., None] / ctx.count - torch.bmm(symmetric, mean)
+        parts = []
+        for piece, weight in _pieces(z, weights):
+            part = torch.baddbmm(shift, symmetric, piece)
+            parts.append((part if weight is None else part * weight).to(z.dtype))
+        return torch.cat(parts, 2).reshape(z.shape), None
+
+
+def _pieces(z: Tensor, weights: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Copies in float64 of z [B,C,·], CHUNK pixels at a time, each with its part of the weights."""
+    values = z.flatten(2)
+    for start in range(0, values.shape[2], CHUNK):
+        part = slice(start, start + CHUNK)
+        yield values[..., part].to(torch.float64, copy=True), None if weights is None else weights[..., part]
 
 
 def blend(parts: Sequence[Moments], weights: Sequence[float]) -> Moments:
@@ -75,7 +107,8 @@ def blend(parts: Sequence[Moments], weights: Sequence[float]) -> Moments:
 def regularised_cholesky(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """Lower factor of covariance + ridge [B,C,C] and the index [B] of the first rung of RIDGE_LADDER that factors it.
 
-    The rung is found without gradient and without asking the device to wait.
+    A covariance that is not finite, which no rung factors, gives a factor of NaN and the index len(RIDGE_LADDER). The
+    rung is found without gradient and without asking the device to wait.
     """
     C = covariance.shape[-1]
     identity = torch.eye(C, dtype=covariance.dtype, device=covariance.device)
@@ -89,7 +122,9 @@ def regularised_cholesky(covariance: Tensor) -> tuple[Tensor, Tensor]:
             ridge = torch.where(works, RIDGE_LADDER[index], ridge)
             rung = torch.where(works, index, rung)
     regularised = covariance + (ridge * scale + RIDGE_FLOOR)[:, None, None] * identity
-    return torch.linalg.cholesky_ex(regularised).L, rung
+    factor, info = torch.linalg.cholesky_ex(regularised)
+    failed = info != 0
+    return factor.masked_fill(failed[:, None, None], torch.nan), rung.masked_fill(failed, len(RIDGE_LADDER))
 
 
 def transfer_moments(z: Tensor, content: Moments, style: Moments, strength: float = 1.0) -> Transfer:

@@ -94,6 +94,15 @@ def test_an_indefinite_covariance_climbs_the_ladder_and_says_so():
     assert factor.isfinite().all()
 
 
+def test_what_no_ridge_factors_is_counted_and_gives_nan():
+    """Garbage in place of NaN would be trained on."""
+    covariance = torch.eye(3, dtype=torch.float64).repeat(2, 1, 1)
+    covariance[1, 2, 2] = float("inf")
+    factor, rung = regularised_cholesky(covariance)
+    assert rung.tolist() == [0, len(RIDGE_LADDER)]
+    assert factor[0].isfinite().all() and factor[1].isnan().all()
+
+
 def test_gradients_stay_finite_on_the_ladder():
     z = torch.full((1, 4, 3, 3), 0.5, requires_grad=True)
     style = encoded(5, 5, channels=4).float().requires_grad_()
@@ -102,9 +111,12 @@ def test_gradients_stay_finite_on_the_ladder():
     assert style.grad.isfinite().all()
 
 
-def test_gradcheck():
+def test_gradcheck(monkeypatch):
+    monkeypatch.setattr("restoration.whitening.CHUNK", 7)  # leaves a rest
     content, style = (encoded(4, 5, channels=3, seed=seed).requires_grad_() for seed in (0, 1))
     assert torch.autograd.gradcheck(lambda a, b: transfer_statistics(a, b).z, (content, style))
+    mask = torch.arange(20).reshape(4, 5) % 3 > 0
+    assert torch.autograd.gradcheck(lambda z: tuple(vars(moments(z, mask)).values()), (content,))
 
 
 def test_several_references_blend_their_moments():
