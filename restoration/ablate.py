@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import mean, variance
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from scipy.stats import t as students_t
 
@@ -21,6 +22,7 @@ from restoration.data import Pair
 from restoration.errors import UserError
 from restoration.evaluate import NETWORK, choose_methods, evaluate, pair_cases
 from restoration.evaluation_report import aligned_table, summarise
+from restoration.files import write_whole
 from restoration.train import newest_checkpoint, train
 from restoration.vgg import VGG19Features
 
@@ -115,9 +117,9 @@ def _evaluated(folder: Path, pairs: list[Pair], features: VGG19Features, size: i
             return stored["summary"]
     methods = choose_methods(load_network(checkpoint).to(device), device, baselines=False)
     evaluations = evaluate(pair_cases(pairs, size), methods, features)
-    summary = summarise(list(track(evaluations, "evaluating", total=len(pairs))))
+    summary = summarise(list(track(evaluations, "evaluating", total=len(pairs), console=Console(stderr=True))))
     means = {style: rows[NETWORK] for style, rows in summary.items()}
-    scores.write_text(json.dumps({"subject": subject, "summary": means}, indent=2) + "\n")
+    write_whole(scores, json.dumps({"subject": subject, "summary": means}, indent=2).encode() + b"\n")
     return means
 
 

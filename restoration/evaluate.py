@@ -24,6 +24,7 @@ from restoration.metrics import (
     measure_results,
     newly_clipped,
     structural_similarity_index,
+    tint_difference,
 )
 from restoration.reconstruct import recolour
 from restoration.samples import SAMPLE_SEEDS, SMALLEST_SIDE, draw_painting, fade
@@ -139,7 +140,8 @@ def _recolouring(network: ReversibleNetwork, device: torch.device) -> Method:
 def evaluate(cases: Iterator[Case], methods: dict[str, Method], features: VGG19Features | None) -> Iterator[Evaluation]:
     """Recolours case after case by every method and scores the results.
 
-    Without an original: SSIM to the degraded painting, Gram losses to the reference (features: `vgg.metric_features`).
+    Without an original: SSIM to the degraded painting, Gram losses (features: `vgg.metric_features`) and tint to the
+    reference.
     With one: CIEDE2000 and SSIM to the original.
     """
     for case in cases:
@@ -157,7 +159,10 @@ def _score(case: Case, results: list[Tensor], features: VGG19Features | None) ->
     if case.original is None:
         device = next(features.buffers()).device
         degraded, reference, *moved = (picture.to(device) for picture in (case.degraded, case.reference, *results))
-        scores = [metrics.to_dict() for metrics in measure_results(degraded, reference, moved, features)]
+        scores = [
+            metrics.to_dict() | {"tint": tint_difference(reference, result)}
+            for metrics, result in zip(measure_results(degraded, reference, moved, features), moved, strict=True)
+        ]
     else:
         scores = [
             {

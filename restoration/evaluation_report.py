@@ -20,6 +20,7 @@ COLUMNS = {
     "ssim": ("SSIM", ".3f"),
     "gram": ("Gram", ",.0f"),
     "relative_gram": ("relative Gram", ".3f"),
+    "tint": ("tint", ".1f"),
     "ciede2000": ("CIEDE2000", ".2f"),
     "nearer": ("nearer", ".0%"),
     "clipped": ("clipped", ".2%"),
@@ -27,9 +28,10 @@ COLUMNS = {
     "finite": ("finite", ".0%"),
 }
 CAPTION = (
-    "SSIM: 1 is best; Gram losses and CIEDE2000: 0 is best. Means over the pairs; nearer: share of pairs that came "
-    "nearer to their goal than the untouched painting; clipped: share of pixels newly at 0 or 255, mean and worst "
-    f"pair; surpassed: the {NETWORK} came nearer to the goal at no lower SSIM."
+    "SSIM: 1 is best; Gram losses, tint (distance of the mean a*, b* of CIELAB) and CIEDE2000: 0 is best. Means over "
+    "the pairs; nearer: share of pairs with a lower relative Gram loss, or CIEDE2000, than the untouched painting; "
+    "clipped: share of pixels newly at 0 or 255, mean and worst pair; finite: share of pairs; surpassed: the network "
+    "is lower in relative Gram loss, or CIEDE2000, at no lower SSIM."
 )
 
 Summary = dict[str, dict[str, dict[str, float | bool]]]

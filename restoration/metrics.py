@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from skimage.color import deltaE_ciede2000, rgb2lab
@@ -61,6 +62,12 @@ def colour_difference(first: Tensor, second: Tensor) -> float:
     """CIEDE2000 between pictures [3,H,W] in [0,1] of one size, mean over pixels: 0 is best, 1 is just noticeable."""
     first, second = (rgb2lab(image.double().cpu().numpy(), channel_axis=0) for image in (first, second))
     return float(deltaE_ciede2000(first, second, channel_axis=0).mean())
+
+
+def tint_difference(first: Tensor, second: Tensor) -> float:
+    """Distance between the mean a*, b* (CIELAB) of two pictures [3,H,W] of any sizes: 0 is best."""
+    first, second = (rgb2lab(image.double().cpu().numpy(), channel_axis=0).mean((1, 2)) for image in (first, second))
+    return float(np.hypot(*(first - second)[1:]))
 
 
 def newly_clipped(degraded: Tensor, result: Tensor) -> float:

@@ -103,7 +103,7 @@ def test_evaluate(workshop, tmp_path, capsys, monkeypatch):
     assert code == 0 and "ink" in out and "green" in out
     report = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert report["summary"]["all"]["network"]["pairs"] == 2
-    assert {"ssim", "gram", "relative_gram", "clipped"} == report["pairs"][0]["scores"]["network"].keys()
+    assert {"ssim", "gram", "relative_gram", "tint", "clipped"} == report["pairs"][0]["scores"]["network"].keys()
     assert report["pairs"][0]["scores"]["untouched"]["ssim"] == 1
     assert (tmp_path / "out" / "table.md").read_text().splitlines()[0] in out
     assert Image.open(tmp_path / "out" / "contact_sheet.png").width > 500

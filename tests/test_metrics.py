@@ -13,6 +13,7 @@ from restoration.metrics import (
     measure,
     newly_clipped,
     structural_similarity_index,
+    tint_difference,
 )
 from restoration.vgg import metric_features
 
@@ -83,6 +84,15 @@ def test_ciede2000_of_greys_is_its_lightness_term():
     middle = ((lightness(0.5) + lightness(0.6)) / 2 - 50) ** 2
     weight = 1 + 0.015 * middle / (20 + middle) ** 0.5
     assert colour_difference(dark, light) == pytest.approx((lightness(0.6) - lightness(0.5)) / weight, abs=0.01)
+
+
+def test_tint_ignores_lightness_and_size():
+    """sRGB red is at a* = 80.1, b* = 67.2 (CIELAB under D65); greys have neither."""
+    grey, light = torch.full((3, 4, 4), 0.3), torch.full((3, 2, 7), 0.9)
+    red = torch.zeros(3, 5, 5)
+    red[0] = 1
+    assert tint_difference(grey, light) < 0.01
+    assert tint_difference(light, red) == pytest.approx(np.hypot(80.1, 67.2), abs=0.1)
 
 
 def test_newly_clipped_counts_pixels_that_eight_bits_store_as_an_extreme():
