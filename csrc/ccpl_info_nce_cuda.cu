@@ -8,6 +8,7 @@
 #include <cfloat>
 
 #include "ccpl.h"
+#include "ccpl_info_nce_matrix.cuh"
 #include "common.cuh"
 
 namespace restoration {
@@ -269,6 +270,12 @@ void launch_info_nce_forward(const InfoNceForward& arguments, const InfoNceSizes
   dispatch_cuda_dtype("info_nce", dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
     using A = AccumulateType<T>;
+    if constexpr (sizeof(T) == 2) {
+      if (fits_matrix_kernels(arguments.query, arguments.key, sizes)) {
+        const auto launch = sizes.width <= 64 ? launch_matrix_forward<T, 64> : launch_matrix_forward<T, 128>;
+        return launch(arguments, sizes, temperature, static_cast<cudaStream_t>(stream));
+      }
+    }
     LAUNCH(info_nce_forward_kernel<T>, grid_of(sizes, 1), dim3(kThreads), 0, static_cast<cudaStream_t>(stream),
            static_cast<const T*>(arguments.query), static_cast<const T*>(arguments.key),
            static_cast<A*>(arguments.loss), static_cast<A*>(arguments.log_sum), sizes, A(1 / temperature));
@@ -280,6 +287,12 @@ void launch_info_nce_backward(const InfoNceBackward& arguments, const InfoNceSiz
   if (sizes.batch == 0) return;
   dispatch_cuda_dtype("info_nce", dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
+    if constexpr (sizeof(T) == 2) {
+      if (fits_matrix_kernels(arguments.query, arguments.key, sizes)) {
+        const auto launch = sizes.width <= 64 ? launch_matrix_backward<T, 64> : launch_matrix_backward<T, 128>;
+        return launch(arguments, sizes, temperature, static_cast<cudaStream_t>(stream));
+      }
+    }
     // Wide rows are cut into columns of 128, and the logits made again for each.
     const auto launch = sizes.width <= 4 * kSide ? launch_backward<T, 4> : launch_backward<T, 8>;
     launch(arguments, sizes, temperature, static_cast<cudaStream_t>(stream));

@@ -19,15 +19,14 @@ def test_address():
         _launch.address(tensor.T)
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 1237, 1171)], ids=["small", "large"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_fill_with_zeros(shape, dtype):
-    tensor = torch.full((2, *shape), torch.nan, dtype=dtype)
+@pytest.mark.parametrize("shape", [(2, 3, 5), (2, 1450, 1450)], ids=["small", "large"])
+def test_fill_with_zeros(shape):
+    tensor = torch.full(shape, torch.nan, dtype=torch.float64)
     _launch.fill_with_zeros(tensor)
-    assert (tensor.shape, tensor.dtype) == ((2, *shape), dtype)
+    assert (tensor.shape, tensor.dtype) == (shape, torch.float64)
     assert not tensor.any()
     tensor[-1, -1] = 7
-    assert tensor.sum(dtype=torch.float64) == 7 * tensor[-1, -1].numel()
+    assert tensor.sum() == 7 * shape[-1]
 
 
 @pytest.mark.skipif(EXTENSION is None, reason=str(REASON))

@@ -22,7 +22,12 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 # Kernels that touch every pixel: a spilled register costs memory traffic, which is all that their time is made of.
 HOT_KERNELS = {
     "ccpl_cuda.cu": ["neighbor_difference_forward_kernel", "neighbor_difference_backward_kernel"],
-    "ccpl_info_nce_cuda.cu": ["info_nce_forward_kernel", "info_nce_backward_kernel"],
+    "ccpl_info_nce_cuda.cu": [
+        "info_nce_forward_kernel",
+        "info_nce_backward_kernel",
+        "info_nce_forward_matrix_kernel",
+        "info_nce_backward_matrix_kernel",
+    ],
     "dual_pool_attention_cuda.cu": [
         "dual_pool_attention_forward_reduce_kernel",
         "dual_pool_attention_forward_scale_kernel",

@@ -45,6 +45,23 @@ def test_info_nce_of_any_width(width, order):  # noqa: F811
 
 
 @both_orders
+@pytest.mark.parametrize("shape", [(2, 131, 40), (5, 65, 64), (1, 150, 72), (1, 129, 128), (1, 1, 8)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_info_nce_on_tensor_cores(shape, dtype, order):  # noqa: F811
+    """Rows and keys that end in the middle of a tile, widths that end in the middle of a fragment."""
+    query, key = torch.nn.functional.normalize(torch.randn(2, *shape, dtype=torch.float64), dim=-1).to(dtype)
+    arguments = {"query": query, "key": key}
+    ours, plain = (
+        compare.differentiate(compare.public("info_nce", backend), arguments, ("query",))
+        for backend in ("cuda", "reference")
+    )
+    exact = compare.differentiate(
+        compare.public("info_nce", "reference"), compare.convert(arguments, torch.float64, "cpu"), ("query",)
+    )
+    compare.judge_all(ours, exact, plain)
+
+
+@both_orders
 @pytest.mark.parametrize("deterministic", [True, False], ids=["sorted", "atomic"])
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "nchw"])
 def test_repeated_places_accumulate(deterministic, channels_last, order):  # noqa: F811

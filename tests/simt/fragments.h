@@ -1,5 +1,6 @@
-// What csrc/matrix_fragments.cuh writes in PTX: rounding to tf32, packing, and the product of fragments, in which every
-// lane takes the operands that it needs from the lanes that hold them. The products are exact, their sum float32.
+// What csrc/matrix_fragments.cuh and matrix_loads.cuh write in PTX: rounding to tf32, packing, the product of fragments,
+// in which every lane takes the operands that it needs from the lanes that hold them, and the loads of matrices whose
+// rows the lanes name to each other. The products are exact, their sum float32.
 #pragma once
 
 #include "sixteen_bit.h"
@@ -70,6 +71,23 @@ void matrix_product(T, float (&sums)[4], const uint32_t (&left)[4], const uint32
       for (int number = 0; number < simt::Operand<T>::kCount; ++number) {
         sums[place] += simt::Operand<T>::number(left_word, number) * simt::Operand<T>::number(right_word, number);
       }
+    }
+  }
+}
+
+template <bool kTransposed>
+void load_matrices(uint32_t (&words)[4], const void* row) {
+  const uint64_t own = reinterpret_cast<uintptr_t>(row);
+  if (own % 16 != 0) simt::fail("load_matrices of a misaligned address", *simt::block().current);
+  simt::meet("load_matrices", 0xffffffff, own);
+  const int group = simt::lane() / 4, pair = simt::lane() % 4 * 2;
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    words[matrix] = 0;
+    for (int place = 0; place < 2; ++place) {
+      const int number_row = kTransposed ? pair + place : group;
+      const int column = kTransposed ? group : pair + place;
+      const auto* numbers = reinterpret_cast<const uint16_t*>(simt::received(0xffffffff, matrix * 8 + number_row));
+      words[matrix] |= uint32_t{numbers[column]} << 16 * place;
     }
   }
 }
