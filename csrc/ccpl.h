@@ -32,9 +32,9 @@ struct NeighborDifferenceForward {
   void* y;
 };
 
-// grad_y [B,8N,C]; grad_x as x, full of zeros. Sorted: places [9N] ascend, and order [9N] names the entry of each; every
-// place is then written once, by whoever owns its first entry. A null order, of the CUDA launcher alone and for float32
-// and float64: entries as they come, added atomically.
+// grad_y [B,8N,C]; grad_x as x, full of zeros. Sorted: places [9N] ascend, and order [9N] names the entry of each;
+// every place is then written once, by whoever owns its first entry. A null order, of the CUDA launcher alone and for
+// float32 and float64: entries as they come, added atomically.
 struct NeighborDifferenceBackward {
   const void* grad_y;
   const int64_t* places;

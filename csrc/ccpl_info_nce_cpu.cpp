@@ -109,8 +109,8 @@ HOST_DEVICE VectorOf<A> exp(VectorOf<A> x) {
   return sum * scale;
 }
 
-// out[row, 0..kPanel) (+)= sum over d of left[row, d] · panel[d, 0..kPanel), for kTileRows rows. What was there is added
-// last, for the sake of rounding.
+// out[row, 0..kPanel) (+)= sum over d of left[row, d] · panel[d, 0..kPanel), for kTileRows rows. What was there is
+// added last, for the sake of rounding.
 template <typename A, bool kAdd>
 HOST_DEVICE void multiply_tile(const A* left, int64_t left_stride, const A* panel, int64_t depth, A* out,
                                int64_t out_stride) {

@@ -111,7 +111,7 @@ __device__ __forceinline__ void load_query(const T* __restrict__ query, const In
   }
 }
 
-// Calls work(tile, first key) for every kTileKeys keys, with zeros after the last one. All threads of the block call it.
+// Calls work(tile, first key) for every kTileKeys keys, with zeros after the last one. All threads of a block call it.
 template <int kDepth, typename T, typename Work>
 __device__ __forceinline__ void for_each_key_tile(const T* __restrict__ key, const InfoNceSizes& sizes, Work work) {
   using Shape = MatrixShape<kDepth>;

@@ -1,7 +1,7 @@
 // Loads from shared memory that make fragments: four matrices of 8 x 8 numbers of 16 bits in one instruction (PTX ISA,
-// "ldmatrix"). Lane l says where row l % 8 of matrix l / 8 begins, at a multiple of 16 bytes. As words[i] it gets numbers
-// l % 4 · 2 and the next of row l / 4 of matrix i; transposed, of column l / 4. All lanes of a warp call it together.
-// Needs compute capability 7.5.
+// "ldmatrix"). Lane l says where row l % 8 of matrix l / 8 begins, at a multiple of 16 bytes. As words[i] it gets, of
+// row l / 4 of matrix i, number l % 4 · 2 and the next; transposed, of column l / 4. All lanes of a warp call it
+// together. Needs compute capability 7.5.
 #pragma once
 
 #include "common.cuh"

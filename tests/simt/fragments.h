@@ -1,6 +1,6 @@
-// What csrc/matrix_fragments.cuh and matrix_loads.cuh write in PTX: rounding to tf32, packing, the product of fragments,
-// in which every lane takes the operands that it needs from the lanes that hold them, and the loads of matrices whose
-// rows the lanes name to each other. The products are exact, their sum float32.
+// What csrc/matrix_fragments.cuh and matrix_loads.cuh write in PTX: rounding to tf32, packing, the product of
+// fragments, in which every lane takes the operands that it needs from the lanes that hold them, and the loads of
+// matrices whose rows the lanes name to each other. The products are exact, their sum float32.
 #pragma once
 
 #include "sixteen_bit.h"
