@@ -5,25 +5,21 @@
 // Read: query and key, packed once into panels. Saved: log_sum. Scratch memory: the panels, 2·B·S·D numbers at most.
 
 #include <limits>
-#include <type_traits>
 
 #include "ccpl.h"
-#include "common_cpu.h"
+#include "vectors_cpu.h"
 
 namespace restoration::CPU_ISA {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
 constexpr int kPanelVectors = 4;  // with kTileRows 24 sums, 4 columns and a factor: 29 of the 32 registers
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-constexpr int kPanelVectors = 2;  // 12 sums, 2 columns and a factor: 15 of 16 registers
 #else
-constexpr int kVectorBytes = 16;
-constexpr int kPanelVectors = 2;
+constexpr int kPanelVectors = 2;  // 12 sums, 2 columns and a factor: 15 of 16 registers
 #endif
 constexpr int kTileRows = 6;
+template <typename A>
+constexpr int64_t kPanel = kPanelVectors * kLanes<A>;
 
 // Rows of a thread's block, whole tiles: enough to use a chunk of keys many times while it is in the L2 cache, few
 // enough that 512 rows, those of 64 anchors, occupy six threads.
@@ -38,88 +34,16 @@ constexpr int64_t kChunkColumns = 128;
 // Below this many products the threads take longer to wake.
 constexpr int64_t kParallelProducts = int64_t{1} << 18;
 
-template <typename A>
-struct Lanes {
-  static constexpr int kCount = kVectorBytes / sizeof(A);
-  static constexpr int64_t kPanel = kPanelVectors * kCount;
-  using Integer = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
-  typedef A Vector __attribute__((vector_size(kVectorBytes)));
-  typedef Integer Integers __attribute__((vector_size(kVectorBytes)));
-};
-
-template <typename A>
-using VectorOf = typename Lanes<A>::Vector;
-
-template <typename A>
-HOST_DEVICE VectorOf<A> load(const A* source) {
-  VectorOf<A> vector;
-  std::memcpy(&vector, source, sizeof(vector));
-  return vector;
-}
-
-template <typename A>
-HOST_DEVICE void store(A* destination, VectorOf<A> vector) {
-  std::memcpy(destination, &vector, sizeof(vector));
-}
-
-template <typename A>
-struct ExpConstants;
-template <>
-struct ExpConstants<float> {
-  static constexpr float kLowest = -87.0f;           // exp of less is not a normal number: taken as exp(kLowest), 1e-38
-  static constexpr float kLog2High = 0.693359375f;   // 9 bits of ln 2: its products with integers are exact
-  static constexpr float kLog2Low = -2.12194440e-4f;
-  static constexpr float kRound = 12582912.0f;       // 1.5·2^23: adding it rounds to an integer, kept in the last bits
-  static constexpr int kFractionBits = 23;
-  static constexpr int kExponentBias = 127;
-  static constexpr int kTerms = 8;                   // the rest of the series is below 0.35^8/8! = 5e-9
-};
-template <>
-struct ExpConstants<double> {
-  static constexpr double kLowest = -708.0;
-  static constexpr double kLog2High = 6.93145751953125e-1;  // 20 bits
-  static constexpr double kLog2Low = 1.42860682030941723212e-6;
-  static constexpr double kRound = 6755399441055744.0;  // 1.5·2^52
-  static constexpr int kFractionBits = 52;
-  static constexpr int kExponentBias = 1023;
-  static constexpr int kTerms = 14;  // 0.35^14/14! = 5e-18
-};
-
-// exp(x) for x up to about 0, within 2 units in the last place; NaN stays NaN. 2^n · exp(r), |r| <= ln(2)/2.
-template <typename A>
-HOST_DEVICE VectorOf<A> exp(VectorOf<A> x) {
-  using Constants = ExpConstants<A>;
-  using Integers = typename Lanes<A>::Integers;
-  const VectorOf<A> lowest = VectorOf<A>{} + Constants::kLowest;
-  x = x < lowest ? lowest : x;
-  const VectorOf<A> shifted = x * A(1.44269504088896340736) + Constants::kRound;
-  const VectorOf<A> power = shifted - Constants::kRound;
-  const VectorOf<A> rest = x - power * Constants::kLog2High - power * Constants::kLog2Low;
-  // Taylor's series by Horner: 1 + r/1·(1 + r/2·(1 + ...)), its coefficients 1/k! computed at compile time.
-  A coefficient[Constants::kTerms];
-  coefficient[0] = 1;
-  for (int term = 1; term < Constants::kTerms; ++term) coefficient[term] = coefficient[term - 1] / A(term);
-  VectorOf<A> sum = VectorOf<A>{} + coefficient[Constants::kTerms - 1];
-  for (int term = Constants::kTerms - 2; term >= 0; --term) sum = sum * rest + coefficient[term];
-  Integers bits;
-  std::memcpy(&bits, &shifted, sizeof(bits));
-  bits = (bits + Constants::kExponentBias) << Constants::kFractionBits;  // kRound's own bits leave at the top
-  VectorOf<A> scale;
-  std::memcpy(&scale, &bits, sizeof(scale));
-  return sum * scale;
-}
-
 // out[row, 0..kPanel) (+)= sum over d of left[row, d] · panel[d, 0..kPanel), for kTileRows rows. What was there is
 // added last, for the sake of rounding.
 template <typename A, bool kAdd>
 HOST_DEVICE void multiply_tile(const A* left, int64_t left_stride, const A* panel, int64_t depth, A* out,
                                int64_t out_stride) {
-  constexpr int kCount = Lanes<A>::kCount;
-  VectorOf<A> sums[kTileRows][kPanelVectors] = {};
+  Vector<A> sums[kTileRows][kPanelVectors] = {};
   for (int64_t step = 0; step < depth; ++step) {
-    VectorOf<A> columns[kPanelVectors];
+    Vector<A> columns[kPanelVectors];
     for (int part = 0; part < kPanelVectors; ++part) {
-      columns[part] = load<A>(panel + step * Lanes<A>::kPanel + part * kCount);
+      columns[part] = load(panel + step * kPanel<A> + part * kLanes<A>);
     }
     for (int row = 0; row < kTileRows; ++row) {
       const A factor = left[row * left_stride + step];
@@ -128,8 +52,8 @@ HOST_DEVICE void multiply_tile(const A* left, int64_t left_stride, const A* pane
   }
   for (int row = 0; row < kTileRows; ++row) {
     for (int part = 0; part < kPanelVectors; ++part) {
-      A* target = out + row * out_stride + part * kCount;
-      store<A>(target, kAdd ? load<A>(target) + sums[row][part] : sums[row][part]);
+      A* target = out + row * out_stride + part * kLanes<A>;
+      store(target, kAdd ? load(target) + sums[row][part] : sums[row][part]);
     }
   }
 }
@@ -139,7 +63,7 @@ template <typename A>
 class Panels {
  public:
   Panels(int64_t depth, int64_t columns, int64_t images)
-      : depth_(depth), panels_(ceil_divide(columns, kPanel)), columns_(columns), data_(images * panels_ * size()) {}
+      : depth_(depth), panels_(ceil_divide(columns, kPanel<A>)), columns_(columns), data_(images * panels_ * size()) {}
 
   // From matrix[step · step_stride + column · column_stride].
   template <typename T>
@@ -147,8 +71,8 @@ class Panels {
     for (int64_t number = 0; number < panels_; ++number) {
       A* target = panel(image, number);
       for (int64_t step = 0; step < depth_; ++step) {
-        for (int64_t place = 0; place < kPanel; ++place) {
-          const int64_t column = number * kPanel + place;
+        for (int64_t place = 0; place < kPanel<A>; ++place) {
+          const int64_t column = number * kPanel<A> + place;
           *target++ = column < columns_ ? static_cast<A>(matrix[step * step_stride + column * column_stride]) : A(0);
         }
       }
@@ -159,8 +83,7 @@ class Panels {
   int64_t count() const { return panels_; }
 
  private:
-  static constexpr int64_t kPanel = Lanes<A>::kPanel;
-  int64_t size() const { return depth_ * kPanel; }
+  int64_t size() const { return depth_ * kPanel<A>; }
 
   int64_t depth_;
   int64_t panels_;
@@ -186,9 +109,8 @@ struct Chunks {
   int64_t count;
 
   explicit Chunks(const InfoNceSizes& sizes) {
-    constexpr int64_t kPanel = Lanes<A>::kPanel;
     const int64_t wanted = std::min(kChunkColumns, kChunkBytes / (sizes.width * int64_t{sizeof(A)}));
-    columns = std::max<int64_t>(1, wanted / kPanel) * kPanel;
+    columns = std::max<int64_t>(1, wanted / kPanel<A>) * kPanel<A>;
     count = ceil_divide(sizes.rows, columns);
   }
 };
@@ -197,16 +119,15 @@ struct Chunks {
 template <typename A>
 HOST_DEVICE void tile_logits(const A* rows, Panels<A>& keys, int64_t image, const InfoNceSizes& sizes, int64_t begin,
                              int64_t columns, A inverse_temperature, A* logits) {
-  constexpr int64_t kPanel = Lanes<A>::kPanel;
-  for (int64_t column = 0; column < columns; column += kPanel) {
-    multiply_tile<A, false>(rows, sizes.width, keys.panel(image, (begin + column) / kPanel), sizes.width,
+  for (int64_t column = 0; column < columns; column += kPanel<A>) {
+    multiply_tile<A, false>(rows, sizes.width, keys.panel(image, (begin + column) / kPanel<A>), sizes.width,
                             logits + column, kChunkColumns);
   }
   const int64_t valid = std::min(columns, sizes.rows - begin);
   for (int row = 0; row < kTileRows; ++row) {
     A* values = logits + row * kChunkColumns;
-    for (int64_t column = 0; column < columns; column += Lanes<A>::kCount) {
-      store<A>(values + column, load<A>(values + column) * inverse_temperature);
+    for (int64_t column = 0; column < columns; column += kLanes<A>) {
+      store(values + column, load(values + column) * inverse_temperature);
     }
     for (int64_t column = valid; column < columns; ++column) values[column] = -std::numeric_limits<A>::infinity();
   }
@@ -214,27 +135,27 @@ HOST_DEVICE void tile_logits(const A* rows, Panels<A>& keys, int64_t image, cons
 
 template <typename A>
 HOST_DEVICE A largest(const A* values, int64_t columns) {
-  VectorOf<A> most = load<A>(values);
-  for (int64_t column = Lanes<A>::kCount; column < columns; column += Lanes<A>::kCount) {
-    const VectorOf<A> next = load<A>(values + column);
+  Vector<A> most = load(values);
+  for (int64_t column = kLanes<A>; column < columns; column += kLanes<A>) {
+    const Vector<A> next = load(values + column);
     most = next > most ? next : most;
   }
   A result = most[0];
-  for (int lane = 1; lane < Lanes<A>::kCount; ++lane) result = std::max(result, A(most[lane]));
+  for (int lane = 1; lane < kLanes<A>; ++lane) result = std::max(result, A(most[lane]));
   return result;
 }
 
 // values = exp(values - shift); their sum.
 template <typename A>
 HOST_DEVICE A exponentiate(A* values, int64_t columns, A shift) {
-  VectorOf<A> sums = {};
-  for (int64_t column = 0; column < columns; column += Lanes<A>::kCount) {
-    const VectorOf<A> term = exp<A>(load<A>(values + column) - shift);
-    store<A>(values + column, term);
+  Vector<A> sums = {};
+  for (int64_t column = 0; column < columns; column += kLanes<A>) {
+    const Vector<A> term = exp_nonpositive<A>(load(values + column) - shift);
+    store(values + column, term);
     sums += term;
   }
   A sum = 0;
-  for (int lane = 0; lane < Lanes<A>::kCount; ++lane) sum += sums[lane];
+  for (int lane = 0; lane < kLanes<A>; ++lane) sum += sums[lane];
   return sum;
 }
 
@@ -271,7 +192,7 @@ void forward(const InfoNceForward& arguments, const InfoNceSizes& sizes, double 
     const int64_t end = std::min(kBlockRows, sizes.rows - first);
     for (int64_t begin = 0; begin < sizes.rows; begin += chunks.columns) {
       const int64_t columns =
-          std::min(chunks.columns, ceil_divide(sizes.rows - begin, Lanes<A>::kPanel) * Lanes<A>::kPanel);
+          std::min(chunks.columns, ceil_divide(sizes.rows - begin, kPanel<A>) * kPanel<A>);
       for (int64_t tile = 0; tile < end; tile += kTileRows) {
         tile_logits(rows.data() + tile * sizes.width, keys, image, sizes, begin, columns, inverse_temperature, logits);
         for (int64_t row = tile; row < tile + kTileRows; ++row) {
@@ -298,7 +219,6 @@ void forward(const InfoNceForward& arguments, const InfoNceSizes& sizes, double 
 template <typename T>
 void backward(const InfoNceBackward& arguments, const InfoNceSizes& sizes, double temperature, int threads) {
   using A = AccumulateType<T>;
-  constexpr int64_t kPanel = Lanes<A>::kPanel;
   const A* grad_loss = static_cast<const A*>(arguments.grad_loss);
   const T* query = static_cast<const T*>(arguments.query);
   const T* key = static_cast<const T*>(arguments.key);
@@ -312,7 +232,7 @@ void backward(const InfoNceBackward& arguments, const InfoNceSizes& sizes, doubl
     keys.pack(image, key + image * sizes.rows * sizes.width, 1, sizes.width);
     key_columns.pack(image, key + image * sizes.rows * sizes.width, sizes.width, 1);
   }
-  const int64_t sum_stride = key_columns.count() * kPanel;
+  const int64_t sum_stride = key_columns.count() * kPanel<A>;
   for_each_block(sizes, threads, [&](int64_t image, int64_t first) {
     Buffer<A> rows(kBlockRows * sizes.width), sums(kBlockRows * sum_stride);
     widen_rows(query + image * sizes.rows * sizes.width, sizes, first, rows.data());
@@ -320,7 +240,7 @@ void backward(const InfoNceBackward& arguments, const InfoNceSizes& sizes, doubl
     alignas(kVectorBytes) A probabilities[kTileRows * kChunkColumns];
     const int64_t end = std::min(kBlockRows, sizes.rows - first);
     for (int64_t begin = 0; begin < sizes.rows; begin += chunks.columns) {
-      const int64_t columns = std::min(chunks.columns, ceil_divide(sizes.rows - begin, kPanel) * kPanel);
+      const int64_t columns = std::min(chunks.columns, ceil_divide(sizes.rows - begin, kPanel<A>) * kPanel<A>);
       for (int64_t tile = 0; tile < end; tile += kTileRows) {
         tile_logits(rows.data() + tile * sizes.width, keys, image, sizes, begin, columns, inverse_temperature,
                     probabilities);
@@ -332,9 +252,9 @@ void backward(const InfoNceBackward& arguments, const InfoNceSizes& sizes, doubl
           if (place >= begin && place < begin + columns) values[place - begin] -= 1;
         }
         for (int64_t number = 0; number < key_columns.count(); ++number) {
-          multiply_tile<A, true>(probabilities, kChunkColumns, key_columns.panel(image, number) + begin * kPanel,
+          multiply_tile<A, true>(probabilities, kChunkColumns, key_columns.panel(image, number) + begin * kPanel<A>,
                                  std::min(columns, sizes.rows - begin),
-                                 sums.data() + tile * sum_stride + number * kPanel, sum_stride);
+                                 sums.data() + tile * sum_stride + number * kPanel<A>, sum_stride);
         }
       }
     }
