@@ -1,10 +1,11 @@
-"""The two operators of the contrastive coherence loss."""
+"""The two operators of the contrastive coherence loss, and the whole of it."""
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.contest import Contest, Rival
-from restoration_kernels import _samples
+from benchmarks.contest import Composite, Contest, Rival
+from restoration_kernels import _samples, sample_neighbors
+from restoration_kernels.ccpl import layer_loss
 
 
 def difference_traffic(features, anchors, **_):
@@ -49,6 +50,50 @@ def nce_sample(rows):
     return _samples.Sample("info_nce", f"{rows}_rows", "series", _samples._info_nce(1, rows, 64))
 
 
+def loss_sample(name, *layers, anchors):
+    """Feature maps of two images, layers of (channels, side), places, and the weights of the projection heads."""
+
+    def make(generator):
+        def normal(*shape):
+            return torch.randn(*shape, generator=generator)
+
+        arguments = {}
+        for number, (C, side) in enumerate(layers):
+            places = sample_neighbors(side, side, anchors, generator=generator)
+            head = [normal(C, C) / C**0.5, normal(C), normal(C // 4, C) / C**0.5, normal(C // 4)]
+            tensors = (normal(1, C, side, side), normal(1, C, side, side), *places, *head)
+            arguments |= {f"{part}_{number}": tensor for part, tensor in zip(LAYER, tensors, strict=True)}
+        return arguments
+
+    return _samples.Sample("ccpl_loss", name, "series", make)
+
+
+# The tensors of one layer. All but the targets and the places are trained.
+LAYER = ("features", "target", "anchors", "neighbors", "weight", "bias", "last_weight", "last_bias")
+TRAINED = [f"{part}_{number}" for number in range(4) for part in ("features", *LAYER[4:])]
+
+
+def whole_loss(backend, **tensors):
+    """ccpl_loss once the anchors are drawn, so that all rivals work at the same places."""
+    layers = [[tensors[f"{part}_{number}"] for part in LAYER] for number in range(len(tensors) // len(LAYER))]
+    return sum(layer_loss(*layer[:4], projection(*layer[4:]), 0.07, backend) for layer in layers)
+
+
+def projection(weight, bias, last_weight, last_bias):
+    """The head that CCPLoss trains for a layer."""
+    return lambda differences: F.linear(F.relu(F.linear(differences, weight, bias)), last_weight, last_bias)
+
+
+def loss_traffic(**tensors):
+    """As for the differences, of both images; parameters are read, and their gradients written."""
+    layers = [[tensors[f"{part}_{number}"] for part in LAYER] for number in range(len(tensors) // len(LAYER))]
+    moved = [difference_traffic(layer[0], layer[2]) for layer in layers]
+    parameters = sum(tensor.nbytes for layer in layers for tensor in layer[4:])
+    forward = sum(traffic["forward"] for traffic in moved)
+    backward = sum(traffic["forward+backward"] for traffic in moved)
+    return {"forward": 2 * forward + parameters, "forward+backward": forward + backward + 2 * parameters}
+
+
 CONTESTS = [
     Contest(
         "neighbor_difference",
@@ -61,6 +106,21 @@ CONTESTS = [
         nce_traffic,
         series=[nce_sample(rows) for rows in (512, 2048, 8192, 32768)],
         rivals=[Rival("cross_entropy", cross_entropy)],
+    ),
+    Composite(
+        "ccpl_loss",
+        loss_traffic,
+        # VGG19's relu1_1, relu2_1, relu3_1 and relu4_1.
+        series=[
+            loss_sample(
+                f"4_layers_of_{side}", (64, side), (128, side // 2), (256, side // 4), (512, side // 8), anchors=64
+            )
+            for side in (128, 256, 512)
+        ],
+        function=whole_loss,
+        parts=("neighbor_difference", "info_nce"),
+        differentiable=TRAINED,
+        quick_sample=loss_sample("small", (16, 12), (32, 9), anchors=5),
     ),
 ]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from compare import KERNELS, public
 
-from restoration_kernels._backend import BACKENDS, OPERATORS
+from restoration_kernels._backend import BACKENDS, OPERATORS, why_not_on
 from restoration_kernels._samples import DIFFERENTIABLE, Sample, samples
 
 DIRECTIONS = ("forward", "forward+backward")
@@ -73,25 +73,43 @@ class Contest:
     @functools.cached_property
     def reference(self):
         """The definition, by which every rival is judged."""
-        return Rival("reference", public(self.operator, "reference"))
+        return Rival("reference", self.by("reference"))
+
+    @property
+    def differentiable(self):
+        """The arguments that gradients are asked for."""
+        return DIFFERENTIABLE.get(self.operator, ())
+
+    def by(self, backend):
+        """The operator as a backend computes it."""
+        return public(self.operator, backend)
+
+    def has(self, backend):
+        """Whether a backend has kernels for it."""
+        return OPERATORS[self.operator].has(backend)
+
+    def why_not(self, backend, arguments):
+        """None if a backend can run this call, else the reason."""
+        return OPERATORS[self.operator].why_not(backend, **arguments)
+
+    def samples(self, quick):
+        """What is measured."""
+        return samples(self.operator, "odd")[:1] if quick else [*samples(self.operator, "model"), *self.series]
 
     def entries(self, device, quick):
         """The benchmarks for a device; quick ones are of one sample for tests."""
-        chosen = samples(self.operator, "odd")[:1] if quick else [*samples(self.operator, "model"), *self.series]
-        directions = DIRECTIONS if self.operator in DIFFERENTIABLE else DIRECTIONS[:1]
+        directions = DIRECTIONS if self.differentiable else DIRECTIONS[:1]
         return [
             Entry(self, rival, sample, dtype, direction, device)
-            for sample in chosen
+            for sample in self.samples(quick)
             for dtype in self.dtypes
             for direction in directions
             for rival in self._everybody(direction, device, quick)
         ]
 
     def _everybody(self, direction, device, quick):
-        def has(backend):
-            return OPERATORS[self.operator].has(backend) and _DEVICES[backend] == device
-
-        kernels = [Rival(backend, public(self.operator, backend)) for backend in KERNELS if has(backend)]
+        here = [backend for backend in KERNELS if self.has(backend) and _DEVICES[backend] == device]
+        kernels = [Rival(backend, self.by(backend)) for backend in here]
         # Generating code takes minutes in all, and shows nothing that a quick run looks for.
         compiler = "aot_eager" if quick else "inductor"
         plain = [rival for rival in self.rivals if rival.compiled]
@@ -108,6 +126,40 @@ class Contest:
     def _buffers(self, direction, arguments):
         """Arguments of a copy that reads and writes the operator's bytes, half of them each."""
         return copy_buffers(self.traffic(**arguments)[direction], _tensors(arguments)[0].device)
+
+
+@dataclass(frozen=True, eq=False)
+class Composite(Contest):
+    """What is made of several operators, as a model calls them.
+
+    Attributes:
+        operator: what the report calls it.
+        function: of a sample's keyword arguments and backend.
+        parts: the operators in it; a backend takes part that has kernels for all of them.
+        differentiable: the arguments that gradients are asked for.
+        quick_sample: for tests.
+    """
+
+    function: Callable = None
+    parts: Sequence[str] = ()
+    differentiable: Sequence[str] = ()
+    quick_sample: Sample = None
+
+    def by(self, backend):
+        """The function with this backend."""
+        return functools.partial(self.function, backend=backend)
+
+    def has(self, backend):
+        """Whether a backend has kernels for all parts."""
+        return all(OPERATORS[part].has(backend) for part in self.parts)
+
+    def why_not(self, backend, arguments):
+        """None if a backend can run here, else the reason."""
+        return why_not_on(backend, _tensors(arguments)[0].device) if backend in KERNELS else None
+
+    def samples(self, quick):
+        """What is measured."""
+        return [self.quick_sample] if quick else self.series
 
 
 @dataclass(frozen=True)
@@ -143,7 +195,7 @@ class Entry:
     @property
     def names(self):
         """The arguments that gradients are asked for."""
-        return DIFFERENTIABLE[self.contest.operator] if self.direction == "forward+backward" else ()
+        return self.contest.differentiable if self.direction == "forward+backward" else ()
 
     @property
     def reference(self):
@@ -157,8 +209,7 @@ class Entry:
 
     def why_not(self, arguments):
         """None if the rival can run here, else the reason."""
-        operator = OPERATORS[self.contest.operator]
-        return operator.why_not(self.rival.name, **arguments) if self.rival.name in BACKENDS else None
+        return self.contest.why_not(self.rival.name, arguments) if self.rival.name in BACKENDS else None
 
     def call(self, arguments):
         """A function of no arguments that works once on prepared ones, waits for the end, and returns what it found.

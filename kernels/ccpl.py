@@ -160,13 +160,15 @@ def ccpl_loss(
     Source: Wu, Zhu, Du, Bai (2022), as used by Sun, Zhang, Wu (2025), doi 10.1038/s40494-025-01595-0, eq. 7.
     """
     counts, projections = _checks.ccpl_loss(features, targets, num_anchors, temperature, projections)
-    layers = zip(features, targets, counts, projections, strict=True)
-    return sum(_layer_loss(*layer, temperature, generator, backend) for layer in layers)
+    total = 0
+    for maps, target, count, projection in zip(features, targets, counts, projections, strict=True):
+        places = sample_neighbors(*maps.shape[2:], count, generator=generator, device=maps.device)
+        total = total + layer_loss(maps, target, *places, projection, temperature, backend)
+    return total
 
 
-def _layer_loss(features, target, num_anchors, projection, temperature, generator, backend):
-    height, width = features.shape[2:]
-    anchors, neighbors = sample_neighbors(height, width, num_anchors, generator=generator, device=features.device)
+def layer_loss(features, target, anchors, neighbors, projection, temperature, backend):
+    """What one layer adds to :func:`ccpl_loss`, at given places."""
 
     def directions(maps):
         # Straight to the operator: places just drawn need no check, for which a GPU would have to be waited for.

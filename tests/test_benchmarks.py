@@ -1,13 +1,15 @@
 """The benchmarks' gate, what they write down, and the report that is made of it."""
 
+import contextlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
-from benchmarks import ROOT, report
-from benchmarks.contest import Contest, Rival
+from benchmarks import ROOT, bench_ccpl, report
+from benchmarks.contest import Composite, Contest, Rival
 from benchmarks.measure import judge
 from restoration_kernels._samples import samples
 
@@ -125,6 +127,18 @@ def test_gate(function, passes):
         else:
             with pytest.raises(AssertionError, match="error"):
                 judge(entry, call)
+
+
+@pytest.mark.parametrize("factor", [1, 1.0001])
+def test_gate_of_what_is_made_of_several_operators(factor):
+    rival = Rival("rival", lambda **tensors: factor * bench_ccpl.whole_loss("cpu", **tensors))
+    (contest,) = (replace(each, rivals=[rival]) for each in bench_ccpl.CONTESTS if isinstance(each, Composite))
+    entries = [entry for entry in contest.entries("cpu", quick=True) if entry.rival in (rival, contest.reference)]
+    assert len(entries) == 4
+    for entry in entries:
+        wrong = entry.rival is rival and factor != 1
+        with pytest.raises(AssertionError, match="error") if wrong else contextlib.nullcontext():
+            judge(entry, entry.call(entry.arguments()))
 
 
 def saved_file(path, *results, out_of_memory=()):
