@@ -58,19 +58,27 @@ class ReconstructionLoss(nn.Module):
 
         Returns scalars named ccp, style, matting and cycle, already weighted. generator draws L_ccp's anchors.
         """
-        with torch.no_grad():
-            targets = self.features(degraded)
-            styles = self.features(reference)
+        targets, style = self._constants(degraded, reference)
         outputs = self.features(result)
 
         losses = {
-            "style": self.weights.style * style_loss(outputs, styles, self.style_distance),
+            "style": self.weights.style * style_loss(outputs, style, self.style_distance),
             "matting": clamped_matting_loss(result, degraded, self.weights.matting),
             "cycle": self.weights.cycle * (cycled - degraded).abs().mean(),
         }
         if self.contrast is not None:
             losses["ccp"] = self.weights.ccp * self._contrastive(outputs, targets, generator)
         return losses
+
+    @torch.no_grad()
+    def _constants(self, degraded: Tensor, reference: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Features of the degraded painting and channel statistics of the reference's, in one batch if sizes agree."""
+        if degraded.shape == reference.shape:
+            both = self.features(torch.cat((degraded, reference)))
+            targets, styles = zip(*(feature.chunk(2) for feature in both), strict=True)
+        else:
+            targets, styles = self.features(degraded), self.features(reference)
+        return list(targets), [channel_statistics(feature) for feature in styles]
 
     def _contrastive(self, outputs: list[Tensor], targets: list[Tensor], generator: torch.Generator | None) -> Tensor:
         """L_ccp, with fewer anchors where a small crop has fewer interior places."""
@@ -85,26 +93,26 @@ class ReconstructionLoss(nn.Module):
         )
 
 
-def style_loss(outputs: list[Tensor], styles: list[Tensor], distance: str = "mse") -> Tensor:
+def style_loss(outputs: list[Tensor], style: list[tuple[Tensor, Tensor]], distance: str = "mse") -> Tensor:
     """L_s (eq. 8): distance of channel means plus that of channel standard deviations, summed over layers.
 
-    'mse' is the mean over channels and batch of the squared difference; 'l2' the batch's mean Euclidean norm, as
-    printed in eq. 8.
+    outputs are features [B,C,H,W], style the channel_statistics of those wanted. 'mse' is the mean over channels and
+    batch of the squared difference; 'l2' the batch's mean Euclidean norm, as printed in eq. 8.
     """
 
-    def difference(output: Tensor, style: Tensor) -> Tensor:
-        delta = output - style
+    def difference(computed: Tensor, wanted: Tensor) -> Tensor:
+        delta = computed - wanted
         return delta.square().mean() if distance == "mse" else delta.norm(dim=1).mean()
 
-    total = outputs[0].new_zeros(())
-    for output, style in zip(outputs, styles, strict=True):
-        for computed, wanted in zip(_channel_statistics(output), _channel_statistics(style), strict=True):
-            total = total + difference(computed, wanted)
-    return total
+    return sum(
+        difference(computed, wanted)
+        for output, statistics in zip(outputs, style, strict=True)
+        for computed, wanted in zip(channel_statistics(output), statistics, strict=True)
+    )
 
 
-def _channel_statistics(feature: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation over pixels, each [B,C]."""
+def channel_statistics(feature: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation over the pixels of [B,C,H,W], each [B,C]."""
     variance, mean = torch.var_mean(feature, dim=(2, 3), correction=0)
     return mean, (variance + VARIANCE_FLOOR).sqrt()
 

@@ -126,43 +126,91 @@ def _checked(
 class VGG19Features(nn.Module):
     """[B,3,H,W] in [0,1] -> features at LAYERS: [B,64,H,W], [B,128,H/2,W/2], [B,256,H/4,W/4], [B,512,H/8,W/8].
 
-    Frozen. padding is 'zeros' (metrics) or 'reflect' (losses). Where channel_means are given (one vector a layer) each
-    channel is divided by its mean. Pictures under MINIMUM_SIDE are first enlarged by replicating their edges.
+    Frozen; computed and returned in the channels-last layout, in which the convolutions take 0.8 of the time on a CPU.
+    For gradients one map a convolution is kept. padding is 'zeros' (metrics) or 'reflect' (losses). Where channel_means
+    are given (one vector a layer) each channel is divided by its mean. Pictures under MINIMUM_SIDE are first enlarged
+    by replicating their edges.
     """
 
     def __init__(
         self, weights: VGGWeights, padding: str = "zeros", channel_means: Iterable[Tensor] | None = None
     ) -> None:
         super().__init__()
-        self.padding = {"zeros": "constant", "reflect": "reflect"}[padding]
+        self.reflect = {"zeros": False, "reflect": True}[padding]
         self.register_buffer("mean", torch.tensor(weights.mean).reshape(1, 3, 1, 1))
         self.register_buffer("deviation", torch.tensor(weights.deviation).reshape(1, 3, 1, 1))
-        for (name, *_), (weight, bias) in zip(CONVOLUTIONS, weights.convolutions, strict=True):
-            self.register_buffer(f"{name}_weight", weight)
+        convolutions = weights.convolutions if channel_means is None else _normalised(weights, channel_means)
+        for (name, *_), (weight, bias) in zip(CONVOLUTIONS, convolutions, strict=True):
+            self.register_buffer(f"{name}_weight", weight.contiguous(memory_format=torch.channels_last))
             self.register_buffer(f"{name}_bias", bias)
-        self.normalised = channel_means is not None
-        for layer, means in zip(LAYERS, channel_means or (), strict=self.normalised):
-            divisor = means.clamp_min(QUIET_CHANNEL_SHARE * float(means.mean()))
-            self.register_buffer(f"{layer}_scale", (1 / divisor).reshape(1, -1, 1, 1))
 
     def forward(self, image: Tensor) -> list[Tensor]:
         height, width = image.shape[-2:]
         if min(height, width) < MINIMUM_SIDE:
             missing = (0, max(0, MINIMUM_SIDE - width), 0, max(0, MINIMUM_SIDE - height))
             image = F.pad(image, missing, mode="replicate")
-        x = (image - self.mean) / self.deviation
+        x = ((image - self.mean) / self.deviation).contiguous(memory_format=torch.channels_last)
         features = []
         for name, *_ in CONVOLUTIONS:
             if name in POOLED_BEFORE:
                 x = F.max_pool2d(x, 2)
             weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
-            x = F.relu(F.conv2d(F.pad(x, (1, 1, 1, 1), mode=self.padding), weight, bias))
+            x = _FrozenConvolution.apply(x, weight, bias, self.reflect)
             if name in TAPPED:
-                features.append(self._scaled(x, LAYERS[len(features)]))
+                features.append(x)
         return features
 
-    def _scaled(self, feature: Tensor, layer: str) -> Tensor:
-        return feature * getattr(self, f"{layer}_scale") if self.normalised else feature
+
+def _normalised(weights: VGGWeights, channel_means: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """The convolutions with the normalisation of LAYERS inside: ReLU and maximum commute with positive factors."""
+    means = dict(zip(TAPPED, channel_means, strict=True))
+    entering, convolutions = None, []
+    for (name, *_), (weight, bias) in zip(CONVOLUTIONS, weights.convolutions, strict=True):
+        if entering is not None:
+            weight = weight * entering[:, None, None]
+        entering = None
+        if name in means:
+            divisor = means[name].clamp_min(QUIET_CHANNEL_SHARE * float(means[name].mean()))
+            weight, bias, entering = weight / divisor[:, None, None, None], bias / divisor, divisor
+        convolutions.append((weight, bias))
+    return convolutions
+
+
+class _FrozenConvolution(torch.autograd.Function):
+    """ReLU of a 3x3 convolution of x [B,C,H,W] padded by 1, by reflection or with zeros; gradients to x alone.
+
+    Keeps the output, which the next layer keeps anyway; PyTorch's own would keep the padded input as well, though only
+    the weights' gradient needs it.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, reflect: bool) -> Tensor:
+        ctx.reflect = reflect
+        if reflect:
+            y = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), weight, bias)
+        else:
+            y = F.conv2d(x, weight, bias, padding=1)
+        y.relu_()
+        ctx.save_for_backward(y, weight)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
+        y, weight = ctx.saved_tensors
+        B, _, H, W = y.shape
+        grad_y = torch.ops.aten.threshold_backward(grad_y, y, 0)
+        # Shapes without numbers: the operators below ask for the input, but read its sizes alone.
+        border = 2 if ctx.reflect else 0
+        shape = (B, weight.shape[1], H + border, W + border)
+        padded = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
+        padding = [0, 0] if ctx.reflect else [1, 1]
+        grad_x = torch.ops.aten.convolution_backward(
+            grad_y, padded, weight, None, [1, 1], padding, [1, 1], False, [0, 0], 1, [True, False, False]
+        )[0]
+        if ctx.reflect:
+            grad_x = torch.ops.aten.reflection_pad2d_backward(grad_x, padded[..., 1:-1, 1:-1], [1, 1, 1, 1])
+        return grad_x, None, None, None
 
 
 def metric_features(path: str | Path | None = None) -> VGG19Features:
