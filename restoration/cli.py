@@ -89,7 +89,7 @@ def evaluate(
     device: Device = "auto",
     count: Annotated[int, typer.Option(help="Pairs a style, at most.")] = 20,
     size: Annotated[int, typer.Option(help="Longer side, in pixels, that larger pictures are reduced to.")] = 512,
-    baselines: Annotated[bool, typer.Option(help="Measure other methods too; takes three times as long.")] = False,
+    baselines: Annotated[bool, typer.Option(help="Measure other methods too; takes twice as long.")] = False,
     synthetic: Annotated[
         bool, typer.Option("--synthetic", help="Fade the paintings first, compare with them; without DATA: drawn ones.")
     ] = False,
