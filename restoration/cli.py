@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from restoration.errors import UserError
+from restoration.errors import ReportedError, UserError
 
 # Commands import what they need when they run: `--help` must not wait for PyTorch.
 
@@ -47,6 +47,8 @@ def main() -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         app()
+    except ReportedError:
+        raise SystemExit(USAGE_ERROR) from None
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(USAGE_ERROR) from None
@@ -122,7 +124,7 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder of the run: checkpoints, TensorBoard events, settings.")],
     preset: Annotated[str | None, typer.Option(help="paper or small (CPU-sized); default: paper.")] = None,
     crop: Annotated[int | None, typer.Option(help="Side of the square samples, in pixels.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Pairs a step.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Pairs a step, over all GPUs.")] = None,
     iterations: Annotated[int | None, typer.Option(help="Steps in all.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Adam's.")] = None,
     schedule: Annotated[str | None, typer.Option(help="constant or cosine.")] = None,
@@ -141,7 +143,8 @@ def train(
     anchors: Annotated[int | None, typer.Option(help="Of the contrastive loss, a layer.")] = None,
     pairing: Annotated[str | None, typer.Option(help="random, or nearest by VGG statistics.")] = None,
     largest_box: Annotated[float | None, typer.Option(help="Boxes are cut at 1 to this many crops' side.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that load pictures; 0: none.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that load pictures, a GPU; 0: none.")] = None,
+    cache_mb: Annotated[int | None, typer.Option(help="MiB of decoded pictures kept, by all workers together.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     keep_checkpoints: Annotated[int | None, typer.Option(help="Newest ones kept.")] = None,
     sample_every: Annotated[int | None, typer.Option(help="Steps between pictures in TensorBoard.")] = None,
@@ -154,36 +157,44 @@ def train(
     """Train the network. Ctrl-C saves and leaves; --resume goes on, on a CPU bit for bit."""
     given = dict(locals())
 
-    from restoration.config import OVERRIDABLE, make_config
+    from restoration.config import OVERRIDABLE, TrainingConfig, make_config
+    from restoration.distributed import joined
     from restoration.reconstruct import choose_device
     from restoration.train import resumed_config
     from restoration.train import train as run_training
 
-    if resume and preset is not None:
-        raise UserError("--preset is chosen when a run starts; --resume goes on with the run's own settings")
     overrides = {name: given[name] for name in OVERRIDABLE}
-    config = resumed_config(out, overrides) if resume else make_config(preset or "paper", **overrides)
-    with _stopped_by_signal():
+
+    def chosen_config() -> TrainingConfig:
+        if not resume:
+            return make_config(preset or "paper", **overrides)
+        if preset is not None:
+            raise UserError("--preset is chosen when a run starts; --resume goes on with the run's own settings")
+        return resumed_config(out, overrides)
+
+    with joined() as world, _stopped_by_signal(world.first):
         saved = run_training(
             data,
             out,
-            config,
-            device=choose_device(device),
+            world.decide(chosen_config),
+            device=world.together(lambda: world.own_device(choose_device(device))),
+            world=world,
             vgg=vgg,
             styles=style,
             initial_weights=initial_weights,
             resume=resume,
         )
-    print(f"trained; checkpoint {saved}, weights for use {out / 'network.safetensors'}")
+        world.tell(f"trained; checkpoint {saved}, weights for use {out / 'network.safetensors'}")
 
 
 @contextmanager
-def _stopped_by_signal() -> Iterator[None]:
+def _stopped_by_signal(talks: bool = True) -> Iterator[None]:
     """Training that a signal stopped has saved its state: it says where, and leaves as the shell expects."""
     try:
         yield
     except InterruptedError as interruption:
-        print(interruption.strerror, file=sys.stderr)
+        if talks:
+            print(interruption.strerror, file=sys.stderr)
         raise typer.Exit(SIGNAL_BASE + interruption.errno) from None
 
 

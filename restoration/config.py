@@ -42,6 +42,7 @@ class TrainingConfig:
     pairing: str = "random"
     largest_box: float = 3.0  # boxes are cut at 1 to this many times the crop, then reduced to it
     workers: int = 2
+    cache_mb: int = 512  # MiB of decoded pictures, all workers together: about 200 paintings of 1024 x 640 pixels
     checkpoint_every: int = 500
     keep_checkpoints: int = 3
     sample_every: int = 500
@@ -81,6 +82,7 @@ _LEAST = {
     "blocks": 1,
     "anchors": 1,
     "workers": 0,
+    "cache_mb": 0,
     "checkpoint_every": 1,
     "keep_checkpoints": 1,
     "sample_every": 1,

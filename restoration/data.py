@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import logging
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch.utils.data import Dataset
 
 from restoration.errors import UserError
 from restoration.imaging import READABLE_SUFFIXES, from_pillow, read_rgb
+from restoration.loader import PictureCache
 
 logger = logging.getLogger(__name__)
 
@@ -141,8 +141,8 @@ class PairDataset(Dataset):
     """Training pairs: a crop to be recoloured and a crop of another work of the same style.
 
     Sample ``index`` (any integer >= 0; there is no last one) depends on ``seed`` and ``index`` alone, so that a run
-    resumed at some step, with any number of workers, goes on with the same bits. Let
-    ``DataLoader(sampler=range(first, last))`` number them.
+    resumed at some step, with any number of workers and any cache, goes on with the same bits. Let
+    ``load_batches`` number them.
 
     A style is drawn evenly (a style of few images counts as much as the others), then an image of it, then the
     reference: any image of the style that shows another work; another file where the style has a single work; the
@@ -155,7 +155,7 @@ class PairDataset(Dataset):
 
     Every file is decoded once at construction; those that fail are logged and left out (``skipped``), and it is a
     UserError when none is left. With ``verify=False`` a damaged file is a UserError when it is drawn.
-    Each worker keeps decoded images in memory, up to ``cache_bytes`` (4 a pixel).
+    Each process that loads keeps decoded images in memory, up to ``cache_bytes`` (4 a pixel).
 
     Samples are {"degraded", "reference": float32 [3, crop, crop] in [0, 1]; "degraded_file", "reference_file": str}.
     """
@@ -171,7 +171,7 @@ class PairDataset(Dataset):
         describe: Callable[[Tensor], Tensor] | None = None,
         neighbors: int = 3,
         verify: bool = True,
-        cache_bytes: int = 512 * 2**20,  # about 200 paintings of 1024 x 640 pixels
+        cache_bytes: int = 0,
     ):
         if crop < 1:
             raise UserError(f"crop must be 1 pixel or more, got {crop}")
@@ -194,7 +194,7 @@ class PairDataset(Dataset):
         if not paintings:
             raise UserError(f"no painting is left to train on ({len(self.skipped)} damaged)")
         self._groups = _by_style(paintings)
-        self._pictures = _PictureCache(cache_bytes)
+        self._pictures = PictureCache(cache_bytes)
         self._nearest = None
         if pairing == "nearest":
             self._nearest = [self._nearest_partners(group, describe, neighbors) for group in self._groups]
@@ -238,31 +238,6 @@ class PairDataset(Dataset):
             distances = (descriptions[partners] - descriptions[place]).norm(dim=1)
             nearest.append(partners[distances.argsort(stable=True)[:neighbors]].tolist())
         return nearest
-
-
-class _PictureCache:
-    """Decoded pictures, the least recently used of which leave when all together exceed ``limit`` bytes."""
-
-    def __init__(self, limit: int):
-        self._limit = limit
-        self._held = 0
-        self._pictures: OrderedDict[Path, Image.Image] = OrderedDict()
-
-    def read(self, path: Path) -> Image.Image:
-        if path in self._pictures:
-            self._pictures.move_to_end(path)
-            return self._pictures[path]
-        picture = read_rgb(path)
-        self._pictures[path] = picture
-        self._held += _bytes_held(picture)
-        while self._held > self._limit:
-            _, oldest = self._pictures.popitem(last=False)
-            self._held -= _bytes_held(oldest)
-        return picture
-
-
-def _bytes_held(picture: Image.Image) -> int:
-    return 4 * picture.width * picture.height  # Pillow pads RGB to four bytes a pixel
 
 
 def _by_style(paintings: Sequence[Painting]) -> list[list[Painting]]:

@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class UnsuitableWeightsError(UserError):
     """The network's values left the range in which its arithmetic is exact: it cannot treat this picture."""
+
+
+class ReportedError(UserError):
+    """A UserError that another process of the same job has met, and reports."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from restoration.blocks import STREAM_LIMIT
+from restoration.distributed import ALONE, World
 from restoration.errors import UserError
 from restoration.step import MEASUREMENTS, Outcome
 
@@ -51,10 +53,26 @@ class StepRecord:
         return f"step {self.step}: {reason} on {', '.join(self.files)}"
 
 
-class Journal:
-    """Keeps outcomes on the device until they are read, all in one transfer."""
+def joined_record(parts: Sequence[StepRecord]) -> StepRecord:
+    """The record of the whole batch, of whose equal parts each process has one."""
+    combine = {"ridge_fallbacks": sum, "largest_stream": _largest}
+    numbers = {name: combine.get(name, _mean)([part.numbers[name] for part in parts]) for name in parts[0].numbers}
+    return StepRecord(parts[0].step, numbers, [file for part in parts for file in part.files])
 
-    def __init__(self) -> None:
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _largest(values: Sequence[float]) -> float:
+    return math.nan if any(map(math.isnan, values)) else max(values)
+
+
+class Journal:
+    """Keeps outcomes on the device until they are read, all in one transfer; of all processes of world together."""
+
+    def __init__(self, world: World = ALONE) -> None:
+        self._world = world
         self._pending: list[tuple[int, tuple[str, ...], Tensor, Sequence[str]]] = []
         self._skipped_in_a_row = 0
         self._skipped = 0
@@ -68,11 +86,12 @@ class Journal:
         if not self._pending:
             return []
         rows = torch.stack([numbers for _, _, numbers, _ in self._pending]).tolist()
-        records = [
+        own = [
             StepRecord(step, dict(zip(names, row, strict=True)), files)
             for (step, names, _, files), row in zip(self._pending, rows, strict=True)
         ]
         self._pending.clear()
+        records = [joined_record(parts) for parts in zip(*self._world.gather(own), strict=True)]
         for record in records:
             self._ridge_fallbacks += int(record.numbers["ridge_fallbacks"])
             self._skipped += record.skipped

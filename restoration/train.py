@@ -6,14 +6,14 @@ import json
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from restoration.checkpoints import (
@@ -26,9 +26,12 @@ from restoration.checkpoints import (
 )
 from restoration.config import TrainingConfig, checked
 from restoration.data import Painting, PairDataset, find_paintings, small_picture
+from restoration.distributed import ALONE, World
 from restoration.errors import UserError
+from restoration.files import sole_writer, write_whole
 from restoration.flow import ReversibleNetwork
 from restoration.journal import Journal, StepRecord
+from restoration.loader import load_batches
 from restoration.losses import ReconstructionLoss
 from restoration.step import Optimisation, Outcome, TrainingStep
 from restoration.vgg import VGG19Features, loss_features, measure_channel_means, metric_features
@@ -54,34 +57,56 @@ def train(
     styles: list[str] | None = None,
     initial_weights: Path | None = None,
     resume: bool = False,
+    world: World = ALONE,
 ) -> Path:
     """Trains on the paintings of data and returns the last checkpoint's path.
 
     run receives checkpoints, config.json, TensorBoard events and, at the end, network.safetensors (float16). The
     network starts from initial_weights, a file of such weights or a checkpoint, or from random ones. With resume the
-    newest checkpoint of run goes on; on a CPU the result is that of an uninterrupted run, bit for bit.
+    newest checkpoint of run goes on; on a CPU the result is that of an uninterrupted run, bit for bit. Each process of
+    world takes its part of every batch; a run may go on with another number of them.
     """
-    if resume and initial_weights is not None:
-        raise UserError("--initial-weights are for a run that starts; --resume goes on with the run's own")
-    checkpoint_path = newest_checkpoint(run)
-    if resume and checkpoint_path is None:
-        raise UserError(f"{run}: holds no checkpoint to resume from")
-    if checkpoint_path is not None and not resume:
-        raise UserError(f"{run}: holds a training run already; give --resume to go on, or another --out")
-
-    paintings = find_paintings(data, styles=styles, split="train")
+    checkpoint_path = world.decide(lambda: _checkpoint_to_resume(run, resume, initial_weights))
+    paintings = world.decide(lambda: find_paintings(data, styles=styles, split="train"))
     torch.manual_seed(config.seed)
-    step_module = build_step(config, loss_network(vgg, paintings)).to(device)
-    optimise = Optimisation(step_module, config, device)
+    features = world.together(lambda: loss_network(vgg, paintings))
+    step_module = build_step(config, features).to(device)
+    optimise = Optimisation(world.averaging(step_module), config, device)
     start = 0
     if initial_weights is not None:
-        start_weights = load_checkpoint(initial_weights).part(NETWORK_PREFIX)
-        load_parameters(step_module.network, start_weights, initial_weights)
+        weights = world.decide(lambda: load_checkpoint(initial_weights).part(NETWORK_PREFIX))
+        world.together(lambda: load_parameters(step_module.network, weights, initial_weights))
     if checkpoint_path is not None:
-        start = restore(load_checkpoint(checkpoint_path), checkpoint_path, step_module, optimise.optimizer)
+        checkpoint = world.decide(lambda: load_checkpoint(checkpoint_path))
+        start = world.together(lambda: restore(checkpoint, checkpoint_path, step_module, optimise.optimizer))
+    batches = world.together(lambda: _batches(run, config, start, world))
+    dataset = world.decide(lambda: _training_pairs(paintings, config, vgg))
+    with ExitStack() as held:
+        world.decide(lambda: held.enter_context(sole_writer(run)))
+        world.decide(lambda: save_settings(run, config))
+        loaded = load_batches(dataset, batches, config.workers, device)
+        return _run_steps(run, config, step_module, optimise, loaded, start, world)
+
+
+def _checkpoint_to_resume(run: Path, resume: bool, initial_weights: Path | None) -> Path | None:
+    """The newest checkpoint of run, or None for a run that starts. UserError where that is not what was asked for."""
+    if resume and initial_weights is not None:
+        raise UserError("--initial-weights are for a run that starts; --resume goes on with the run's own")
+    newest = newest_checkpoint(run)
+    if resume and newest is None:
+        raise UserError(f"{run}: holds no checkpoint to resume from")
+    if newest is not None and not resume:
+        raise UserError(f"{run}: holds a training run already; give --resume to go on, or another --out")
+    return newest
+
+
+def _batches(run: Path, config: TrainingConfig, start: int, world: World) -> list[range]:
     if start >= config.iterations:
         raise UserError(f"{run}: has reached step {start} already; give more --iterations to go on")
+    return world.batches(start, config.iterations, config.batch)
 
+
+def _training_pairs(paintings: list[Painting], config: TrainingConfig, vgg: Path | None) -> PairDataset:
     dataset = PairDataset(
         paintings,
         config.crop,
@@ -89,18 +114,11 @@ def train(
         seed=config.seed,
         scale_range=(1.0, config.largest_box),
         describe=statistics_of(metric_features(vgg)) if config.pairing == "nearest" else None,
+        cache_bytes=config.cache_mb * 2**20 // max(1, config.workers),
     )
     if dataset.skipped:
         print(f"{len(dataset.skipped)} damaged files left out: {', '.join(map(str, dataset.skipped))}")
-    loader = DataLoader(
-        dataset,
-        batch_size=config.batch,
-        sampler=range(start * config.batch, config.iterations * config.batch),
-        num_workers=config.workers,
-        pin_memory=device.type == "cuda",
-    )
-    _create_run_folder(run, config)
-    return _run_steps(run, config, step_module, optimise, loader, start, device)
+    return dataset
 
 
 def build_step(config: TrainingConfig, features: VGG19Features) -> TrainingStep:
@@ -143,31 +161,25 @@ def _run_steps(
     config: TrainingConfig,
     step_module: TrainingStep,
     optimise: Optimisation,
-    loader: DataLoader,
+    batches: Iterator[dict],
     start: int,
-    device: torch.device,
+    world: World,
 ) -> Path:
-    progress = Progress(
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
-        TimeRemainingColumn(),
-    )
-    journal, smoothed = Journal(), {}
+    journal, smoothed = Journal(world), {}
     saved = None
     began = time.monotonic()
-    with stop_requests() as stop, SummaryWriter(str(run)) as writer, progress:
+    # purge_step: of a run that was killed, TensorBoard forgets the steps after the checkpoint.
+    writing = world.speaker(lambda: SummaryWriter(str(run), purge_step=start))
+    with stop_requests() as stop, writing as writer, world.speaker(_progress_bar) as progress:
         bar = progress.add_task("training", total=config.iterations, completed=start, status="")
-        for step, batch in enumerate(loader, start):
-            degraded, reference = (batch[name].to(device, non_blocking=True) for name in ("degraded", "reference"))
-            outcome = optimise(step, degraded, reference)
+        for step, batch in enumerate(batches, start):
+            outcome = optimise(step, batch["degraded"], batch["reference"])
             journal.add(step, outcome, [*batch["degraded_file"], *batch["reference_file"]])
             done = step + 1
             progress.update(bar, completed=done)
-            last = done == config.iterations or stop.signal
-            saving = done % config.checkpoint_every == 0 or last
-            if step == start or done % READ_EVERY[device.type] == 0 or saving:
+            stopped = world.largest(stop.signal)
+            saving = done % config.checkpoint_every == 0 or done == config.iterations or stopped
+            if step == start or done % READ_EVERY[batch["degraded"].device.type] == 0 or saving:
                 rate = (done - start) * config.batch / (time.monotonic() - began)
                 for record in journal.read():
                     _report(record, progress, writer, smoothed)
@@ -175,14 +187,30 @@ def _run_steps(
                 writer.add_scalar("speed/images_per_second", rate, step)
             if step % config.sample_every == 0:
                 _log_pictures(writer, step, batch, outcome)
+            if done == config.iterations:
+                # Before the last checkpoint, which says that the run is complete.
+                world.decide(partial(save_weights, run, config, step_module, done))
             if saving:
-                saved = save_training(run, config, step_module, optimise.optimizer, done)
-            if stop.signal:
-                raise InterruptedError(stop.signal, f"stopped by signal at step {done}; saved {saved}")
+                saved = world.decide(partial(save_training, run, config, step_module, optimise.optimizer, done))
+            if stopped:
+                raise InterruptedError(stopped, f"stopped by signal at step {done}; saved {saved}")
     if (trouble := journal.summary()) is not None:
-        print(trouble)
-    save_network(run / "network.safetensors", step_module.network, {"training": config.to_dict(), "step": done})
+        world.tell(trouble)
     return saved
+
+
+def _progress_bar() -> Progress:
+    return Progress(
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeRemainingColumn(),
+    )
+
+
+def save_weights(run: Path, config: TrainingConfig, step_module: TrainingStep, step: int) -> None:
+    save_network(run / "network.safetensors", step_module.network, {"training": config.to_dict(), "step": step})
 
 
 def save_training(
@@ -244,10 +272,9 @@ def resumed_config(run: Path, overrides: dict[str, object]) -> TrainingConfig:
     return checked(TrainingConfig(**settings))
 
 
-def _create_run_folder(run: Path, config: TrainingConfig) -> None:
+def save_settings(run: Path, config: TrainingConfig) -> None:
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        write_whole(run / "config.json", (json.dumps(config.to_dict(), indent=2) + "\n").encode())
     except OSError as error:
         raise UserError(f"{run}: cannot be written to ({error.strerror})") from error
 
@@ -307,5 +334,5 @@ def _warn_of_imbalance(losses: dict[str, float], progress: Progress) -> None:
 
 
 def _log_pictures(writer: SummaryWriter, step: int, batch: dict, outcome: Outcome) -> None:
-    rows = [batch["degraded"][0], batch["reference"][0], outcome.result[0].clamp(0, 1).cpu()]
+    rows = [batch["degraded"][0], batch["reference"][0], outcome.result[0].clamp(0, 1)]
     writer.add_image("degraded | reference | result", torch.cat(rows, 2), step)

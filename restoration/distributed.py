@@ -1,0 +1,168 @@
+"""Several processes on one training run or one folder of pictures, as torchrun starts them; else a world of one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from restoration.errors import ReportedError, UserError
+
+Answer = TypeVar("Answer")
+Item = TypeVar("Item")
+
+# The longest that one process may work while the others wait: the first one decodes every painting before a run, some
+# 100,000 in this time. A process that ends is noticed at once, whatever this is.
+PATIENCE = timedelta(minutes=30)
+
+
+class Mute:
+    """Whatever is asked of it, it says and does nothing."""
+
+    def __getattr__(self, name: str) -> Mute:
+        return self
+
+    def __call__(self, *arguments: object, **options: object) -> Mute:
+        return self
+
+    def __enter__(self) -> Mute:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's number (rank) among all that work on the same job (size)."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one process that writes and talks."""
+        return self.rank == 0
+
+    def tell(self, text: str) -> None:
+        """Prints, once."""
+        if self.first:
+            print(text)
+
+    def speaker(self, make: Callable[[], Answer]) -> Answer | Mute:
+        """What writes or talks: the real one on the first process, a mute one on the others."""
+        return make() if self.first else Mute()
+
+    def decide(self, question: Callable[[], Answer]) -> Answer:
+        """The answer that the first process finds, on all processes; where it finds a UserError, all raise it."""
+        if self.size == 1:
+            return question()
+        message = [None, None]
+        if self.first:
+            try:
+                message[0] = question()
+            except UserError as error:
+                message[1] = error
+        dist.broadcast_object_list(message, device=torch.device("cpu"))
+        answer, error = message
+        if error is not None:
+            raise error if self.first else ReportedError(str(error))
+        return answer
+
+    def together(self, work: Callable[[], Answer]) -> Answer:
+        """What this process's own work gives; where any process finds a UserError, all raise it, and one reports it."""
+        answer, found = None, None
+        try:
+            answer = work()
+        except UserError as error:
+            found = error
+        errors = self.gather(None if found is None else str(found))
+        failed = next((rank for rank, error in enumerate(errors) if error is not None), None)
+        if failed is not None:
+            raise found if self.rank == failed else ReportedError(errors[failed])
+        return answer
+
+    def gather(self, item: Item) -> list[Item]:
+        """What each process gives, in order of rank, on all processes."""
+        if self.size == 1:
+            return [item]
+        items = [None] * self.size
+        dist.all_gather_object(items, item)
+        return items
+
+    def largest(self, number: int) -> int:
+        """The largest of the numbers that the processes give, on all processes."""
+        return max(self.gather(number))
+
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """This process's part of items: every size-th, so that neighbours, often of a kind, are spread."""
+        return items[self.rank :: self.size]
+
+    def batches(self, first_step: int, end_step: int, batch: int) -> list[range]:
+        """For each step this process's part of the samples' numbers: step k takes k·batch up to (k+1)·batch in all.
+
+        The samples of a step thus do not depend on the number of processes. UserError where it does not divide batch.
+        """
+        if batch % self.size:
+            raise UserError(f"--batch must be divisible by the number of processes, {self.size}, got {batch}")
+        part = batch // self.size
+        starts = (step * batch + self.rank * part for step in range(first_step, end_step))
+        return [range(start, start + part) for start in starts]
+
+    def averaging(self, module: nn.Module) -> nn.Module:
+        """The module, its parameters those of the first process, its gradients after backward the mean over all.
+
+        Backward must reach every parameter. Losses that are means over equal batches give the joined batch's gradient.
+        """
+        if self.size == 1:
+            return module
+        # Its buffers are constants: nothing to send before every step.
+        return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def own_device(self, device: torch.device) -> torch.device:
+        """The same, or with CUDA and several processes the GPU that this one has to itself."""
+        if self.size == 1 or device.type != "cuda":
+            return device
+        number = int(os.environ.get("LOCAL_RANK", "0"))
+        if number >= torch.cuda.device_count():
+            raise UserError(
+                f"--nproc_per_node must be at most the number of GPUs here, {torch.cuda.device_count()}; "
+                f"process {number} has none"
+            )
+        torch.cuda.set_device(number)
+        return torch.device("cuda", number)
+
+
+ALONE = World()
+
+
+@contextmanager
+def joined() -> Iterator[World]:
+    """Joins the processes that torchrun started for this job, if it did.
+
+    UserError where another one of them ends before the job does: connections to it break, and nobody waits for it.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield ALONE
+        return
+    # Decisions travel over gloo, whatever carries the gradients: a host need not wait for its GPU to talk.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    try:
+        yield World(dist.get_rank(), size)
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise UserError(
+                "another process of this job ended early; its own message or torchrun's says why"
+            ) from error
+        raise
+    # After an error a peer may be gone, and taking leave of it could wait for ever.
+    dist.destroy_process_group()

@@ -1,0 +1,68 @@
+"""From samples to batches on the device: loader processes, and the memory for decoded pictures that each may use."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from restoration.imaging import read_rgb
+
+
+class PictureCache:
+    """Decoded pictures, the least recently used of which leave when all together exceed ``limit`` bytes."""
+
+    def __init__(self, limit: int):
+        self._limit = limit
+        self._held = 0
+        self._pictures: OrderedDict[Path, Image.Image] = OrderedDict()
+
+    def read(self, path: Path) -> Image.Image:
+        if path in self._pictures:
+            self._pictures.move_to_end(path)
+            return self._pictures[path]
+        picture = read_rgb(path)
+        self._pictures[path] = picture
+        self._held += _bytes_held(picture)
+        while self._held > self._limit:
+            _, oldest = self._pictures.popitem(last=False)
+            self._held -= _bytes_held(oldest)
+        return picture
+
+
+def _bytes_held(picture: Image.Image) -> int:
+    return 4 * picture.width * picture.height  # Pillow pads RGB to four bytes a pixel
+
+
+def load_batches(
+    dataset: Dataset, batches: Sequence[Sequence[int]], workers: int, device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """Yields the batches of these samples' numbers in order, tensors on the device, the rest as collated.
+
+    ``workers`` processes work ahead (0: this one does it all). Copying to a GPU goes on while that still computes.
+    """
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda")
+    if device.type != "cuda":
+        yield from loader
+        return
+    # On a stream of its own, or the copy would wait for the step before it.
+    copying = torch.cuda.Stream(device)
+    for batch in loader:
+        with torch.cuda.stream(copying):
+            moved = {name: _moved(value, device) for name, value in batch.items()}
+        computing = torch.cuda.current_stream(device)
+        computing.wait_stream(copying)
+        for value in moved.values():
+            if isinstance(value, Tensor):
+                value.record_stream(computing)  # its memory is not given to the next copy before the step is done
+        yield moved
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
