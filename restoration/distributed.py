@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -124,8 +125,10 @@ class World:
         """
         if self.size == 1:
             return module
-        # Its buffers are constants: nothing to send before every step.
-        return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # The buffers are constants and need not be sent before every step. PyTorch 2.13 has renamed how to say so.
+        names = inspect.signature(DistributedDataParallel).parameters
+        constant = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+        return DistributedDataParallel(module, gradient_as_bucket_view=True, **{constant: False})
 
     def own_device(self, device: torch.device) -> torch.device:
         """The same, or with CUDA and several processes the GPU that this one has to itself."""
@@ -160,9 +163,7 @@ def joined() -> Iterator[World]:
         yield World(dist.get_rank(), size)
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise UserError(
-                "another process of this job ended early; its own message or torchrun's says why"
-            ) from error
+            raise UserError("another process of this job has ended; its own message or torchrun's says why") from error
         raise
     # After an error a peer may be gone, and taking leave of it could wait for ever.
     dist.destroy_process_group()

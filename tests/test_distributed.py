@@ -1,0 +1,242 @@
+"""Several processes on one job: the same gradients, batches and checkpoints as one process, and a common end."""
+
+import itertools
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from restoration.checkpoints import load_checkpoint
+from restoration.config import make_config
+from restoration.distributed import World, joined
+from restoration.errors import ReportedError, UserError
+from restoration.journal import StepRecord, joined_record
+from restoration.step import TrainingStep
+from restoration.train import build_step, newest_checkpoint, train
+from restoration.vgg import loss_features
+
+CPU = torch.device("cpu")
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["restoration.train"])
+
+
+def config(**overrides):
+    tiny = {"crop": 24, "batch": 2, "blocks": 1, "iterations": 4, "checkpoint_every": 2, "sample_every": 100}
+    return make_config("small", **{**tiny, **overrides})
+
+
+@pytest.fixture(scope="module")
+def paintings(tmp_path_factory):
+    """One style of four smooth pictures."""
+    root = tmp_path_factory.mktemp("paintings")
+    generator = np.random.default_rng(0)
+    for number in range(4):
+        coarse = Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+        coarse.resize((80, 60), Image.Resampling.BICUBIC).save(root / f"{number}.png")
+    return root
+
+
+def _join(rank: int, size: int, port: int, work: Callable, arguments: tuple, answer: Connection) -> None:
+    # What torchrun tells its processes; the store that they meet at is the test's.
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    torch.set_num_threads(1)
+    try:
+        with joined() as world:
+            found = work(world, *arguments)
+    except Exception as error:
+        found = error
+    answer.send(found)
+
+
+def on_processes(size, work, *arguments, timeout=120):
+    """What work(world, *arguments) returned or raised on each of some processes; None of one that was killed."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    processes, answers = [], []
+    for rank in range(size):
+        receiver, sender = PROCESSES.Pipe(duplex=False)
+        process = PROCESSES.Process(target=_join, args=(rank, size, store.port, work, arguments, sender))
+        process.start()
+        sender.close()
+        processes.append((process, receiver))
+    try:
+        for _, receiver in processes:
+            assert receiver.poll(timeout), "a process does not end"
+            try:
+                answers.append(receiver.recv())
+            except EOFError:
+                answers.append(None)
+        return answers
+    finally:
+        for process, _ in processes:
+            process.kill()
+            process.join()
+
+
+def pictures(count):
+    coarse = torch.rand(count, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.interpolate(coarse, size=(24, 24), mode="bicubic").clamp(0, 1)
+
+
+def gradients(world):
+    """Of one step with two pairs over the world, and what the step tells; NumPy arrays need no shared memory."""
+    torch.manual_seed(world.rank)  # parameters come from the first process
+    # float64: in float32, how many pictures are convolved at once changes the last bits, and the streams' rounding.
+    step = build_step(config(), loss_features()).double()
+    degraded, reference = (world.share(images) for images in pictures(4).double().chunk(2))
+    averaging = world.averaging(step)
+    outcome = averaging(degraded, reference, torch.Generator().manual_seed(1))
+    sum(outcome.losses.values()).backward()
+    losses = {name: value.item() for name, value in outcome.losses.items()}
+    return losses, {name: parameter.grad.numpy() for name, parameter in step.named_parameters()}
+
+
+def test_gradients_are_those_of_the_joined_batch():
+    losses, expected = gradients(World())
+    (first_losses, first), (second_losses, second) = on_processes(2, gradients)
+    scale = np.sqrt(sum(np.square(gradient).sum() for gradient in expected.values()))
+    for name, gradient in expected.items():
+        assert np.array_equal(first[name], second[name]), name
+        assert np.abs(first[name] - gradient).max() <= 1e-13 * scale, name
+    for name, loss in losses.items():
+        assert (first_losses[name] + second_losses[name]) / 2 == pytest.approx(loss, rel=1e-13), name
+
+
+def test_batches_do_not_depend_on_the_number_of_processes():
+    whole = World().batches(3, 6, 4)
+    assert whole == [range(12, 16), range(16, 20), range(20, 24)]
+    for size in (2, 4):
+        parts = [World(rank, size).batches(3, 6, 4) for rank in range(size)]
+        assert [[number for part in step for number in part] for step in zip(*parts, strict=True)] == list(
+            map(list, whole)
+        )
+    with pytest.raises(UserError, match="--batch must be divisible by the number of processes, 3, got 4"):
+        World(0, 3).batches(0, 1, 4)
+
+
+def test_a_joined_record_tells_of_the_whole_batch():
+    def record(loss, stream, fallbacks, file):
+        numbers = {"style": loss, "largest_stream": stream, "ridge_fallbacks": fallbacks, "skipped": 1.0}
+        return StepRecord(5, numbers, [file])
+
+    joined_numbers = {"style": 2.0, "largest_stream": 8.0, "ridge_fallbacks": 3.0, "skipped": 1.0}
+    assert joined_record([record(1.0, 8.0, 1.0, "a"), record(3.0, 2.0, 2.0, "b")]) == StepRecord(
+        5, joined_numbers, ["a", "b"]
+    )
+    poisoned = joined_record([record(1.0, 8.0, 0.0, "a"), record(float("nan"), float("nan"), 0.0, "b")])
+    assert np.isnan(poisoned.numbers["style"]) and np.isnan(poisoned.numbers["largest_stream"])
+
+
+def train_on(world, paintings, run, options, resume=False):
+    return train(paintings, run, config(**options), device=CPU, world=world, resume=resume)
+
+
+def tensors(path):
+    return load_checkpoint(path).tensors
+
+
+def test_a_run_goes_on_with_another_number_of_processes(paintings, tmp_path):
+    whole = on_processes(2, train_on, paintings, tmp_path / "whole", {})
+    assert whole == [tmp_path / "whole" / "checkpoint-0000004.safetensors"] * 2
+    assert len(list((tmp_path / "whole").glob("events*"))) == 1
+
+    parts, alone = tmp_path / "parts", tmp_path / "alone"
+    on_processes(2, train_on, paintings, parts, {"iterations": 2})
+    shutil.copytree(parts, alone)
+    resumed, _ = on_processes(2, train_on, paintings, parts, {}, True)
+    expected, found = tensors(whole[0]), tensors(resumed)
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+
+    single = tensors(train_on(World(), paintings, alone, {}, resume=True))
+    rates = 2 * config().learning_rate  # the most that two steps of Adam move a parameter
+    for name, tensor in expected.items():
+        if name.startswith("network."):
+            assert (tensor - single[name]).abs().max() <= 2 * rates, name
+
+
+def stop_one(world, paintings, run):
+    if world.rank == 1:
+        real, steps = TrainingStep.forward, itertools.count()
+
+        def forward(module, *arguments):
+            if next(steps) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(module, *arguments)
+
+        TrainingStep.forward = forward
+    train_on(world, paintings, run, {"iterations": 1_000, "checkpoint_every": 1_000})
+
+
+def test_a_stop_request_to_one_process_stops_all_after_the_same_step(paintings, tmp_path):
+    stops = on_processes(2, stop_one, paintings, tmp_path / "run")
+    assert [type(stop) for stop in stops] == [InterruptedError] * 2
+    assert {str(stop) for stop in stops} == {str(stops[0])}
+    assert load_checkpoint(newest_checkpoint(tmp_path / "run")).description["step"] == 2
+
+
+def fail_in_one(world, paintings, run, failure):
+    if world.rank == 1:
+
+        def forward(module, *arguments):
+            if failure == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError("broken")
+
+        TrainingStep.forward = forward
+    train_on(world, paintings, run, {})
+
+
+@pytest.mark.parametrize("failure", ["killed", "raised"])
+def test_the_others_leave_when_one_fails(paintings, tmp_path, failure):
+    # Far below the time that collectives wait for a living peer.
+    first, _ = on_processes(2, fail_in_one, paintings, tmp_path / "run", failure, timeout=60)
+    assert type(first) is UserError and "another process of this job has ended" in str(first)
+
+
+def report(world, question):
+    answers = []
+    for ask in (world.decide, world.together):
+        try:
+            answers.append(ask(lambda: question(world.rank)))
+        except UserError as error:
+            answers.append((type(error), str(error)))
+    return answers
+
+
+def answered(rank):
+    return 10 + rank
+
+
+def refused_by_second(rank):
+    if rank == 1:
+        raise UserError("cannot")
+    return rank
+
+
+def refused_by_first(rank):
+    if rank == 0:
+        raise UserError("cannot")
+    return rank
+
+
+def test_decisions_and_errors_are_common_and_reported_once():
+    assert on_processes(2, report, answered) == [[10, 10], [10, 11]]
+    said, heard = (UserError, "cannot"), (ReportedError, "cannot")
+    assert on_processes(2, report, refused_by_first) == [[said, said], [heard, heard]]
+    assert on_processes(2, report, refused_by_second) == [[0, heard], [0, said]]
+
+
+def test_a_run_is_refused_by_all_before_it_starts(paintings, tmp_path):
+    errors = on_processes(2, train_on, paintings, tmp_path / "run", {"batch": 3})
+    assert [type(error) for error in errors] == [UserError, ReportedError]
+    assert str(errors[0]) == str(errors[1]) and "--batch must be divisible" in str(errors[0])
+    assert not (tmp_path / "run").exists()
