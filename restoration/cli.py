@@ -65,21 +65,26 @@ def reconstruct(
     vgg: Vgg = None,
     force: Force = False,
 ) -> None:
-    """Recolour DEGRADED after REFERENCE. Size, orientation and transparency are kept."""
+    """Recolour DEGRADED after REFERENCE. Size, orientation and transparency are kept.
+
+    Started by torchrun, several processes share the files of a folder.
+    """
+    from restoration.distributed import joined
     from restoration.reconstruct import choose_device, plan, reconstruct_files
 
-    jobs = plan(degraded, reference, output, force=force)
-    reports = reconstruct_files(
-        jobs, checkpoint=checkpoint, device=choose_device(device), vgg=vgg, strength=strength, force=force
-    )
-    for report in reports:
-        metrics = report.metrics
-        print(
-            f"{report.job.output}: SSIM {metrics.ssim:.3f}, Gram loss {metrics.gram:.4g} "
-            f"(relative {metrics.relative_gram:.3f}), {report.seconds:.1f} seconds"
-        )
-        for note in report.notes:
-            print(f"  note: {note}")
+    with joined() as world:
+        target = world.together(lambda: world.own_device(choose_device(device)))
+        jobs = world.decide(lambda: plan(degraded, reference, output, force=force))
+
+        def reconstruct_share() -> None:
+            reports = reconstruct_files(
+                world.share(jobs), checkpoint=checkpoint, device=target, vgg=vgg, strength=strength, force=force
+            )
+            for report in reports:
+                # Flushed line by line: several processes may write here.
+                print(report.summary(), flush=True)
+
+        world.together(reconstruct_share)
 
 
 @app.command()
@@ -154,7 +159,10 @@ def train(
     initial_weights: Annotated[Path | None, typer.Option(help="Weights or checkpoint to start from.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in OUT.")] = False,
 ) -> None:
-    """Train the network. Ctrl-C saves and leaves; --resume goes on, on a CPU bit for bit."""
+    """Train the network. Ctrl-C saves and leaves; --resume goes on, on a CPU bit for bit.
+
+    On several GPUs: torchrun --nproc_per_node=GPUS -m restoration train ...
+    """
     given = dict(locals())
 
     from restoration.config import OVERRIDABLE, TrainingConfig, make_config

@@ -38,6 +38,14 @@ class Report:
     seconds: float
     notes: tuple[str, ...]
 
+    def summary(self) -> str:
+        """A line to print, and one for each note."""
+        line = (
+            f"{self.job.output}: SSIM {self.metrics.ssim:.3f}, Gram loss {self.metrics.gram:.4g} "
+            f"(relative {self.metrics.relative_gram:.3f}), {self.seconds:.1f} seconds"
+        )
+        return "\n".join([line, *(f"  note: {note}" for note in self.notes)])
+
 
 def choose_device(name: str) -> torch.device:
     """'cpu', 'cuda' or 'auto' (CUDA where there is one)."""

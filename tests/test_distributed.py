@@ -1,11 +1,14 @@
 """Several processes on one job: the same gradients, batches and checkpoints as one process, and a common end."""
 
+import io
 import itertools
 import multiprocessing
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -14,10 +17,12 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from restoration.checkpoints import load_checkpoint
+from restoration.checkpoints import load_checkpoint, save_network
+from restoration.cli import main
 from restoration.config import make_config
 from restoration.distributed import World, joined
 from restoration.errors import ReportedError, UserError
+from restoration.flow import Architecture, ReversibleNetwork
 from restoration.journal import StepRecord, joined_record
 from restoration.step import TrainingStep
 from restoration.train import build_step, newest_checkpoint, train
@@ -44,26 +49,30 @@ def paintings(tmp_path_factory):
     return root
 
 
-def _join(rank: int, size: int, port: int, work: Callable, arguments: tuple, answer: Connection) -> None:
+def _answer(rank: int, size: int, port: int, work: Callable, arguments: tuple, answer: Connection) -> None:
     # What torchrun tells its processes; the store that they meet at is the test's.
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     torch.set_num_threads(1)
     try:
-        with joined() as world:
-            found = work(world, *arguments)
+        found = work(*arguments)
     except Exception as error:
         found = error
     answer.send(found)
 
 
+def in_world(work, *arguments):
+    with joined() as world:
+        return work(world, *arguments)
+
+
 def on_processes(size, work, *arguments, timeout=120):
-    """What work(world, *arguments) returned or raised on each of some processes; None of one that was killed."""
+    """What work(*arguments) returned or raised on each of some processes; None of one that was killed."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     processes, answers = [], []
     for rank in range(size):
         receiver, sender = PROCESSES.Pipe(duplex=False)
-        process = PROCESSES.Process(target=_join, args=(rank, size, store.port, work, arguments, sender))
+        process = PROCESSES.Process(target=_answer, args=(rank, size, store.port, work, arguments, sender))
         process.start()
         sender.close()
         processes.append((process, receiver))
@@ -101,7 +110,7 @@ def gradients(world):
 
 def test_gradients_are_those_of_the_joined_batch():
     losses, expected = gradients(World())
-    (first_losses, first), (second_losses, second) = on_processes(2, gradients)
+    (first_losses, first), (second_losses, second) = on_processes(2, in_world, gradients)
     scale = np.sqrt(sum(np.square(gradient).sum() for gradient in expected.values()))
     for name, gradient in expected.items():
         assert np.array_equal(first[name], second[name]), name
@@ -144,14 +153,14 @@ def tensors(path):
 
 
 def test_a_run_goes_on_with_another_number_of_processes(paintings, tmp_path):
-    whole = on_processes(2, train_on, paintings, tmp_path / "whole", {})
+    whole = on_processes(2, in_world, train_on, paintings, tmp_path / "whole", {})
     assert whole == [tmp_path / "whole" / "checkpoint-0000004.safetensors"] * 2
     assert len(list((tmp_path / "whole").glob("events*"))) == 1
 
     parts, alone = tmp_path / "parts", tmp_path / "alone"
-    on_processes(2, train_on, paintings, parts, {"iterations": 2})
+    on_processes(2, in_world, train_on, paintings, parts, {"iterations": 2})
     shutil.copytree(parts, alone)
-    resumed, _ = on_processes(2, train_on, paintings, parts, {}, True)
+    resumed, _ = on_processes(2, in_world, train_on, paintings, parts, {}, True)
     expected, found = tensors(whole[0]), tensors(resumed)
     for name, tensor in expected.items():
         assert torch.equal(tensor, found[name]), name
@@ -177,7 +186,7 @@ def stop_one(world, paintings, run):
 
 
 def test_a_stop_request_to_one_process_stops_all_after_the_same_step(paintings, tmp_path):
-    stops = on_processes(2, stop_one, paintings, tmp_path / "run")
+    stops = on_processes(2, in_world, stop_one, paintings, tmp_path / "run")
     assert [type(stop) for stop in stops] == [InterruptedError] * 2
     assert {str(stop) for stop in stops} == {str(stops[0])}
     assert load_checkpoint(newest_checkpoint(tmp_path / "run")).description["step"] == 2
@@ -198,7 +207,7 @@ def fail_in_one(world, paintings, run, failure):
 @pytest.mark.parametrize("failure", ["killed", "raised"])
 def test_the_others_leave_when_one_fails(paintings, tmp_path, failure):
     # Far below the time that collectives wait for a living peer.
-    first, _ = on_processes(2, fail_in_one, paintings, tmp_path / "run", failure, timeout=60)
+    first, _ = on_processes(2, in_world, fail_in_one, paintings, tmp_path / "run", failure, timeout=60)
     assert type(first) is UserError and "another process of this job has ended" in str(first)
 
 
@@ -229,14 +238,64 @@ def refused_by_first(rank):
 
 
 def test_decisions_and_errors_are_common_and_reported_once():
-    assert on_processes(2, report, answered) == [[10, 10], [10, 11]]
+    assert on_processes(2, in_world, report, answered) == [[10, 10], [10, 11]]
     said, heard = (UserError, "cannot"), (ReportedError, "cannot")
-    assert on_processes(2, report, refused_by_first) == [[said, said], [heard, heard]]
-    assert on_processes(2, report, refused_by_second) == [[0, heard], [0, said]]
+    assert on_processes(2, in_world, report, refused_by_first) == [[said, said], [heard, heard]]
+    assert on_processes(2, in_world, report, refused_by_second) == [[0, heard], [0, said]]
 
 
 def test_a_run_is_refused_by_all_before_it_starts(paintings, tmp_path):
-    errors = on_processes(2, train_on, paintings, tmp_path / "run", {"batch": 3})
+    errors = on_processes(2, in_world, train_on, paintings, tmp_path / "run", {"batch": 3})
     assert [type(error) for error in errors] == [UserError, ReportedError]
     assert str(errors[0]) == str(errors[1]) and "--batch must be divisible" in str(errors[0])
     assert not (tmp_path / "run").exists()
+
+
+def command(*arguments):
+    """Exit code, standard output and standard error of a command."""
+    sys.argv = ["restoration", *map(str, arguments)]
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            main()
+            code = 0
+        except SystemExit as left:
+            code = left.code or 0
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Three black pictures to recolour after as many, and weights that only black ones survive."""
+    network = ReversibleNetwork(Architecture(4, 1, 1))
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter.mul_(0.0 if name.endswith("bias") else 1e4)
+    save_network(tmp_path / "weights.safetensors", network, {})
+    for name in ("faded", "kept"):
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            Image.new("RGB", (16, 16)).save(tmp_path / name / f"{number}.png")
+    return tmp_path
+
+
+def test_processes_share_the_files_of_a_folder(folders):
+    order = ("reconstruct", folders / "faded", folders / "kept", "-o", folders / "out", "--device", "cpu")
+    order += ("--checkpoint", folders / "weights.safetensors")
+    (first_code, first, first_error), (second_code, second, second_error) = on_processes(2, command, *order)
+    assert (first_code, second_code, first_error, second_error) == (0, 0, "", "")
+    assert [line.split(":")[0] for line in first.splitlines()] == [str(folders / "out" / f"{n}.png") for n in (0, 2)]
+    assert [line.split(":")[0] for line in second.splitlines()] == [str(folders / "out" / "1.png")]
+    assert sorted(path.name for path in (folders / "out").iterdir()) == ["0.png", "1.png", "2.png"]
+
+    (first_code, _, first_error), (second_code, _, second_error) = on_processes(2, command, *order)
+    assert (first_code, second_code) == (2, 2) and second_error == ""
+    assert "exists already" in first_error and first_error.count("\n") == 1
+
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    for name in ("faded", "kept"):
+        Image.fromarray(noise).save(folders / name / "1.png")
+    (first_code, first, first_error), (second_code, _, second_error) = on_processes(2, command, *order, "--force")
+    assert (first_code, second_code, first_error) == (2, 2, "")
+    assert "do not suit this picture" in second_error and second_error.count("\n") == 1
+    assert len(first.splitlines()) == 2  # the first process did its share all the same
