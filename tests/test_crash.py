@@ -8,12 +8,16 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from restoration.checkpoints import load_checkpoint, save_checkpoint
+from restoration.checkpoints import load_checkpoint, load_network, save_checkpoint
+from restoration.config import make_config
 from restoration.errors import UserError
 from restoration.files import LOCK_FILE, PARTIAL_SUFFIX, sole_writer, write_whole
+from restoration.train import newest_checkpoint, train
 
 # Its children are forked from a process that has imported what they need, and computed nothing: they start at once.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -82,6 +86,85 @@ def test_a_full_disk_is_reported_and_keeps_the_old_file(tmp_path):
     writer.join()
     assert str(path) in message and "File too large" in message and "\n" not in message
     assert path.read_bytes() == before and names(tmp_path) == [path.name]
+
+
+@pytest.fixture
+def paintings(tmp_path):
+    """One style of three smooth pictures."""
+    generator = np.random.default_rng(0)
+    (tmp_path / "paintings").mkdir()
+    for number in range(3):
+        coarse = Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+        coarse.resize((80, 60), Image.Resampling.BICUBIC).save(tmp_path / "paintings" / f"{number}.png")
+    return tmp_path / "paintings"
+
+
+def train_to(run, paintings, iterations, answer, largest_file=resource.RLIM_INFINITY):
+    """Starts or resumes a run that saves after every step; tells when it is at work, and what it complains of."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    torch.set_num_threads(1)
+    tiny = {"crop": 24, "batch": 1, "blocks": 1, "iterations": iterations, "checkpoint_every": 1, "keep_checkpoints": 1}
+    answer.send("begun")
+    try:
+        train(
+            paintings,
+            run,
+            make_config("small", **tiny, sample_every=1_000),
+            device=torch.device("cpu"),
+            resume=newest_checkpoint(run) is not None,
+        )
+    except UserError as error:
+        answer.send(str(error))
+
+
+def started_training(*arguments):
+    receiver, sender = PROCESSES.Pipe(duplex=False)
+    trainer = PROCESSES.Process(target=train_to, args=(*arguments[:3], sender, *arguments[3:]))
+    trainer.start()
+    sender.close()
+    assert receiver.recv() == "begun"
+    return trainer, receiver
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_ends_like_an_undisturbed_one(tmp_path, paintings):
+    undisturbed, _ = started_training(tmp_path / "undisturbed", paintings, 12)
+    undisturbed.join()
+    expected = load_checkpoint(newest_checkpoint(tmp_path / "undisturbed")).tensors
+
+    run, generator, kills = tmp_path / "run", random.Random(0), 0
+    while True:
+        trainer, _ = started_training(run, paintings, 12)
+        reached = newest_checkpoint(run) or run
+        while (newest_checkpoint(run) or run) == reached and trainer.is_alive():
+            time.sleep(0.001)
+        trainer.join(generator.uniform(0, 0.3))  # some steps, one of whose checkpoints may be half written by then
+        if trainer.exitcode is not None:
+            break
+        trainer.kill()
+        trainer.join()
+        kills += 1
+        assert newest_checkpoint(run) > reached
+    assert trainer.exitcode == 0 and kills > 1
+    found = load_checkpoint(newest_checkpoint(run)).tensors
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    assert not any(name.endswith(PARTIAL_SUFFIX) for name in names(run))
+    assert load_network(run / "network.safetensors") is not None
+
+
+def test_a_run_on_a_full_disk_says_so_and_keeps_its_last_checkpoint(tmp_path, paintings):
+    run = tmp_path / "run"
+    trainer, _ = started_training(run, paintings, 1)
+    trainer.join()
+    before = newest_checkpoint(run)
+    content = before.read_bytes()
+    for largest in (100_000, 2_000):  # the second is too small for TensorBoard's file, too
+        trainer, answer = started_training(run, paintings, 5, largest)
+        message = answer.recv()
+        trainer.join()
+        assert "File too large" in message and str(run) in message and "\n" not in message
+        assert newest_checkpoint(run) == before and before.read_bytes() == content
+        assert not any(name.endswith(PARTIAL_SUFFIX) for name in names(run))
 
 
 def hold(folder, held):

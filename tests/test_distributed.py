@@ -95,11 +95,12 @@ def pictures(count):
     return torch.nn.functional.interpolate(coarse, size=(24, 24), mode="bicubic").clamp(0, 1)
 
 
-def gradients(world):
+def gradients(world, reversible):
     """Of one step with two pairs over the world, and what the step tells; NumPy arrays need no shared memory."""
     torch.manual_seed(world.rank)  # parameters come from the first process
     # float64: in float32, how many pictures are convolved at once changes the last bits, and the streams' rounding.
     step = build_step(config(), loss_features()).double()
+    step.network.reversible = reversible
     degraded, reference = (world.share(images) for images in pictures(4).double().chunk(2))
     averaging = world.averaging(step)
     outcome = averaging(degraded, reference, torch.Generator().manual_seed(1))
@@ -108,9 +109,10 @@ def gradients(world):
     return losses, {name: parameter.grad.numpy() for name, parameter in step.named_parameters()}
 
 
-def test_gradients_are_those_of_the_joined_batch():
-    losses, expected = gradients(World())
-    (first_losses, first), (second_losses, second) = on_processes(2, in_world, gradients)
+@pytest.mark.parametrize("reversible", [True, False])
+def test_gradients_are_those_of_the_joined_batch(reversible):
+    losses, expected = gradients(World(), reversible)
+    (first_losses, first), (second_losses, second) = on_processes(2, in_world, gradients, reversible)
     scale = np.sqrt(sum(np.square(gradient).sum() for gradient in expected.values()))
     for name, gradient in expected.items():
         assert np.array_equal(first[name], second[name]), name
