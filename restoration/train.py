@@ -170,7 +170,7 @@ def _run_steps(
     began = time.monotonic()
     # purge_step: of a run that was killed, TensorBoard forgets the steps after the checkpoint.
     writing = world.speaker(lambda: SummaryWriter(str(run), purge_step=start))
-    with stop_requests() as stop, writing as writer, world.speaker(_progress_bar) as progress:
+    with stop_requests() as stop, _one_line_errors(run), writing as writer, world.speaker(_progress_bar) as progress:
         bar = progress.add_task("training", total=config.iterations, completed=start, status="")
         for step, batch in enumerate(batches, start):
             outcome = optimise(step, batch["degraded"], batch["reference"])
@@ -197,6 +197,17 @@ def _run_steps(
     if (trouble := journal.summary()) is not None:
         world.tell(trouble)
     return saved
+
+
+@contextmanager
+def _one_line_errors(run: Path) -> Iterator[None]:
+    """A disk too full for TensorBoard's file, say, becomes a UserError."""
+    try:
+        yield
+    except InterruptedError:
+        raise
+    except OSError as error:
+        raise UserError(f"{run}: training cannot go on ({error.strerror}); the last checkpoint is kept") from error
 
 
 def _progress_bar() -> Progress:

@@ -99,17 +99,17 @@ def paintings(tmp_path):
     return tmp_path / "paintings"
 
 
-def train_to(run, paintings, iterations, answer, largest_file=resource.RLIM_INFINITY):
-    """Starts or resumes a run that saves after every step; tells when it is at work, and what it complains of."""
+def train_to(answer, run, paintings, iterations, largest_file=resource.RLIM_INFINITY, checkpoint_every=1):
+    """Starts or resumes a run; tells when it is at work, and what it complains of."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     torch.set_num_threads(1)
-    tiny = {"crop": 24, "batch": 1, "blocks": 1, "iterations": iterations, "checkpoint_every": 1, "keep_checkpoints": 1}
+    tiny = {"crop": 24, "batch": 1, "blocks": 1, "iterations": iterations, "keep_checkpoints": 1}
     answer.send("begun")
     try:
         train(
             paintings,
             run,
-            make_config("small", **tiny, sample_every=1_000),
+            make_config("small", **tiny, checkpoint_every=checkpoint_every, sample_every=1),
             device=torch.device("cpu"),
             resume=newest_checkpoint(run) is not None,
         )
@@ -119,7 +119,7 @@ def train_to(run, paintings, iterations, answer, largest_file=resource.RLIM_INFI
 
 def started_training(*arguments):
     receiver, sender = PROCESSES.Pipe(duplex=False)
-    trainer = PROCESSES.Process(target=train_to, args=(*arguments[:3], sender, *arguments[3:]))
+    trainer = PROCESSES.Process(target=train_to, args=(sender, *arguments))
     trainer.start()
     sender.close()
     assert receiver.recv() == "begun"
@@ -158,8 +158,9 @@ def test_a_run_on_a_full_disk_says_so_and_keeps_its_last_checkpoint(tmp_path, pa
     trainer.join()
     before = newest_checkpoint(run)
     content = before.read_bytes()
-    for largest in (100_000, 2_000):  # the second is too small for TensorBoard's file, too
-        trainer, answer = started_training(run, paintings, 5, largest)
+    # A checkpoint is too large; so is what TensorBoard has to write, while a checkpoint is far.
+    for largest, saving in ((100_000, 1), (2_000, 1_000)):
+        trainer, answer = started_training(run, paintings, 200, largest, saving)
         message = answer.recv()
         trainer.join()
         assert "File too large" in message and str(run) in message and "\n" not in message
