@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -202,12 +203,22 @@ def _run_steps(
 @contextmanager
 def _one_line_errors(run: Path) -> Iterator[None]:
     """A disk too full for TensorBoard's file, say, becomes a UserError."""
+    previous = threading.excepthook
+
+    def pass_over(trouble: threading.ExceptHookArgs) -> None:
+        # TensorBoard's thread hands its error on to the next call of the writer.
+        if not isinstance(trouble.exc_value, OSError):
+            previous(trouble)
+
+    threading.excepthook = pass_over
     try:
         yield
     except InterruptedError:
         raise
     except OSError as error:
         raise UserError(f"{run}: training cannot go on ({error.strerror}); the last checkpoint is kept") from error
+    finally:
+        threading.excepthook = previous
 
 
 def _progress_bar() -> Progress:

@@ -1,11 +1,13 @@
 """Runs that are killed at any moment, and disks that fill up: what is left can be read and gone on with."""
 
+import io
 import multiprocessing
 import os
 import random
 import resource
 import signal
 import time
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import numpy as np
@@ -105,16 +107,13 @@ def train_to(answer, run, paintings, iterations, largest_file=resource.RLIM_INFI
     torch.set_num_threads(1)
     tiny = {"crop": 24, "batch": 1, "blocks": 1, "iterations": iterations, "keep_checkpoints": 1}
     answer.send("begun")
-    try:
-        train(
-            paintings,
-            run,
-            make_config("small", **tiny, checkpoint_every=checkpoint_every, sample_every=1),
-            device=torch.device("cpu"),
-            resume=newest_checkpoint(run) is not None,
-        )
-    except UserError as error:
-        answer.send(str(error))
+    settings = make_config("small", **tiny, checkpoint_every=checkpoint_every, sample_every=1)
+    resume = newest_checkpoint(run) is not None
+    with redirect_stderr(io.StringIO()) as printed:
+        try:
+            train(paintings, run, settings, device=torch.device("cpu"), resume=resume)
+        except UserError as error:
+            answer.send(f"{error}{printed.getvalue()}")
 
 
 def started_training(*arguments):

@@ -6,10 +6,13 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -301,3 +304,46 @@ def test_processes_share_the_files_of_a_folder(folders):
     assert (first_code, second_code, first_error) == (2, 2, "")
     assert "do not suit this picture" in second_error and second_error.count("\n") == 1
     assert len(first.splitlines()) == 2  # the first process did its share all the same
+
+
+@pytest.fixture
+def torchrun(paintings, tmp_path):
+    """A run on two processes that goes on and on, when it has begun: torchrun, and the two by rank."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "restoration", "train", "--preset", "small", "--crop", "24", "--blocks", "1", "--device", "cpu"]
+    command += ["--data", str(paintings), "--out", str(tmp_path / "run"), "--checkpoint-every", "1000"]
+    agent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "run").glob("events*")) and agent.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    ranks = {}
+    for child in map(int, children):
+        variables = dict(entry.partition("=")[::2] for entry in Path(f"/proc/{child}/environ").read_text().split("\0"))
+        ranks[int(variables["RANK"])] = child
+    yield agent, ranks
+    for process in (agent.pid, *ranks.values()):
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    agent.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_torchrun_ends_in_seconds_when_one_process_is_killed(torchrun, victim):
+    agent, ranks = torchrun
+    os.kill(ranks[victim], signal.SIGKILL)
+    _, errors = agent.communicate(timeout=60)
+    assert agent.returncode != 0
+    assert not any(Path(f"/proc/{process}").exists() for process in ranks.values())
+    assert "another process of this job has ended" in errors or "SIGTERM" in errors
+
+
+@pytest.mark.slow
+def test_torchrun_passes_on_a_request_to_stop(torchrun, tmp_path):
+    agent, ranks = torchrun
+    agent.send_signal(signal.SIGINT)
+    _, errors = agent.communicate(timeout=60)
+    assert errors.count("stopped by signal") == 1
+    assert not any(Path(f"/proc/{process}").exists() for process in ranks.values())
+    assert load_checkpoint(newest_checkpoint(tmp_path / "run")).description["step"] >= 1
