@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from restoration.errors import ReportedError, UserError
+from restoration.errors import LostPeerError, ReportedError, UserError
 
 # Commands import what they need when they run: `--help` must not wait for PyTorch.
 
@@ -47,10 +47,14 @@ def main() -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         app()
-    except ReportedError:
-        raise SystemExit(USAGE_ERROR) from None
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not isinstance(error, ReportedError):
+            print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, LostPeerError):
+            # Taken down in order, the threads that talked to the lost process would at times wait for it for ever.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(USAGE_ERROR)
         raise SystemExit(USAGE_ERROR) from None
 
 

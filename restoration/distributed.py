@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from restoration.errors import ReportedError, UserError
+from restoration.errors import LostPeerError, ReportedError, UserError
 
 Answer = TypeVar("Answer")
 Item = TypeVar("Item")
@@ -151,7 +151,7 @@ ALONE = World()
 def joined() -> Iterator[World]:
     """Joins the processes that torchrun started for this job, if it did.
 
-    UserError where another one of them ends before the job does: connections to it break, and nobody waits for it.
+    LostPeerError where another one of them ends before the job does: connections to it break, and nobody waits for it.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -163,7 +163,7 @@ def joined() -> Iterator[World]:
         yield World(dist.get_rank(), size)
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise UserError("another process of this job has ended; its own message or torchrun's says why") from error
+            raise LostPeerError("another process of this job has ended; its message or torchrun's says why") from error
         raise
-    # After an error a peer may be gone, and taking leave of it could wait for ever.
-    dist.destroy_process_group()
+    finally:
+        dist.destroy_process_group()

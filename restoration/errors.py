@@ -11,3 +11,7 @@ class UnsuitableWeightsError(UserError):
 
 class ReportedError(UserError):
     """A UserError that another process of the same job has met, and reports."""
+
+
+class LostPeerError(UserError):
+    """Another process of the same job has ended early, and connections to it are broken."""
