@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from restoration.errors import UserError
 from restoration.imaging import read_rgb
 
 
@@ -48,12 +49,13 @@ def load_batches(
     ``workers`` processes work ahead (0: this one does it all). Copying to a GPU goes on while that still computes.
     """
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda")
+    loaded = _with_plain_errors(loader)
     if device.type != "cuda":
-        yield from loader
+        yield from loaded
         return
     # On a stream of its own, or the copy would wait for the step before it.
     copying = torch.cuda.Stream(device)
-    for batch in loader:
+    for batch in loaded:
         with torch.cuda.stream(copying):
             moved = {name: _moved(value, device) for name, value in batch.items()}
         computing = torch.cuda.current_stream(device)
@@ -62,6 +64,15 @@ def load_batches(
             if isinstance(value, Tensor):
                 value.record_stream(computing)  # its memory is not given to the next copy before the step is done
         yield moved
+
+
+def _with_plain_errors(loader: DataLoader) -> Iterator[dict[str, Any]]:
+    try:
+        yield from loader
+    except UserError as error:
+        # Of an error in a loader process PyTorch makes one whose message is the traceback; the last line says it all.
+        *traceback, line = str(error).strip().splitlines()
+        raise UserError(line.partition(": ")[2] if traceback else line) from None
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from restoration.data import (
     DESCRIBED_SIDE,
@@ -21,7 +20,9 @@ from restoration.data import (
 )
 from restoration.errors import UserError
 from restoration.imaging import read_image
+from restoration.loader import load_batches
 
+CPU = torch.device("cpu")
 PAINTINGS = os.environ.get("RESTORATION_PAINTINGS")
 needs_paintings = pytest.mark.skipif(not PAINTINGS, reason="RESTORATION_PAINTINGS names no folder of paintings")
 
@@ -236,13 +237,34 @@ class TestPairDataset:
         assert not any(same_samples(in_order[0], in_order[index]) for index in range(1, 12))
 
     def test_resuming_with_other_workers_gives_the_same_batches(self, folders):
-        dataset = PairDataset(find_paintings(folders), 8)
-        whole = list(DataLoader(dataset, batch_size=2, sampler=range(0, 12)))
-        resumed = list(DataLoader(dataset, batch_size=2, sampler=range(6, 12), num_workers=2))
+        dataset = PairDataset(find_paintings(folders), 8, cache_bytes=2**20)
+        numbers = [range(start, start + 2) for start in range(0, 12, 2)]
+        whole = list(load_batches(dataset, numbers, 0, CPU))
+        resumed = list(load_batches(dataset, numbers[3:], 2, CPU))
         assert len(whole) == 6
         for expected, batch in zip(whole[3:], resumed, strict=True):
             assert torch.equal(batch["degraded"], expected["degraded"])
             assert batch["reference_file"] == expected["reference_file"]
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    def test_batches_arrive_whole_on_a_gpu(self, folders):
+        dataset = PairDataset(find_paintings(folders), 256)
+        numbers = [range(start, start + 4) for start in range(0, 40, 4)]
+        for expected, batch in zip(
+            load_batches(dataset, numbers, 0, CPU), load_batches(dataset, numbers, 1, torch.device("cuda")), strict=True
+        ):
+            torch.cuda._sleep(10_000_000)  # the batch is used much later than the next one is copied
+            found = batch["degraded"] + 0
+            assert torch.equal(found.cpu(), expected["degraded"])
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_a_file_that_is_lost_while_training_is_named_in_one_line(self, folders, workers):
+        dataset = PairDataset(find_paintings(folders, styles=["blue"]), 4)
+        for path in (folders / "blue").iterdir():
+            path.unlink()
+        with pytest.raises(UserError) as caught:
+            list(load_batches(dataset, [range(1)], workers, CPU))
+        assert str(caught.value) in [f"{folders}/blue/{number}.png: no such file" for number in (1, 2)]
 
     def test_styles_are_drawn_evenly_and_images_within(self, folders):
         dataset = PairDataset(find_paintings(folders), 4)

@@ -73,6 +73,12 @@ def test_resuming_is_exact(paintings, tmp_path):
         assert torch.equal(tensor, resumed[name]), name
 
 
+def test_workers_and_cache_change_nothing(paintings, tmp_path):
+    plain = tensors(train(paintings, tmp_path / "plain", config(workers=0, cache_mb=0), device=CPU))
+    cached = tensors(train(paintings, tmp_path / "cached", config(workers=2, cache_mb=1), device=CPU))
+    assert all(torch.equal(tensor, cached[name]) for name, tensor in plain.items())
+
+
 def test_a_run_starts_from_given_weights(paintings, tmp_path):
     train(paintings, tmp_path / "first", config(), device=CPU)
     weights = tmp_path / "first" / "network.safetensors"
