@@ -137,6 +137,7 @@ _SAMPLES = [
     Sample("info_nce", "warm", "tiny", _info_nce(1, 5, 3, temperature=1.0)),
     Sample("info_nce", "one_row", "tiny", _info_nce(1, 1, 2)),
     Sample("info_nce", "odd", "odd", _info_nce(2, 133, 37)),
+    Sample("info_nce", "odd_rows_of_vectors", "odd", _info_nce(2, 133, 40)),
     Sample("info_nce", "64_anchors", "model", _info_nce(1, 512, 128)),
     Sample("info_nce", "1024_anchors", "model", _info_nce(1, 8192, 128)),
 ]

@@ -44,9 +44,9 @@ def sample_neighbors(
     _checks.sample_neighbors(height, width, num_anchors, generator)
     source = device if generator is None else generator.device
     inner = _draw_without_repetition((height - 2) * (width - 2), num_anchors, generator, source)
-    anchors = inner + 2 * (inner // (width - 2)) + width + 1
+    anchors = torch.add(inner, inner // (width - 2), alpha=2) + (width + 1)
     steps = torch.arange(-1, 2, device=source)
-    around = (steps[:, None] * width + steps).flatten()
+    around = torch.add(steps, steps[:, None], alpha=width).flatten()
     neighbors = anchors[:, None] + torch.cat([around[:4], around[5:]])
     return anchors.to(device), neighbors.to(device)
 
@@ -56,7 +56,7 @@ def _draw_without_repetition(places, count, generator, device):
     spare = places - count
     index = torch.arange(count, device=device)
     # One part in 2^62 / places favours the first places.
-    drawn = torch.randint(2**62, (count,), generator=generator, device=device) % (index + spare + 1)
+    drawn = torch.randint(2**62, (count,), generator=generator, device=device) % (index + (spare + 1))
     ordered, order = drawn.sort(stable=True)
     repeated = order[torch.searchsorted(ordered, drawn)] != index
     # What was drawn is taken if it was drawn before, or if it is the spare place of an earlier draw that needed it:

@@ -2,6 +2,7 @@ import collections
 import itertools
 import math
 import time
+from pathlib import Path
 
 import compare
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
+from benchmarks import bench_ccpl, peak_memory
 from restoration_kernels import CCPLoss, ccpl_loss, info_nce, neighbor_difference, sample_neighbors
 from restoration_kernels._samples import Sample, _info_nce
 from restoration_kernels.ccpl import UNIT_LENGTH_EPS
@@ -219,6 +221,16 @@ def test_info_nce_rounds_like_the_reference():
     """Thousands of keys, added up one after the other, would round twice as much as the judge allows."""
     sample = Sample("info_nce", "3000_rows", "odd", _info_nce(1, 3000, 64))
     compare.check_values("cpu", sample, torch.float32, None, ("query",))
+
+
+@pytest.mark.slow
+def test_info_nce_of_many_rows_takes_little_memory():
+    """Where every copy of the logits would take 4 GB."""
+    name = "info_nce/forward+backward/32768_rows/cpu"
+    peak = peak_memory.measure_files({Path(bench_ccpl.__file__): [name]}, "cpu", quick=False)[name]
+    if peak is None:
+        pytest.skip("only Linux tells the peak, and only of a kernel that can run")
+    assert peak < 100e6
 
 
 @compare.every_backend("info_nce")

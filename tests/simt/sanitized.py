@@ -100,7 +100,7 @@ def info_nce(batch, rows, width, dtype):
 
 for sizes, dtype, channels_last in itertools.product([(2, 17, 7, 9, 5), (1, 3, 3, 3, 1)], BYTES, (False, True)):
     neighbor_difference(*sizes, dtype, channels_last)
-for sizes, dtype in itertools.product([(2, 67, 37), (1, 1, 1), (1, 130, 200)], BYTES):
+for sizes, dtype in itertools.product([(2, 67, 37), (1, 1, 1), (2, 67, 40), (1, 130, 200)], BYTES):
     info_nce(*sizes, dtype)
 for shape, dtype in itertools.product([(2, 3, 37, 61), (1, 2, 33, 64), (1, 2, 300, 3), (2, 4, 1, 1)], BYTES):
     dual_pool_attention(*shape, dtype)
