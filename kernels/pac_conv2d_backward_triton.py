@@ -5,147 +5,109 @@
 
 m_t is k_t times its gradient; with normalize, k_t is a share of the sum and m_t loses k_t · (sum over r of m_r).
 Every gradient is gathered by its owner: no atomics, the same bits on every run. One product makes u for grad_x and m.
-Kept between the kernels: k and m, K² numbers each a place, and partial sums of grad_W.
+Kept between the kernels: k and m, K² numbers each a place; see pac_conv2d_backward_weight_triton.py for grad_W.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from .pac_conv2d_backward_weight_triton import weight_gradient
 from .pac_conv2d_triton import (
     COLUMNS,
+    LEAST_DOT,
+    SIZES,
+    Steps,
+    add_products,
     arithmetic,
     guides_at_once,
-    likeness,
     locate,
     multiplied_at_once,
-    places,
+    pixel_count,
+    power_of_two,
     product_form,
     start,
+    tap_kernel,
+    tile_count,
     tile_places,
     tuner,
 )
 
-# Rows of a tile and warps of the kernels that only move numbers: 2 places a thread, many threads.
-_ROWS, _WARPS = 8, 4
-# Channels of x that a program of the input kernel owns at most: gradient and product of one take two registers for each
-# of 16 places and 128 threads in float32.
-_MOST_CHANNELS = {"dot": 64, "sum": 16, "filter": 16}
+# Rows of a tile where numbers are only moved: with Triton's 4 warps, 2 places a thread, and many threads at a time.
+_ROWS = 8
+# Channels that a program of the input kernel owns, at least and at most: gradient, product and values of one take three
+# registers for each place of a thread.
+_CHANNELS = {"dot": (LEAST_DOT, 64), "sum": (4, 16), "filter": (4, 16)}
 # (ROWS, warps, stages) of the input kernel by the channels that a program owns.
 _INPUT_TILES = {
-    64: ((2, 4, 2), (4, 8, 2)),
-    32: ((4, 4, 2), (4, 8, 2)),
-    16: ((4, 4, 2), (8, 4, 2)),
+    64: ((2, 8, 2), (4, 8, 2)),
+    32: ((4, 8, 2), (2, 4, 2)),
+    16: ((4, 4, 1), (8, 4, 1)),
     8: ((8, 4, 1), (4, 4, 1)),
     4: ((8, 4, 1), (16, 4, 1)),
 }
-# Outputs and entries of the depth C·K² of one program of the weight kernel at most, and (ROWS, warps, stages).
-_WEIGHT_TILE, _WEIGHT_TILES = (128, 64), ((1, 8, 2), (2, 8, 2))
-# The same without tensor cores, where operands come from registers.
-_WIDE_WEIGHT_TILE, _WIDE_WEIGHT_TILES = (32, 32), ((1, 4, 2), (1, 4, 1))
-# Programs of the weight kernel: some for each of the 82 to 132 multiprocessors, and few partial sums to add up.
-_WEIGHT_PROGRAMS = 512
 
 
 def backward(
     grad_y, x, guide, weight, grad_x, grad_guide, grad_weight, grad_bias, stride, padding, dilation, normalize, alpha
 ):
     """Fills the gradients that are not None."""
-    wanted = [gradient for gradient in (grad_x, grad_guide, grad_weight, grad_bias) if gradient is not None]
     if grad_y.numel() == 0:
-        for gradient in wanted:
-            gradient.zero_()
+        for gradient in (grad_x, grad_guide, grad_weight, grad_bias):
+            if gradient is not None:
+                gradient.zero_()
         return
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
     if grad_bias is not None:
         grad_bias.copy_(alpha * grad_y.sum((0, 2, 3), dtype=accumulate))
-        if len(wanted) == 1:
-            return
-    geometry = (*x.shape[2:], *grad_y.shape[2:], *stride, *padding, *dilation)
-    constants = (weight.shape[-1], guide.shape[1])
-    kernels = _kernels(guide, grad_y, geometry, constants, normalize, accumulate)
-    shared = weight.shape[:2] == (1, 1)
-    filters = grad_weight if shared else None
-    if grad_weight is not None and not shared:
-        _weight_gradient(grad_y, x, kernels, grad_weight, geometry, constants, alpha)
-    if grad_x is not None or grad_guide is not None or filters is not None:
-        slopes = _input_gradient(
-            grad_y, x, weight, kernels, grad_x, grad_guide is not None, filters, stride, geometry, constants, alpha
-        )
+    if grad_x is None and grad_guide is None and grad_weight is None:
+        return
+    steps = Steps(*stride, *padding, *dilation)
+    kernels = _kernels(guide, grad_y, steps, weight.shape[-1], normalize, accumulate)
+    if product_form(x, weight, grad_y.shape[1]) == "filter":
+        grad_filter = grad_weight
+    else:
+        grad_filter = None
+        if grad_weight is not None:
+            weight_gradient(grad_y, x, kernels, grad_weight, steps, alpha)
+    if grad_x is not None or grad_guide is not None or grad_filter is not None:
+        slopes = _input_gradient(grad_y, x, weight, kernels, grad_x, grad_guide, grad_filter, steps, alpha)
     if grad_guide is not None:
-        _guide_gradient(guide, kernels, slopes, grad_guide, geometry, constants, normalize)
+        _guide_gradient(guide, kernels, slopes, grad_guide, steps, weight.shape[-1], normalize)
 
 
-def _kernels(guide, grad_y, geometry, constants, normalize, accumulate):
+def _kernels(guide, grad_y, steps, kernel_size, normalize, accumulate):
     """k [B,K²,H',W'], 0 for taps outside the image."""
-    B, G = guide.shape[:2]
-    kernels = guide.new_empty(B, constants[0] ** 2, *grad_y.shape[2:], dtype=accumulate)
-    grid = (B * places({"ROWS": _ROWS, "COLUMNS": COLUMNS}, *grad_y.shape[2:]),)
-    pac_conv2d_backward_kernels_kernel[grid](
-        guide, kernels, *geometry, normalize, *constants, guides_at_once(G), COLUMNS, _ROWS, num_warps=_WARPS
+    B, G, H, W = guide.shape
+    out_height, out_width = grad_y.shape[2:]
+    kernels = guide.new_empty(B, kernel_size**2, out_height, out_width, dtype=accumulate)
+    pac_conv2d_backward_kernels_kernel[(B * tile_count(out_height, out_width, _ROWS),)](
+        guide, kernels, H, W, out_height, out_width, steps, normalize, G, kernel_size, guides_at_once(G), COLUMNS, _ROWS
     )
     return kernels
 
 
-def _weight_gradient(grad_y, x, kernels, grad_weight, geometry, constants, alpha):
-    """Fills grad_weight [O,C,K,K] with the sum over splits of the places."""
-    O, C, K, _ = grad_weight.shape
-    depth = C * K * K
-    operand, accumulate, precision = arithmetic(x)
-    on_tensor_cores = x.element_size() == 2 or (x.dtype == torch.float32 and precision == "tf32")
-    most, tiles = (_WEIGHT_TILE, _WEIGHT_TILES) if on_tensor_cores else (_WIDE_WEIGHT_TILE, _WIDE_WEIGHT_TILES)
-    outputs, depths = (
-        min(max(triton.next_power_of_2(count), 16), limit) for count, limit in zip((O, depth), most, strict=True)
-    )
-    blocks = triton.cdiv(O, outputs) * triton.cdiv(depth, depths)
-    rows = grad_y.shape[0] * grad_y.shape[2] * triton.cdiv(grad_y.shape[3], COLUMNS)
-    splits = min(triton.cdiv(_WEIGHT_PROGRAMS, blocks), rows)
-    partial = kernels.new_empty(splits, O, depth)
-    start(
-        tuner(pac_conv2d_backward_weight_kernel, "dot", ("ROWS",), tiles),
-        lambda meta: (blocks * splits,),
-        grad_y,
-        x,
-        kernels,
-        partial,
-        grad_y.shape[0],
-        C,
-        O,
-        *geometry,
-        alpha,
-        splits,
-        *constants,
-        1 if C % depths == 0 else depths,
-        operand,
-        accumulate,
-        precision,
-        COLUMNS,
-        outputs,
-        depths,
-    )
-    grad_weight.copy_(partial.sum(0).view(O, K, K, C).permute(0, 3, 1, 2))
-
-
-def _input_gradient(grad_y, x, weight, kernels, grad_x, wants_slopes, grad_filter, stride, geometry, constants, alpha):
-    """Fills grad_x and the gradient of the one filter that channels share; returns m [B,K²,H',W']."""
+def _input_gradient(grad_y, x, weight, kernels, grad_x, grad_guide, grad_filter, steps, alpha):
+    """Fills grad_x and the gradient of a filter that channels share. Returns m [B,K²,H',W'] if grad_guide is wanted."""
     B, C, H, W = x.shape
-    O = grad_y.shape[1]
-    form = product_form(x, C, O, weight.shape[:2] == (1, 1))
-    least = 16 if form == "dot" else 4
-    channels = min(max(triton.next_power_of_2(C), least), _MOST_CHANNELS[form])
-    outputs = multiplied_at_once(x, O)
-    chunks = triton.cdiv(C, channels)
-    # Rows and columns of the image that are as far from the last one that a stride reaches meet the same taps.
-    steps = [triton.cdiv(size, step) for size, step in zip((H, W), stride, strict=True)]
-    tiles = _INPUT_TILES[channels]
-    programs = B * chunks * stride[0] * stride[1] * places({"ROWS": min(tile[0] for tile in tiles), "COLUMNS": COLUMNS}, *steps)
-    slopes = kernels.new_empty(chunks, *kernels.shape) if wants_slopes else None
-    partial = kernels.new_zeros(programs, constants[0] ** 2) if grad_filter is not None else None
+    O, out_height, out_width = grad_y.shape[1:]
+    form = product_form(x, weight, O)
     # Consecutive numbers along the axis that a product runs over, or, in sums, along the one that a thread keeps.
     packed = weight.permute(2, 3, 1, 0) if form == "dot" else weight.permute(2, 3, 0, 1)
+    channels = power_of_two(C, *_CHANNELS[form])
+    tiles = _INPUT_TILES[channels]
+    blocks = B * triton.cdiv(C, channels) * steps.row_stride * steps.column_stride
+    # Pixels a stride apart meet the same taps.
+    rows, columns = triton.cdiv(H, steps.row_stride), triton.cdiv(W, steps.column_stride)
+    slopes = partial = None
+    if grad_guide is not None:
+        slopes = kernels.new_empty(triton.cdiv(C, channels), *kernels.shape)
+    if grad_filter is not None:
+        most_programs = blocks * max(tile_count(rows, columns, tile[0]) for tile in tiles)
+        partial = kernels.new_zeros(most_programs, weight.numel())
     start(
         tuner(pac_conv2d_backward_input_kernel, form, ("ROWS",), tiles),
-        lambda meta: (B * chunks * stride[0] * stride[1] * places(meta, *steps),),
+        lambda meta: (blocks * tile_count(rows, columns, meta["ROWS"]),),
         grad_y,
         x,
         packed.contiguous(),
@@ -154,40 +116,44 @@ def _input_gradient(grad_y, x, weight, kernels, grad_x, wants_slopes, grad_filte
         slopes,
         partial,
         B,
+        H,
+        W,
+        out_height,
+        out_width,
+        steps,
+        alpha,
         C,
         O,
-        *geometry,
-        alpha,
-        *constants,
+        0 if grad_guide is None else grad_guide.shape[1],
+        weight.shape[-1],
         form,
-        outputs,
-        O <= outputs,
         *arithmetic(x),
+        multiplied_at_once(x, O),
         COLUMNS,
         channels,
     )
     if grad_filter is not None:
         grad_filter.copy_(partial.sum(0).view_as(grad_filter))
-    return None if slopes is None else slopes[0] if chunks == 1 else slopes.sum(0)
+    if slopes is not None:
+        return slopes.sum(0) if len(slopes) > 1 else slopes[0]
 
 
-def _guide_gradient(guide, kernels, slopes, grad_guide, geometry, constants, normalize):
+def _guide_gradient(guide, kernels, slopes, grad_guide, steps, kernel_size, normalize):
     """Fills grad_guide from m."""
     B, G, H, W = guide.shape
-    guides = guides_at_once(G)
+    out_height, out_width = slopes.shape[2:]
     if normalize:
         block = _ROWS * COLUMNS
-        out_pixels = kernels[0, 0].numel()
-        pac_conv2d_backward_center_kernel[(B * triton.cdiv(out_pixels, block),)](
-            kernels, slopes, out_pixels, constants[0] ** 2, block, num_warps=_WARPS
+        pac_conv2d_backward_shares_kernel[(B * triton.cdiv(out_height * out_width, block),)](
+            kernels, slopes, out_height, out_width, kernel_size**2, block
         )
-    grid = (B * triton.cdiv(G, guides) * places({"ROWS": _ROWS, "COLUMNS": COLUMNS}, H, W),)
-    pac_conv2d_backward_guide_kernel[grid](
-        guide, slopes, grad_guide, *geometry, *constants, guides, COLUMNS, _ROWS, num_warps=_WARPS
+    guides = guides_at_once(G)
+    pac_conv2d_backward_guide_kernel[(B * triton.cdiv(G, guides) * tile_count(H, W, _ROWS),)](
+        guide, slopes, grad_guide, H, W, out_height, out_width, steps, G, kernel_size, guides, COLUMNS, _ROWS
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def pac_conv2d_backward_kernels_kernel(
     guide,
     kernels,
@@ -195,175 +161,38 @@ def pac_conv2d_backward_kernels_kernel(
     width,
     out_height,
     out_width,
-    row_stride,
-    column_stride,
-    row_padding,
-    column_padding,
-    row_dilation,
-    column_dilation,
+    steps,
     NORMALIZE: tl.constexpr,
-    KERNEL_SIZE: tl.constexpr,
-    GUIDE_CHANNELS: tl.constexpr,
+    G: tl.constexpr,
+    K: tl.constexpr,
     GUIDES: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """k of all taps at ROWS x COLUMNS places."""
     ACCUMULATE: tl.constexpr = kernels.dtype.element_ty
-    TAPS: tl.constexpr = KERNEL_SIZE * KERNEL_SIZE
     program = tl.program_id(0)
     tiles = tl.cdiv(out_height, ROWS) * tl.cdiv(out_width, COLUMNS)
     image = (program // tiles).to(tl.int64)
     row, column = tile_places(program % tiles, out_height, out_width, ROWS, COLUMNS)
     place, exists = locate(row, column, out_height, out_width)
-    pixels = tl.full([], height, tl.int64) * width
-    out_pixels = tl.full([], out_height, tl.int64) * out_width
-    guide += image * GUIDE_CHANNELS * pixels
-    kernels += image * TAPS * out_pixels
-    first_row = row * row_stride - row_padding
-    first_column = column * column_stride - column_padding
-    centre, centre_inside = locate(
-        first_row + KERNEL_SIZE // 2 * row_dilation, first_column + KERNEL_SIZE // 2 * column_dilation, height, width
-    )
+    out_pixels = pixel_count(out_height, out_width)
+    guide += image * G * pixel_count(height, width)
+    kernels += image * K * K * out_pixels
     total = tl.zeros([ROWS * COLUMNS], ACCUMULATE)
-    # Normalised, in two turns: to sum, and to divide by the sum.
-    for step in range(TAPS * (2 if NORMALIZE else 1)):
-        tap = step % TAPS
-        neighbor, inside = locate(
-            first_row + tap // KERNEL_SIZE * row_dilation,
-            first_column + tap % KERNEL_SIZE * column_dilation,
-            height,
-            width,
-        )
-        inside = inside & exists
-        kernel = likeness(
-            guide, pixels, centre, centre_inside & exists, neighbor, inside, GUIDE_CHANNELS, GUIDES, ACCUMULATE
-        )
-        kernel = tl.where(inside, tl.where(tap == TAPS // 2, 1.0, kernel), 0.0)
-        if NORMALIZE and step < TAPS:
+    if NORMALIZE:
+        for tap in range(K * K):
+            kernel, _, _ = tap_kernel(guide, row, column, exists, tap, steps, height, width, G, K, GUIDES, ACCUMULATE)
             total += kernel
-        else:
-            if NORMALIZE:
-                kernel /= tl.where(total == 0, 1.0, total)
-            tl.store(kernels + tap * out_pixels + place, kernel, mask=exists)
+        total = tl.where(total == 0, 1.0, total)
+    for tap in range(K * K):
+        kernel, _, _ = tap_kernel(guide, row, column, exists, tap, steps, height, width, G, K, GUIDES, ACCUMULATE)
+        if NORMALIZE:
+            kernel /= total
+        tl.store(kernels + tap * out_pixels + place, kernel, mask=exists)
 
 
-@triton.jit
-def pac_conv2d_backward_weight_kernel(
-    grad_y,
-    x,
-    kernels,
-    partial,
-    batch,
-    channels,
-    out_channels,
-    height,
-    width,
-    out_height,
-    out_width,
-    row_stride,
-    column_stride,
-    row_padding,
-    column_padding,
-    row_dilation,
-    column_dilation,
-    alpha: tl.float64,
-    splits,
-    KERNEL_SIZE: tl.constexpr,
-    GUIDE_CHANNELS: tl.constexpr,
-    TAP_ENTRIES: tl.constexpr,
-    OPERAND: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """partial [splits,O,K²·C]: sum over some places of grad_y · k · x. With TAP_ENTRIES = 1 all of DEPTH is one tap's."""
-    # Programs that follow each other take the same places, which then are in the cache.
-    program = tl.program_id(0)
-    depth = KERNEL_SIZE * KERNEL_SIZE * channels
-    depth_tiles = tl.cdiv(depth, DEPTH)
-    output_tiles = tl.cdiv(out_channels, OUTPUTS)
-    first_entry = program % depth_tiles * DEPTH
-    output = program // depth_tiles % output_tiles * OUTPUTS + tl.arange(0, OUTPUTS)
-    is_output = output < out_channels
-    split = program // depth_tiles // output_tiles
-    entry = first_entry + tl.arange(0, DEPTH)
-    is_entry = entry < depth
-    channel = entry % channels
-    tap = ((first_entry + tl.arange(0, TAP_ENTRIES)) // channels)[:, None]
-    is_tap = tap < KERNEL_SIZE * KERNEL_SIZE
-
-    pixels = tl.full([], height, tl.int64) * width
-    out_pixels = tl.full([], out_height, tl.int64) * out_width
-    tiles = tl.cdiv(out_height, ROWS) * tl.cdiv(out_width, COLUMNS)
-    share = tl.cdiv(batch * tiles, splits)
-    sums = tl.zeros([OUTPUTS, DEPTH], ACCUMULATE)
-    for tile in range(split * share, tl.minimum((split + 1) * share, batch * tiles)):
-        image = (tile // tiles).to(tl.int64)
-        row, column = tile_places(tile % tiles, out_height, out_width, ROWS, COLUMNS)
-        place, exists = locate(row, column, out_height, out_width)
-        gradients = tl.load(
-            grad_y + (image * out_channels + output)[:, None] * out_pixels + place[None, :],
-            mask=is_output[:, None] & exists[None, :],
-            other=0,
-        )
-        neighbor, inside = locate(
-            (row * row_stride - row_padding)[None, :] + tap // KERNEL_SIZE * row_dilation,
-            (column * column_stride - column_padding)[None, :] + tap % KERNEL_SIZE * column_dilation,
-            height,
-            width,
-        )
-        inside = inside & exists[None, :] & is_tap
-        kernel = tl.load(
-            kernels + (image * KERNEL_SIZE * KERNEL_SIZE + tap) * out_pixels + place[None, :], mask=inside, other=0
-        )
-        values = tl.load(
-            x + (image * channels + channel)[:, None] * pixels + neighbor, mask=inside & is_entry[:, None], other=0
-        )
-        scaled = tl.trans((values.to(ACCUMULATE) * kernel).to(OPERAND))
-        sums = tl.dot(gradients.to(OPERAND), scaled, sums, input_precision=PRECISION, out_dtype=ACCUMULATE)
-    sums *= tl.full([], alpha, ACCUMULATE)
-    offsets = (split.to(tl.int64) * out_channels + output)[:, None] * depth + entry[None, :]
-    tl.store(partial + offsets, sums, mask=is_output[:, None] & is_entry[None, :])
-
-
-@triton.jit
-def _add_dot(
-    product,
-    weight,
-    grad_y,
-    source,
-    inside,
-    channel,
-    first,
-    channels,
-    out_channels,
-    out_pixels,
-    OUTPUTS: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """product [CHANNELS,PLACES] and that of the weights [C,O] of a tap with some channels of grad_y."""
-    output = first + tl.arange(0, OUTPUTS)
-    is_output = output < out_channels
-    factors = tl.load(
-        weight + channel[:, None] * out_channels + output[None, :],
-        mask=(channel < channels)[:, None] & is_output[None, :],
-        other=0,
-    )
-    gradients = tl.load(
-        grad_y + output.to(tl.int64)[:, None] * out_pixels + source[None, :],
-        mask=is_output[:, None] & inside[None, :],
-        other=0,
-    )
-    return tl.dot(factors.to(OPERAND), gradients.to(OPERAND), product, input_precision=PRECISION)
-
-
-# See pac_conv2d_forward_kernel.
-@triton.jit(do_not_specialize_on_alignment=["width", "out_width"])
+@triton.jit(do_not_specialize=SIZES)
 def pac_conv2d_backward_input_kernel(
     grad_y,
     x,
@@ -373,27 +202,21 @@ def pac_conv2d_backward_input_kernel(
     slopes,
     partial,
     batch,
-    channels,
-    out_channels,
     height,
     width,
     out_height,
     out_width,
-    row_stride,
-    column_stride,
-    row_padding,
-    column_padding,
-    row_dilation,
-    column_dilation,
+    steps,
     alpha: tl.float64,
-    KERNEL_SIZE: tl.constexpr,
-    GUIDE_CHANNELS: tl.constexpr,
+    C: tl.constexpr,
+    O: tl.constexpr,
+    G: tl.constexpr,
+    K: tl.constexpr,
     FORM: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    IN_ONE_STEP: tl.constexpr,
     OPERAND: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     PRECISION: tl.constexpr,
+    STEP: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -401,78 +224,67 @@ def pac_conv2d_backward_input_kernel(
     """CHANNELS of grad_x at ROWS x COLUMNS pixels, a stride apart, and what they add to m and to a shared filter.
 
     weight is [K²,C,O] in the form "dot", else [K²,O,C] or [K²]; slopes is [chunks of C,B,K²,H',W'], of which only taps
-    inside the image are written; partial [programs,K²] has the sums over pixels of k · grad_y · x.
+    inside the image are written; partial [programs,K²] has the sums over pixels of k · v · x.
     """
-    TAPS: tl.constexpr = KERNEL_SIZE * KERNEL_SIZE
     program = tl.program_id(0)
-    chunks = tl.cdiv(channels, CHANNELS)
-    chunk = program % chunks
-    channel = chunk * CHANNELS + tl.arange(0, CHANNELS)
-    is_channel = channel < channels
-    rows, columns = tl.cdiv(height, row_stride), tl.cdiv(width, column_stride)
+    chunks: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
+    channel = program % chunks * CHANNELS + tl.arange(0, CHANNELS)
+    rows, columns = tl.cdiv(height, steps.row_stride), tl.cdiv(width, steps.column_stride)
     tiles = tl.cdiv(rows, ROWS) * tl.cdiv(columns, COLUMNS)
-    phase = program // chunks // tiles % (row_stride * column_stride)
-    image = (program // chunks // tiles // (row_stride * column_stride)).to(tl.int64)
     row, column = tile_places(program // chunks % tiles, rows, columns, ROWS, COLUMNS)
-    row_phase, column_phase = phase // column_stride, phase % column_stride
-    pixel, exists = locate(row * row_stride + row_phase, column * column_stride + column_phase, height, width)
-    owned = is_channel[:, None] & exists[None, :]
-    pixels = tl.full([], height, tl.int64) * width
-    out_pixels = tl.full([], out_height, tl.int64) * out_width
-    offsets = (image * channels + channel)[:, None] * pixels + pixel[None, :]
-    grad_y += image * out_channels * out_pixels
-    kernels += image * TAPS * out_pixels
-    scale = tl.full([], alpha, ACCUMULATE)
+    block = program // chunks // tiles
+    first_column = block % steps.column_stride
+    first_row = block // steps.column_stride % steps.row_stride
+    image = (block // steps.column_stride // steps.row_stride).to(tl.int64)
+    pixel, exists = locate(
+        row * steps.row_stride + first_row, column * steps.column_stride + first_column, height, width
+    )
+    owned = (channel < C)[:, None] & exists[None, :]
+    offsets = (image * C + channel)[:, None] * pixel_count(height, width) + pixel[None, :]
+    out_pixels = pixel_count(out_height, out_width)
+    grad_y += image * O * out_pixels
     if slopes is not None or partial is not None:
         values = tl.load(x + offsets, mask=owned, other=0).to(ACCUMULATE)
 
     sums = tl.zeros([CHANNELS, ROWS * COLUMNS], ACCUMULATE)
-    for tap in range(TAPS):
-        row_shift = row_phase + row_padding - tap // KERNEL_SIZE * row_dilation
-        column_shift = column_phase + column_padding - tap % KERNEL_SIZE * column_dilation
-        # Else no output place has this tap on these pixels.
-        if (row_shift % row_stride == 0) & (column_shift % column_stride == 0):
-            source, inside = locate(
-                row + row_shift // row_stride, column + column_shift // column_stride, out_height, out_width
+    for tap in range(K * K):
+        row_shift = first_row + steps.row_padding - tap // K * steps.row_dilation
+        column_shift = first_column + steps.column_padding - tap % K * steps.column_dilation
+        # Else these pixels are under this tap of no output place.
+        if (row_shift % steps.row_stride == 0) & (column_shift % steps.column_stride == 0):
+            place, inside = locate(
+                row + row_shift // steps.row_stride, column + column_shift // steps.column_stride, out_height, out_width
             )
             inside = inside & exists
-            kernel = scale * tl.load(kernels + tap * out_pixels + source, mask=inside, other=0)
-            product = tl.zeros([CHANNELS, ROWS * COLUMNS], ACCUMULATE)
+            kernel = tl.load(kernels + (image * K * K + tap) * out_pixels + place, mask=inside, other=0)
+            kernel *= tl.full([], alpha, ACCUMULATE)
             if FORM == "filter":
-                gradients = grad_y + channel.to(tl.int64)[:, None] * out_pixels + source[None, :]
-                product = tl.load(gradients, mask=is_channel[:, None] & inside[None, :], other=0).to(ACCUMULATE)
+                gradients = grad_y + channel.to(tl.int64)[:, None] * out_pixels + place[None, :]
+                product = tl.load(gradients, mask=(channel < C)[:, None] & inside[None, :], other=0).to(ACCUMULATE)
                 if partial is not None:
-                    total = tl.sum(kernel * tl.sum(values * product, 0))
-                    tl.store(partial + program.to(tl.int64) * TAPS + tap, total)
+                    share = tl.sum(kernel * tl.sum(values * product, 0))
+                    tl.store(partial + program.to(tl.int64) * K * K + tap, share)
                 product *= tl.load(weight + tap).to(ACCUMULATE)
-            elif FORM == "sum":
-                for output in range(out_channels):
-                    gradients = tl.load(grad_y + output * out_pixels + source, mask=inside, other=0).to(ACCUMULATE)
-                    factors = weight + (tap * out_channels + output) * channels + channel
-                    factors = tl.load(factors, mask=is_channel, other=0).to(ACCUMULATE)
-                    product = tl.fma(factors[:, None], gradients[None, :], product)
-            elif IN_ONE_STEP:
-                product = _add_dot(
-                    product, weight + tap * channels * out_channels, grad_y, source, inside, channel, 0, channels,
-                    out_channels, out_pixels, OUTPUTS, OPERAND, PRECISION,
-                )  # fmt: skip
             else:
-                for first in range(0, out_channels, OUTPUTS):
-                    product = _add_dot(
-                        product, weight + tap * channels * out_channels, grad_y, source, inside, channel, first,
-                        channels, out_channels, out_pixels, OUTPUTS, OPERAND, PRECISION,
-                    )  # fmt: skip
+                product = add_products(
+                    tl.zeros([CHANNELS, ROWS * COLUMNS], ACCUMULATE), weight + tap * C * O, channel, grad_y, out_pixels,
+                    place, inside, None, C, O, FORM, STEP, OPERAND, PRECISION,
+                )  # fmt: skip
             if slopes is not None:
-                places = slopes + ((chunk * batch + image) * TAPS + tap) * out_pixels + source
-                tl.store(places, kernel * tl.sum(values * product, 0), mask=inside)
+                slope = kernel * tl.sum(values * product, 0)
+                slot = (program % chunks * batch + image) * K * K + tap
+                tl.store(slopes + slot * out_pixels + place, slope, mask=inside)
             sums = tl.fma(product, kernel[None, :], sums)
     if grad_x is not None:
         tl.store(grad_x + offsets, sums, mask=owned)
 
 
-@triton.jit
-def pac_conv2d_backward_center_kernel(kernels, slopes, out_pixels, TAPS: tl.constexpr, PLACES: tl.constexpr):
-    """m_t -= k_t · (sum over r of m_r), at PLACES places, for the taps inside the image."""
+@triton.jit(do_not_specialize=SIZES)
+def pac_conv2d_backward_shares_kernel(
+    kernels, slopes, out_height, out_width, TAPS: tl.constexpr, PLACES: tl.constexpr
+):
+    """m_t -= k_t · (sum over r of m_r), at PLACES places."""
+    out_pixels = pixel_count(out_height, out_width)
     blocks = tl.cdiv(out_pixels, PLACES)
     program = tl.program_id(0).to(tl.int64)
     place = program % blocks * PLACES + tl.arange(0, PLACES)
@@ -480,7 +292,7 @@ def pac_conv2d_backward_center_kernel(kernels, slopes, out_pixels, TAPS: tl.cons
     total = tl.zeros([PLACES], slopes.dtype.element_ty)
     for tap in range(TAPS):
         kernel = tl.load(kernels + first + tap * out_pixels, mask=place < out_pixels, other=0)
-        # Outside the image k is 0 and m unwritten.
+        # Outside the image k is 0, and m was not written.
         total += tl.load(slopes + first + tap * out_pixels, mask=kernel != 0, other=0)
     for tap in range(TAPS):
         kernel = tl.load(kernels + first + tap * out_pixels, mask=place < out_pixels, other=0)
@@ -489,27 +301,15 @@ def pac_conv2d_backward_center_kernel(kernels, slopes, out_pixels, TAPS: tl.cons
 
 
 @triton.jit
-def _place_around(
-    row,
-    column,
-    out_height,
-    out_width,
-    row_stride,
-    column_stride,
-    row_padding,
-    column_padding,
-    row_dilation,
-    column_dilation,
-    KERNEL_SIZE: tl.constexpr,
-):
-    """The output places whose centre tap lies on these pixels, and where there are such."""
-    down = row + row_padding - KERNEL_SIZE // 2 * row_dilation
-    across = column + column_padding - KERNEL_SIZE // 2 * column_dilation
-    place, inside = locate(down // row_stride, across // column_stride, out_height, out_width)
-    return place, inside & (down % row_stride == 0) & (across % column_stride == 0)
+def _place_around(row, column, steps, out_height, out_width, K: tl.constexpr):
+    """Offsets of the output places whose centre tap lies on pixels, and where there are such."""
+    down = row + steps.row_padding - K // 2 * steps.row_dilation
+    across = column + steps.column_padding - K // 2 * steps.column_dilation
+    place, inside = locate(down // steps.row_stride, across // steps.column_stride, out_height, out_width)
+    return place, inside & (down % steps.row_stride == 0) & (across % steps.column_stride == 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def pac_conv2d_backward_guide_kernel(
     guide,
     slopes,
@@ -518,54 +318,40 @@ def pac_conv2d_backward_guide_kernel(
     width,
     out_height,
     out_width,
-    row_stride,
-    column_stride,
-    row_padding,
-    column_padding,
-    row_dilation,
-    column_dilation,
-    KERNEL_SIZE: tl.constexpr,
-    GUIDE_CHANNELS: tl.constexpr,
+    steps,
+    G: tl.constexpr,
+    K: tl.constexpr,
     GUIDES: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """GUIDES channels of grad_guide at ROWS x COLUMNS pixels."""
     ACCUMULATE: tl.constexpr = slopes.dtype.element_ty
-    TAPS: tl.constexpr = KERNEL_SIZE * KERNEL_SIZE
-    chunks: tl.constexpr = tl.cdiv(GUIDE_CHANNELS, GUIDES)
     program = tl.program_id(0)
-    tile = program // chunks
+    chunks: tl.constexpr = (G + GUIDES - 1) // GUIDES
     tiles = tl.cdiv(height, ROWS) * tl.cdiv(width, COLUMNS)
-    image = (tile // tiles).to(tl.int64)
-    row, column = tile_places(tile % tiles, height, width, ROWS, COLUMNS)
+    image = (program // chunks // tiles).to(tl.int64)
+    row, column = tile_places(program // chunks % tiles, height, width, ROWS, COLUMNS)
     pixel, exists = locate(row, column, height, width)
     channel = program % chunks * GUIDES + tl.arange(0, GUIDES)
-    is_channel = (channel < GUIDE_CHANNELS)[:, None]
-    pixels = tl.full([], height, tl.int64) * width
-    out_pixels = tl.full([], out_height, tl.int64) * out_width
-    planes = (image * GUIDE_CHANNELS + channel)[:, None] * pixels
-    slopes += image * TAPS * out_pixels
-    own_place, is_centre = _place_around(
-        row, column, out_height, out_width, row_stride, column_stride, row_padding, column_padding, row_dilation,
-        column_dilation, KERNEL_SIZE,
-    )  # fmt: skip
-    own = tl.load(guide + planes + pixel[None, :], mask=is_channel & exists[None, :], other=0).to(ACCUMULATE)
+    planes = guide + (image * G + channel)[:, None] * pixel_count(height, width)
+    out_pixels = pixel_count(out_height, out_width)
+    slopes += image * K * K * out_pixels
+    own_place, is_centre = _place_around(row, column, steps, out_height, out_width, K)
+    own = tl.load(planes + pixel[None, :], mask=(channel < G)[:, None] & exists[None, :], other=0).to(ACCUMULATE)
     sums = tl.zeros([GUIDES, ROWS * COLUMNS], ACCUMULATE)
-    for tap in range(TAPS):
-        neighbor_row = row + (tap // KERNEL_SIZE - KERNEL_SIZE // 2) * row_dilation
-        neighbor_column = column + (tap % KERNEL_SIZE - KERNEL_SIZE // 2) * column_dilation
-        neighbor, inside = locate(neighbor_row, neighbor_column, height, width)
-        place, is_neighbors = _place_around(
-            neighbor_row, neighbor_column, out_height, out_width, row_stride, column_stride, row_padding,
-            column_padding, row_dilation, column_dilation, KERNEL_SIZE,
-        )  # fmt: skip
-        exists_and_differs = exists & (tap != TAPS // 2)
-        reaches = is_centre & inside & exists_and_differs
-        is_reached = is_neighbors & exists_and_differs
+    for tap in range(K * K):
+        other_row = row + (tap // K - K // 2) * steps.row_dilation
+        other_column = column + (tap % K - K // 2) * steps.column_dilation
+        other_pixel, inside = locate(other_row, other_column, height, width)
+        other_place, is_other_centre = _place_around(other_row, other_column, steps, out_height, out_width, K)
+        differs = exists & (tap != K * K // 2)
+        reaches = is_centre & inside & differs
+        is_reached = is_other_centre & differs
         slope = tl.load(slopes + tap * out_pixels + own_place, mask=reaches, other=0)
-        slope += tl.load(slopes + (TAPS - 1 - tap) * out_pixels + place, mask=is_reached, other=0)
-        other = tl.load(guide + planes + neighbor[None, :], mask=is_channel & inside[None, :], other=0).to(ACCUMULATE)
+        slope += tl.load(slopes + (K * K - 1 - tap) * out_pixels + other_place, mask=is_reached, other=0)
+        other = tl.load(planes + other_pixel[None, :], mask=(channel < G)[:, None] & inside[None, :], other=0)
         # Where no kernel joins the two, Inf stays out.
-        sums -= tl.where((reaches | is_reached)[None, :], slope[None, :] * (own - other), 0.0)
-    tl.store(grad_guide + planes + pixel[None, :], sums, mask=is_channel & exists[None, :])
+        sums -= tl.where((reaches | is_reached)[None, :], slope[None, :] * (own - other.to(ACCUMULATE)), 0.0)
+    targets = grad_guide + (image * G + channel)[:, None] * pixel_count(height, width) + pixel[None, :]
+    tl.store(targets, sums, mask=(channel < G)[:, None] & exists[None, :])

@@ -7,83 +7,98 @@ all channels share one filter. Read: x and guide once, and again from the caches
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
-# Columns of a tile: a warp of 32 threads then reads whole cache lines, and each tap's neighbours are in the same ones.
+# Columns of a tile: a warp of 32 threads reads whole cache lines, and those of neighbouring taps are mostly the same.
 COLUMNS = 32
 # tl.dot multiplies no fewer channels at once, and padding fewer to as many costs more than it gains.
-_LEAST_DOT = 16
+LEAST_DOT = 16
 # Bytes of channels of a place that are multiplied in one step. With twice as many, the addresses of what is on its way
 # to shared memory overflow the registers.
 _STEP_BYTES = 64
 # Channels of the guide that are compared at once: in a tile of 256 places and 128 threads, 32 registers for each pixel
 # of the two.
 _MOST_GUIDES = 16
-# (OUTPUTS, ROWS, warps, stages), widest first, of which those no wider than the output are tried. Sums of 64 registers
-# a thread leave room for operands on all architectures; a thread of the form "sum" holds all outputs of 2 or 4 places.
+# (OUTPUTS, ROWS, warps, stages), widest first; those no wider than the output are tried. Sums of 64 registers a thread
+# leave room for operands on all architectures. In the form "sum" a thread holds all outputs of 2 or 4 places.
 _TILES = {
-    "dot": [(128, 4, 8, 2), (64, 4, 4, 2), (64, 8, 8, 2), (32, 4, 4, 2), (16, 4, 4, 2), (16, 8, 4, 2)],
+    "dot": [(128, 4, 8, 2), (128, 2, 4, 2), (64, 4, 8, 2), (64, 2, 4, 2), (32, 4, 4, 2), (16, 4, 4, 2), (16, 8, 8, 2)],
     "sum": [(32, 8, 4, 1), (16, 8, 4, 1), (16, 16, 4, 1), (8, 8, 4, 1), (4, 8, 4, 1), (4, 16, 4, 1)],
     "filter": [(16, 8, 4, 1), (4, 8, 4, 1)],
 }
 # What the best tile depends on, beside dtypes; the size of the image hardly matters.
-_KEY = ["channels", "out_channels", "GUIDE_CHANNELS", "KERNEL_SIZE"]
+_KEY = ["C", "O", "G", "K"]
+# Arguments of kernels in which every thread owns places. Known to be multiples of 16, they would lead Triton to lay out
+# rows in threads otherwise than taps, which begin anywhere: every number would move from thread to thread.
+SIZES = ["height", "width", "out_height", "out_width"]
+
+
+class Steps(NamedTuple):
+    """How output places and taps lie on the image."""
+
+    row_stride: int
+    column_stride: int
+    row_padding: int
+    column_padding: int
+    row_dilation: int
+    column_dilation: int
 
 
 def forward(x, guide, weight, bias, residual, y, stride, padding, dilation, normalize, alpha, quantum):
     """Fills y [B,O,H',W'], which may be residual."""
     B, C, H, W = x.shape
     _, O, out_height, out_width = y.shape
+    G = guide.shape[1]
     if y.numel() == 0:
         return
-    shared = weight.shape[:2] == (1, 1)
-    form = product_form(x, C, O, shared)
+    form = product_form(x, weight, O)
     # Consecutive numbers along the axis that a product runs over, or, in sums, along the one that a thread keeps.
     packed = weight.permute(2, 3, 0, 1) if form == "dot" else weight.permute(2, 3, 1, 0)
-    channels = multiplied_at_once(x, C)
     start(
         tuner(pac_conv2d_forward_kernel, form, ("OUTPUTS", "ROWS"), _tiles_within(_TILES[form], O), ("y",)),
-        lambda meta: (B * places(meta, out_height, out_width) * triton.cdiv(O, meta["OUTPUTS"]),),
+        lambda meta: (B * tile_count(out_height, out_width, meta["ROWS"]) * triton.cdiv(O, meta["OUTPUTS"]),),
         x,
         guide,
         packed.contiguous(),
         bias,
         residual,
         y,
-        C,
-        O,
         H,
         W,
         out_height,
         out_width,
-        *stride,
-        *padding,
-        *dilation,
+        Steps(*stride, *padding, *dilation),
         alpha,
         quantum or 0.0,
         quantum is not None,
         normalize,
+        C,
+        O,
+        G,
         weight.shape[-1],
-        guide.shape[1],
-        guides_at_once(guide.shape[1]),
         form,
-        channels,
-        C <= channels,
         *arithmetic(x),
+        guides_at_once(G),
+        multiplied_at_once(x, C),
         COLUMNS,
     )
 
 
-def product_form(x, channels, out_channels, shared):
+def product_form(x, weight, out_channels):
     """How a call multiplies: "dot", "sum" or "filter"."""
-    if shared:
+    if weight.shape[:2] == (1, 1):
         return "filter"
-    on_tensor_cores = x.element_size() == 2 or (x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32)
-    return "dot" if on_tensor_cores and min(channels, out_channels) >= _LEAST_DOT else "sum"
+    return "dot" if on_tensor_cores(x) and min(x.shape[1], out_channels) >= LEAST_DOT else "sum"
+
+
+def on_tensor_cores(x):
+    """Whether products may be rounded to what tensor cores multiply."""
+    return x.element_size() == 2 or (x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32)
 
 
 def arithmetic(x):
@@ -92,29 +107,34 @@ def arithmetic(x):
     if operand == torch.bfloat16 and isinstance(pac_conv2d_forward_kernel, InterpretedFunction):
         # The interpreter's product of bfloat16 numbers is wrong.
         operand = torch.float32
-    precision = "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+    precision = "tf32" if on_tensor_cores(x) else "ieee"
     return getattr(tl, str(operand)[6:]), tl.float64 if x.dtype == torch.float64 else tl.float32, precision
 
 
 def multiplied_at_once(x, channels):
     """The power of two of channels whose products tl.dot sums in one step."""
-    return min(max(triton.next_power_of_2(channels), _LEAST_DOT), _STEP_BYTES // x.element_size())
+    return power_of_two(channels, LEAST_DOT, _STEP_BYTES // x.element_size())
 
 
-def guides_at_once(count):
-    """The power of two of guide channels that are compared in one step."""
-    return min(triton.next_power_of_2(count), _MOST_GUIDES)
+def guides_at_once(channels):
+    """The power of two of channels of the guide that are compared in one step."""
+    return power_of_two(channels, 1, _MOST_GUIDES)
 
 
-def places(meta, height, width):
+def power_of_two(count, least, most):
+    """The least power of two that is not below count, within limits that are such powers."""
+    return min(max(triton.next_power_of_2(count), least), most)
+
+
+def tile_count(height, width, rows):
     """Tiles of a plane."""
-    return triton.cdiv(height, meta["ROWS"]) * triton.cdiv(width, meta["COLUMNS"])
+    return triton.cdiv(height, rows) * triton.cdiv(width, COLUMNS)
 
 
 def _tiles_within(tiles, width):
     """Those of the tiles that are no wider than `width` channels need; the narrowest always."""
-    least = min(tile[0] for tile in tiles)
-    return tuple(tile for tile in tiles if tile[0] <= max(triton.next_power_of_2(width), least))
+    needed = max(triton.next_power_of_2(width), min(tile[0] for tile in tiles))
+    return tuple(tile for tile in tiles if tile[0] <= needed)
 
 
 @functools.cache
@@ -152,6 +172,12 @@ def tile_places(tile, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def pixel_count(height, width):
+    """In 64 bits: planes of more than 2^31 pixels have offsets too."""
+    return tl.full([], height, tl.int64) * width
+
+
+@triton.jit
 def locate(row, column, height, width):
     """Offsets of places in a plane, and which of them lie inside it."""
     inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
@@ -159,62 +185,89 @@ def locate(row, column, height, width):
 
 
 @triton.jit
-def likeness(
-    guide,
-    pixels,
-    centre,
-    centre_inside,
-    neighbor,
-    neighbor_inside,
-    GUIDE_CHANNELS: tl.constexpr,
-    GUIDES: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-):
-    """exp(-1/2 |guide(centre) - guide(neighbor)|²) of offsets in an image's planes; the guide is 0 outside of them."""
-    distance = tl.zeros(centre.shape, ACCUMULATE)
-    for first in range(0, GUIDE_CHANNELS, GUIDES):
-        channel = first + tl.arange(0, GUIDES)[:, None]
-        planes = guide + channel.to(tl.int64) * pixels
-        is_channel = channel < GUIDE_CHANNELS
-        own = tl.load(planes + centre[None, :], mask=is_channel & centre_inside[None, :], other=0).to(ACCUMULATE)
-        other = tl.load(planes + neighbor[None, :], mask=is_channel & neighbor_inside[None, :], other=0)
-        difference = own - other.to(ACCUMULATE)
-        distance += tl.sum(difference * difference, 0)
-    return tl.exp(-0.5 * distance)
+def reached(row, column, tap, steps, height, width, K: tl.constexpr):
+    """Offsets of the pixels that a tap of output places reaches, and which of them lie inside the image."""
+    return locate(
+        row * steps.row_stride - steps.row_padding + tap // K * steps.row_dilation,
+        column * steps.column_stride - steps.column_padding + tap % K * steps.column_dilation,
+        height,
+        width,
+    )
 
 
 @triton.jit
-def _add_dot(
+def tap_kernel(
+    guide,
+    row,
+    column,
+    exists,
+    tap,
+    steps,
+    height,
+    width,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    GUIDES: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):
+    """k_t of output places, 0 for taps outside the image; and the pixels as :func:`reached` gives them."""
+    centre, centre_inside = reached(row, column, K * K // 2, steps, height, width, K)
+    neighbor, inside = reached(row, column, tap, steps, height, width, K)
+    centre_inside = centre_inside & exists
+    inside = inside & exists
+    pixels = pixel_count(height, width)
+    distance = tl.zeros(row.shape, ACCUMULATE)
+    for first in range(0, G, GUIDES):
+        channel = first + tl.arange(0, GUIDES)[:, None]
+        planes = guide + channel.to(tl.int64) * pixels
+        own = tl.load(planes + centre[None, :], mask=(channel < G) & centre_inside[None, :], other=0)
+        other = tl.load(planes + neighbor[None, :], mask=(channel < G) & inside[None, :], other=0)
+        difference = own.to(ACCUMULATE) - other.to(ACCUMULATE)
+        distance += tl.sum(difference * difference, 0)
+    # The centre's is 1 by definition: computed, it would be NaN where the guide is Inf.
+    kernel = tl.where(tap == K * K // 2, 1.0, tl.exp(-0.5 * distance))
+    return tl.where(inside, kernel, 0.0), neighbor, inside
+
+
+@triton.jit
+def add_products(
     sums,
-    x,
     weight,
-    kernel,
-    neighbor,
+    channel,
+    planes,
+    plane_size,
+    place,
     inside,
-    output,
-    first,
-    channels,
-    out_channels,
-    pixels,
-    CHANNELS: tl.constexpr,
+    kernel,
+    MADE: tl.constexpr,
+    SUMMED: tl.constexpr,
+    FORM: tl.constexpr,
+    STEP: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """sums [OUTPUTS,PLACES] and the products of some channels with the weights [O,C] of a tap."""
-    channel = first + tl.arange(0, CHANNELS)
-    is_channel = channel < channels
-    factors = tl.load(
-        weight + output[:, None] * channels + channel[None, :],
-        mask=(output < out_channels)[:, None] & is_channel[None, :],
-        other=0,
-    )
-    values = tl.load(
-        x + channel.to(tl.int64)[:, None] * pixels + neighbor[None, :],
-        mask=is_channel[:, None] & inside[None, :],
-        other=0,
-    )
-    scaled = values.to(sums.dtype) * kernel[None, :]
-    return tl.dot(factors.to(OPERAND), scaled.to(OPERAND), sums, input_precision=PRECISION)
+    """sums [channels,places] of the MADE channels, and a tap's weights times the values of SUMMED planes at places.
+
+    weight is [MADE,SUMMED] in the form "dot", [SUMMED,MADE] in the form "sum"; kernel scales the values, or is None.
+    """
+    if FORM == "dot":
+        for first in range(0, SUMMED, STEP):
+            summed = first + tl.arange(0, STEP)
+            mask = (channel < MADE)[:, None] & (summed < SUMMED)[None, :]
+            factors = tl.load(weight + channel[:, None] * SUMMED + summed[None, :], mask=mask, other=0)
+            offsets = summed.to(tl.int64)[:, None] * plane_size + place[None, :]
+            values = tl.load(planes + offsets, mask=(summed < SUMMED)[:, None] & inside[None, :], other=0)
+            if kernel is not None:
+                values = values.to(sums.dtype) * kernel[None, :]
+            sums = tl.dot(factors.to(OPERAND), values.to(OPERAND), sums, input_precision=PRECISION)
+    else:
+        for summed in range(SUMMED):
+            factors = tl.load(weight + summed * MADE + channel, mask=channel < MADE, other=0).to(sums.dtype)
+            values = tl.load(planes + summed * plane_size + place, mask=inside, other=0).to(sums.dtype)
+            if kernel is not None:
+                values *= kernel
+            sums = tl.fma(factors[:, None], values[None, :], sums)
+    return sums
 
 
 @triton.jit
@@ -227,9 +280,7 @@ def _round_to_multiple(value, quantum):
     return tl.where(tl.abs(scaled) < NO_FRACTION, (scaled + rounder) - rounder, scaled) * quantum
 
 
-# Rows that were known to be whole vectors would be laid out in threads otherwise than the taps, which are not, and every
-# number would move from thread to thread.
-@triton.jit(do_not_specialize_on_alignment=["width", "out_width"])
+@triton.jit(do_not_specialize=SIZES)
 def pac_conv2d_forward_kernel(
     x,
     guide,
@@ -237,31 +288,25 @@ def pac_conv2d_forward_kernel(
     bias,
     residual,
     y,
-    channels,
-    out_channels,
     height,
     width,
     out_height,
     out_width,
-    row_stride,
-    column_stride,
-    row_padding,
-    column_padding,
-    row_dilation,
-    column_dilation,
+    steps,
     alpha: tl.float64,
     quantum: tl.float64,
     ROUND: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    KERNEL_SIZE: tl.constexpr,
-    GUIDE_CHANNELS: tl.constexpr,
-    GUIDES: tl.constexpr,
+    C: tl.constexpr,
+    O: tl.constexpr,
+    G: tl.constexpr,
+    K: tl.constexpr,
     FORM: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    IN_ONE_STEP: tl.constexpr,
     OPERAND: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     PRECISION: tl.constexpr,
+    GUIDES: tl.constexpr,
+    STEP: tl.constexpr,
     COLUMNS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -269,63 +314,33 @@ def pac_conv2d_forward_kernel(
     """y of OUTPUTS channels at ROWS x COLUMNS places. weight is [K²,O,C] in the form "dot", else [K²,C,O] or [K²]."""
     # Programs that follow each other take other channels of the same places, which then are in the cache.
     program = tl.program_id(0)
-    output_tiles = tl.cdiv(out_channels, OUTPUTS)
-    output = program % output_tiles * OUTPUTS + tl.arange(0, OUTPUTS)
-    is_output = output < out_channels
-    tile = program // output_tiles
+    output = program % tl.cdiv(O, OUTPUTS) * OUTPUTS + tl.arange(0, OUTPUTS)
+    is_output = output < O
+    tile = program // tl.cdiv(O, OUTPUTS)
     tiles = tl.cdiv(out_height, ROWS) * tl.cdiv(out_width, COLUMNS)
     image = (tile // tiles).to(tl.int64)
     row, column = tile_places(tile % tiles, out_height, out_width, ROWS, COLUMNS)
     place, exists = locate(row, column, out_height, out_width)
-    pixels = tl.full([], height, tl.int64) * width
-    x += image * channels * pixels
-    guide += image * GUIDE_CHANNELS * pixels
+    pixels = pixel_count(height, width)
+    x += image * C * pixels
+    guide += image * G * pixels
 
-    first_row = row * row_stride - row_padding
-    first_column = column * column_stride - column_padding
-    centre, centre_inside = locate(
-        first_row + KERNEL_SIZE // 2 * row_dilation, first_column + KERNEL_SIZE // 2 * column_dilation, height, width
-    )
     sums = tl.zeros([OUTPUTS, ROWS * COLUMNS], ACCUMULATE)
     kernel_total = tl.zeros([ROWS * COLUMNS], ACCUMULATE)
-    for tap in range(KERNEL_SIZE * KERNEL_SIZE):
-        neighbor, inside = locate(
-            first_row + tap // KERNEL_SIZE * row_dilation,
-            first_column + tap % KERNEL_SIZE * column_dilation,
-            height,
-            width,
+    for tap in range(K * K):
+        kernel, neighbor, inside = tap_kernel(
+            guide, row, column, exists, tap, steps, height, width, G, K, GUIDES, ACCUMULATE
         )
-        inside = inside & exists
-        kernel = likeness(
-            guide, pixels, centre, centre_inside & exists, neighbor, inside, GUIDE_CHANNELS, GUIDES, ACCUMULATE
-        )
-        kernel = tl.where(tap == KERNEL_SIZE * KERNEL_SIZE // 2, 1.0, kernel)
-        kernel = tl.where(inside, kernel, 0.0)
         kernel_total += kernel
         if FORM == "filter":
-            planes = x + output.to(tl.int64)[:, None] * pixels
-            values = tl.load(planes + neighbor[None, :], mask=is_output[:, None] & inside[None, :], other=0)
+            offsets = output.to(tl.int64)[:, None] * pixels + neighbor[None, :]
+            values = tl.load(x + offsets, mask=is_output[:, None] & inside[None, :], other=0)
             sums += values.to(ACCUMULATE) * (kernel * tl.load(weight + tap).to(ACCUMULATE))[None, :]
-        elif FORM == "sum":
-            for channel in range(channels):
-                values = tl.load(x + channel * pixels + neighbor, mask=inside, other=0).to(ACCUMULATE)
-                factors = tl.load(weight + channel * out_channels + output, mask=is_output, other=0).to(ACCUMULATE)
-                sums = tl.fma(factors[:, None], (values * kernel)[None, :], sums)
-            weight += channels * out_channels
-        elif IN_ONE_STEP:
-            # Without a loop inside, the loads of the next tap can begin during the products of this one.
-            sums = _add_dot(
-                sums, x, weight, kernel, neighbor, inside, output, 0, channels, out_channels, pixels, CHANNELS, OPERAND,
-                PRECISION,
-            )  # fmt: skip
-            weight += channels * out_channels
         else:
-            for first in range(0, channels, CHANNELS):
-                sums = _add_dot(
-                    sums, x, weight, kernel, neighbor, inside, output, first, channels, out_channels, pixels, CHANNELS,
-                    OPERAND, PRECISION,
-                )  # fmt: skip
-            weight += channels * out_channels
+            factors = weight + tap * C * O
+            sums = add_products(
+                sums, factors, output, x, pixels, neighbor, inside, kernel, O, C, FORM, STEP, OPERAND, PRECISION
+            )
 
     if NORMALIZE:
         # A place with no tap inside has sums of 0; dividing them by 1 leaves the bias alone.
@@ -336,7 +351,7 @@ def pac_conv2d_forward_kernel(
         sums = _round_to_multiple(sums, tl.full([], quantum, ACCUMULATE))
     sums *= tl.full([], alpha, ACCUMULATE)
     written = is_output[:, None] & exists[None, :]
-    offsets = (image * out_channels + output)[:, None] * (tl.full([], out_height, tl.int64) * out_width) + place[None, :]
+    offsets = (image * O + output)[:, None] * pixel_count(out_height, out_width) + place[None, :]
     if residual is not None:
         sums += tl.load(residual + offsets, mask=written, other=0).to(ACCUMULATE)
     tl.store(y + offsets, sums, mask=written)

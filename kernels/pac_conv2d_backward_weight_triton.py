@@ -1,0 +1,131 @@
+"""Pixel-adaptive convolution in Triton: grad_W[o,c,t] = alpha · sum over places p of grad_y[o](p) k_t(p) x[c](p+t).
+
+A program takes a tile of O x (K²·C) and a share of the places, and multiplies grad_y with scaled values that are made in
+passing. Read: grad_y and x once for each tile, neighbouring programs from the cache; k likewise. The shares are then
+added up, always in the same order.
+"""
+
+import triton
+import triton.language as tl
+
+from .pac_conv2d_triton import (
+    COLUMNS,
+    LEAST_DOT,
+    arithmetic,
+    locate,
+    on_tensor_cores,
+    pixel_count,
+    power_of_two,
+    reached,
+    start,
+    tile_places,
+    tuner,
+)
+
+# Outputs and entries of K²·C of a program at most, and (ROWS, warps, stages): sums of 32 registers a thread.
+_TILE, _TILES = (128, 64), ((1, 8, 2), (2, 8, 2))
+# The same where numbers are multiplied one by one, from registers.
+_WIDE_TILE, _WIDE_TILES = (32, 32), ((1, 8, 1),)
+# Programs: a few for each of the 82 multiprocessors of an RTX 3090 or the 132 of an H200, so that the last ones do not
+# leave most of them idle, and few shares to add up.
+_PROGRAMS = 512
+
+
+def weight_gradient(grad_y, x, kernels, grad_weight, steps, alpha):
+    """Fills grad_weight [O,C,K,K]; kernels [B,K²,H',W'] has k, 0 for taps outside the image."""
+    B, _, H, W = x.shape
+    O, C, K, _ = grad_weight.shape
+    out_height, out_width = grad_y.shape[2:]
+    most, tiles = (_TILE, _TILES) if on_tensor_cores(x) else (_WIDE_TILE, _WIDE_TILES)
+    outputs, entries = power_of_two(O, LEAST_DOT, most[0]), power_of_two(K * K * C, LEAST_DOT, most[1])
+    blocks = triton.cdiv(O, outputs) * triton.cdiv(K * K * C, entries)
+    shares = min(triton.cdiv(_PROGRAMS, blocks), B * out_height * triton.cdiv(out_width, COLUMNS))
+    partial = kernels.new_empty(shares, O, K, K, C)
+    start(
+        tuner(pac_conv2d_backward_weight_kernel, "dot", ("ROWS",), tiles),
+        lambda meta: (blocks * shares,),
+        grad_y,
+        x,
+        kernels,
+        partial,
+        B,
+        H,
+        W,
+        out_height,
+        out_width,
+        steps,
+        alpha,
+        shares,
+        C,
+        O,
+        0,
+        K,
+        *arithmetic(x),
+        1 if C % entries == 0 else entries,
+        entries,
+        outputs,
+        COLUMNS,
+    )
+    grad_weight.copy_(partial.sum(0).permute(0, 3, 1, 2))
+
+
+@triton.jit
+def pac_conv2d_backward_weight_kernel(
+    grad_y,
+    x,
+    kernels,
+    partial,
+    batch,
+    height,
+    width,
+    out_height,
+    out_width,
+    steps,
+    alpha: tl.float64,
+    shares,
+    C: tl.constexpr,
+    O: tl.constexpr,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    OPERAND: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TAPS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """partial [shares,O,K²·C] of OUTPUTS x ENTRIES. TAPS is 1 where all of a program's entries belong to one tap."""
+    # Programs that follow each other take the same places, which then are in the cache.
+    program = tl.program_id(0)
+    entry_tiles = tl.cdiv(K * K * C, ENTRIES)
+    output_tiles = tl.cdiv(O, OUTPUTS)
+    first = program % entry_tiles * ENTRIES
+    entry = first + tl.arange(0, ENTRIES)
+    tap = (first + tl.arange(0, TAPS))[:, None] // C
+    output = program // entry_tiles % output_tiles * OUTPUTS + tl.arange(0, OUTPUTS)
+    share = program // entry_tiles // output_tiles
+    pixels, out_pixels = pixel_count(height, width), pixel_count(out_height, out_width)
+    tiles = tl.cdiv(out_height, ROWS) * tl.cdiv(out_width, COLUMNS)
+    share_tiles = tl.cdiv(batch * tiles, shares)
+    sums = tl.zeros([OUTPUTS, ENTRIES], ACCUMULATE)
+    for tile in range(share * share_tiles, tl.minimum((share + 1) * share_tiles, batch * tiles)):
+        image = (tile // tiles).to(tl.int64)
+        row, column = tile_places(tile % tiles, out_height, out_width, ROWS, COLUMNS)
+        place, exists = locate(row, column, out_height, out_width)
+        gradients = tl.load(
+            grad_y + (image * O + output)[:, None] * out_pixels + place[None, :],
+            mask=(output < O)[:, None] & exists[None, :],
+            other=0,
+        )
+        neighbor, inside = reached(row[None, :], column[None, :], tap, steps, height, width, K)
+        inside = inside & exists[None, :] & (tap < K * K)
+        kernel = tl.load(kernels + (image * K * K + tap) * out_pixels + place[None, :], mask=inside, other=0)
+        planes = x + (image * C + entry % C)[:, None] * pixels
+        values = tl.load(planes + neighbor, mask=inside & (entry < K * K * C)[:, None], other=0)
+        scaled = (values.to(ACCUMULATE) * kernel).to(OPERAND)
+        sums = tl.dot(gradients.to(OPERAND), tl.trans(scaled), sums, input_precision=PRECISION, out_dtype=ACCUMULATE)
+    sums *= tl.full([], alpha, ACCUMULATE)
+    offsets = (share.to(tl.int64) * O + output)[:, None] * (K * K * C) + entry[None, :]
+    tl.store(partial + offsets, sums, mask=(output < O)[:, None] & (entry < K * K * C)[None, :])
