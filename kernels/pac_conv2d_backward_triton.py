@@ -33,16 +33,16 @@ from .pac_conv2d_triton import (
     tuner,
 )
 
-# Rows of a tile where numbers are only moved: with Triton's 4 warps, 2 places a thread, and many threads at a time.
-_ROWS = 8
+# Rows of a tile where little is computed: with Triton's 4 warps a place a thread, and so many threads at a time.
+_ROWS = 4
 # Channels that a program of the input kernel owns, at least and at most: gradient, product and values of one take three
 # registers for each place of a thread.
 _CHANNELS = {"dot": (LEAST_DOT, 64), "sum": (4, 16), "filter": (4, 16)}
 # (ROWS, warps, stages) of the input kernel by the channels that a program owns.
 _INPUT_TILES = {
-    64: ((2, 8, 2), (4, 8, 2)),
+    64: ((2, 8, 2), (1, 4, 2)),
     32: ((4, 8, 2), (2, 4, 2)),
-    16: ((4, 4, 1), (8, 4, 1)),
+    16: ((4, 4, 1), (8, 8, 1)),
     8: ((8, 4, 1), (4, 4, 1)),
     4: ((8, 4, 1), (16, 4, 1)),
 }

@@ -23,7 +23,7 @@ from .pac_conv2d_triton import (
 )
 
 # Outputs and entries of K²·C of a program at most, and (ROWS, warps, stages): sums of 32 registers a thread.
-_TILE, _TILES = (128, 64), ((1, 8, 2), (2, 8, 2))
+_TILE, _TILES = (128, 64), ((2, 8, 2), (2, 4, 2))
 # The same where numbers are multiplied one by one, from registers.
 _WIDE_TILE, _WIDE_TILES = (32, 32), ((1, 8, 1),)
 # Programs: a few for each of the 82 multiprocessors of an RTX 3090 or the 132 of an H200, so that the last ones do not
