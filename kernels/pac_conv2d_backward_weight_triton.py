@@ -12,6 +12,7 @@ from .pac_conv2d_triton import (
     COLUMNS,
     LEAST_DOT,
     arithmetic,
+    as_operand,
     locate,
     on_tensor_cores,
     pixel_count,
@@ -124,8 +125,9 @@ def pac_conv2d_backward_weight_kernel(
         kernel = tl.load(kernels + (image * K * K + tap) * out_pixels + place[None, :], mask=inside, other=0)
         planes = x + (image * C + entry % C)[:, None] * pixels
         values = tl.load(planes + neighbor, mask=inside & (entry < K * K * C)[:, None], other=0)
-        scaled = (values.to(ACCUMULATE) * kernel).to(OPERAND)
-        sums = tl.dot(gradients.to(OPERAND), tl.trans(scaled), sums, input_precision=PRECISION, out_dtype=ACCUMULATE)
+        scaled = tl.trans(as_operand(values.to(ACCUMULATE) * kernel, OPERAND, PRECISION))
+        gradients = as_operand(gradients, OPERAND, PRECISION)
+        sums = tl.dot(gradients, scaled, sums, input_precision=PRECISION, out_dtype=ACCUMULATE)
     sums *= tl.full([], alpha, ACCUMULATE)
     offsets = (share.to(tl.int64) * O + output)[:, None] * (K * K * C) + entry[None, :]
     tl.store(partial + offsets, sums, mask=(output < O)[:, None] & (entry < K * K * C)[None, :])

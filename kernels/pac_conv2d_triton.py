@@ -103,11 +103,10 @@ def on_tensor_cores(x):
 
 def arithmetic(x):
     """The dtypes of products' operands and of sums, and the precision of products of float32."""
-    operand = x.dtype
-    if operand == torch.bfloat16 and isinstance(pac_conv2d_forward_kernel, InterpretedFunction):
-        # The interpreter's product of bfloat16 numbers is wrong.
-        operand = torch.float32
-    precision = "tf32" if on_tensor_cores(x) else "ieee"
+    interpreted = isinstance(pac_conv2d_forward_kernel, InterpretedFunction)
+    # The interpreter's product of bfloat16 numbers is wrong.
+    operand = torch.float32 if interpreted and x.dtype == torch.bfloat16 else x.dtype
+    precision = "tf32" if x.dtype == torch.float32 and on_tensor_cores(x) and not interpreted else "ieee"
     return getattr(tl, str(operand)[6:]), tl.float64 if x.dtype == torch.float64 else tl.float32, precision
 
 
@@ -230,6 +229,16 @@ def tap_kernel(
 
 
 @triton.jit
+def as_operand(values, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """Values as tl.dot multiplies them. Of float32 tensor cores would cut bits off; rounded, products have no bias."""
+    if PRECISION == "tf32":
+        bits = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,f", [values], tl.int32, is_pure=True, pack=1)
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return values.to(OPERAND)
+
+
+@triton.jit
 def add_products(
     sums,
     weight,
@@ -259,7 +268,8 @@ def add_products(
             values = tl.load(planes + offsets, mask=(summed < SUMMED)[:, None] & inside[None, :], other=0)
             if kernel is not None:
                 values = values.to(sums.dtype) * kernel[None, :]
-            sums = tl.dot(factors.to(OPERAND), values.to(OPERAND), sums, input_precision=PRECISION)
+            factors, values = as_operand(factors, OPERAND, PRECISION), as_operand(values, OPERAND, PRECISION)
+            sums = tl.dot(factors, values, sums, input_precision=PRECISION)
     else:
         for summed in range(SUMMED):
             factors = tl.load(weight + summed * MADE + channel, mask=channel < MADE, other=0).to(sums.dtype)
