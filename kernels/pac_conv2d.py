@@ -15,7 +15,7 @@ IntOrPair = int | tuple[int, int]
 _OPERATOR = _backend.Operator("pac_conv2d", pac_conv2d_reference)
 _IN_PLACE = _backend.Operator("pac_conv2d_", pac_conv2d_reference_)
 
-# Of an image with its padding, in the CUDA kernels: a tile beyond its end still fits into 32 bits.
+# Of an image with its padding, on a GPU: a tile beyond its end still fits into 32 bits.
 _LONGEST_SIDE = 2**30
 
 
@@ -240,7 +240,7 @@ def _cpu_cannot(x, **others):
     return "its kernel takes no float16" if x.dtype == torch.float16 else None
 
 
-def _cuda_cannot(x, weight, stride=1, padding=0, dilation=1, **others):
+def _gpu_cannot(x, weight, stride=1, padding=0, dilation=1, **others):
     margins, gaps = _pair(padding), _pair(dilation)
     longest = max(x.shape[2 + axis] + 2 * margins[axis] + weight.shape[-1] * gaps[axis] for axis in (0, 1))
     return "its kernel counts padded rows and columns in 32 bits" if longest > _LONGEST_SIDE else None
@@ -379,9 +379,9 @@ def _run_in_place(backend, residual, x, guide, weight, bias, *, stride, padding,
     return residual
 
 
-_OPERATOR.register("cuda", functools.partial(_run, "cuda"), _cuda_cannot)
-_IN_PLACE.register("cuda", functools.partial(_run_in_place, "cuda"), _cuda_cannot)
-_OPERATOR.register("triton", functools.partial(_run, "triton"))
-_IN_PLACE.register("triton", functools.partial(_run_in_place, "triton"))
+_OPERATOR.register("cuda", functools.partial(_run, "cuda"), _gpu_cannot)
+_IN_PLACE.register("cuda", functools.partial(_run_in_place, "cuda"), _gpu_cannot)
+_OPERATOR.register("triton", functools.partial(_run, "triton"), _gpu_cannot)
+_IN_PLACE.register("triton", functools.partial(_run_in_place, "triton"), _gpu_cannot)
 _OPERATOR.register("cpu", functools.partial(_run, "cpu"), _cpu_cannot)
 _IN_PLACE.register("cpu", functools.partial(_run_in_place, "cpu"), _cpu_cannot)

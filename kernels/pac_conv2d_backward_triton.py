@@ -1,11 +1,11 @@
-"""Pixel-adaptive convolution in Triton, backward. With v = alpha · grad_y and u_t(p)[c] = sum over o of W[o,c,t] v[o](p):
+"""Pixel-adaptive convolution in Triton, backward. With v = alpha · grad_y, u_t(p)[c] = sum over o of W[o,c,t] v[o](p):
 
-  grad_W[o,c,t] = sum over p of v[o](p) k_t(p) x[c](p+t),   grad_x[c](q) = sum over t of k_t(q-t) u_t(q-t)[c],
-  m_t(p) = k_t(p) · sum over c of x[c](p+t) u_t(p)[c],      grad_g(q) = -sum over t of (m_t(q) + m_-t(q+t)) (g(q) - g(q+t)).
+  grad_x[c](q) = sum over t of k_t(q-t) u_t(q-t)[c],   m_t(p) = k_t(p) · sum over c of x[c](p+t) u_t(p)[c],
+  grad_g(q) = -sum over t of (m_t(q) + m_-t(q+t)) (g(q) - g(q+t)).
 
 m_t is k_t times its gradient; with normalize, k_t is a share of the sum and m_t loses k_t · (sum over r of m_r).
 Every gradient is gathered by its owner: no atomics, the same bits on every run. One product makes u for grad_x and m.
-Kept between the kernels: k and m, K² numbers each a place; see pac_conv2d_backward_weight_triton.py for grad_W.
+Kept between the kernels: k and m, K² numbers each a place. grad_W is in pac_conv2d_backward_weight_triton.py.
 """
 
 import torch
@@ -21,13 +21,13 @@ from .pac_conv2d_triton import (
     add_products,
     arithmetic,
     guides_at_once,
+    kernel_of_tap,
     locate,
     multiplied_at_once,
     pixel_count,
     power_of_two,
     product_form,
     start,
-    tap_kernel,
     tile_count,
     tile_places,
     tuner,
@@ -182,11 +182,13 @@ def pac_conv2d_backward_kernels_kernel(
     total = tl.zeros([ROWS * COLUMNS], ACCUMULATE)
     if NORMALIZE:
         for tap in range(K * K):
-            kernel, _, _ = tap_kernel(guide, row, column, exists, tap, steps, height, width, G, K, GUIDES, ACCUMULATE)
+            kernel, _, _ = kernel_of_tap(
+                guide, row, column, exists, tap, steps, height, width, G, K, GUIDES, ACCUMULATE
+            )
             total += kernel
         total = tl.where(total == 0, 1.0, total)
     for tap in range(K * K):
-        kernel, _, _ = tap_kernel(guide, row, column, exists, tap, steps, height, width, G, K, GUIDES, ACCUMULATE)
+        kernel, _, _ = kernel_of_tap(guide, row, column, exists, tap, steps, height, width, G, K, GUIDES, ACCUMULATE)
         if NORMALIZE:
             kernel /= total
         tl.store(kernels + tap * out_pixels + place, kernel, mask=exists)
@@ -280,9 +282,7 @@ def pac_conv2d_backward_input_kernel(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def pac_conv2d_backward_shares_kernel(
-    kernels, slopes, out_height, out_width, TAPS: tl.constexpr, PLACES: tl.constexpr
-):
+def pac_conv2d_backward_shares_kernel(kernels, slopes, out_height, out_width, TAPS: tl.constexpr, PLACES: tl.constexpr):
     """m_t -= k_t · (sum over r of m_r), at PLACES places."""
     out_pixels = pixel_count(out_height, out_width)
     blocks = tl.cdiv(out_pixels, PLACES)

@@ -1,8 +1,8 @@
 """Pixel-adaptive convolution in Triton: grad_W[o,c,t] = alpha · sum over places p of grad_y[o](p) k_t(p) x[c](p+t).
 
-A program takes a tile of O x (K²·C) and a share of the places, and multiplies grad_y with scaled values that are made in
-passing. Read: grad_y and x once for each tile, neighbouring programs from the cache; k likewise. The shares are then
-added up, always in the same order.
+A program takes a tile of O x (K²·C) and a share of the places, and multiplies grad_y with values that it scales in
+passing. Read: grad_y, x and k once for each tile, mostly from the cache, as neighbouring programs take the same places.
+The shares are then added up, always in the same order.
 """
 
 import triton
@@ -23,10 +23,12 @@ from .pac_conv2d_triton import (
     tuner,
 )
 
-# Outputs and entries of K²·C of a program at most, and (ROWS, warps, stages): sums of 32 registers a thread.
-_TILE, _TILES = (128, 64), ((2, 8, 2), (2, 4, 2))
-# The same where numbers are multiplied one by one, from registers.
-_WIDE_TILE, _WIDE_TILES = (32, 32), ((1, 8, 1),)
+# Outputs and entries of K²·C of a program at most: sums of 32 registers a thread. Fewer where numbers are multiplied
+# one by one, from registers.
+_TILE, _WIDE_TILE = (128, 64), (32, 32)
+# (ROWS, warps, stages): of programs whose entries belong to one tap, to several, and of those without tensor cores.
+# Taps have places of their own, and thus more addresses.
+_TILES, _TILES_OF_TAPS, _WIDE_TILES = ((2, 8, 2), (2, 4, 2)), ((2, 8, 1), (1, 8, 1), (1, 4, 1)), ((1, 8, 1),)
 # Programs: a few for each of the 82 multiprocessors of an RTX 3090 or the 132 of an H200, so that the last ones do not
 # leave most of them idle, and few shares to add up.
 _PROGRAMS = 512
@@ -37,8 +39,10 @@ def weight_gradient(grad_y, x, kernels, grad_weight, steps, alpha):
     B, _, H, W = x.shape
     O, C, K, _ = grad_weight.shape
     out_height, out_width = grad_y.shape[2:]
-    most, tiles = (_TILE, _TILES) if on_tensor_cores(x) else (_WIDE_TILE, _WIDE_TILES)
+    most = _TILE if on_tensor_cores(x) else _WIDE_TILE
     outputs, entries = power_of_two(O, LEAST_DOT, most[0]), power_of_two(K * K * C, LEAST_DOT, most[1])
+    taps = 1 if C % entries == 0 else entries
+    tiles = _WIDE_TILES if not on_tensor_cores(x) else _TILES if taps == 1 else _TILES_OF_TAPS
     blocks = triton.cdiv(O, outputs) * triton.cdiv(K * K * C, entries)
     shares = min(triton.cdiv(_PROGRAMS, blocks), B * out_height * triton.cdiv(out_width, COLUMNS))
     partial = kernels.new_empty(shares, O, K, K, C)
@@ -62,7 +66,7 @@ def weight_gradient(grad_y, x, kernels, grad_weight, steps, alpha):
         0,
         K,
         *arithmetic(x),
-        1 if C % entries == 0 else entries,
+        taps,
         entries,
         outputs,
         COLUMNS,

@@ -1,9 +1,9 @@
 """Pixel-adaptive convolution in Triton, forward: formula in pac_conv2d.py. Backward: pac_conv2d_backward_triton.py.
 
-A program owns OUTPUTS channels of a tile of ROWS x COLUMNS output places. Tap by tap it makes k_t(p) from the guide, once
-for all channels, scales the values that the tap reaches and multiplies them with the weights of the tap, in one of three
-forms: "dot" on tensor cores, "sum" channel by channel where there are few channels or every digit counts, "filter" where
-all channels share one filter. Read: x and guide once, and again from the caches for every tap. Written: y once.
+A program owns OUTPUTS channels at ROWS x COLUMNS output places. Tap by tap it makes k_t(p) from the guide, once for all
+channels, scales the values that the tap reaches and multiplies them with the weights of the tap in one of three
+forms: "dot" on tensor cores, "sum" channel by channel where there are few or every digit counts, "filter" where all
+channels share one filter. Read: x and guide once, and again from the caches for every tap. Written: y once.
 """
 
 import functools
@@ -195,7 +195,7 @@ def reached(row, column, tap, steps, height, width, K: tl.constexpr):
 
 
 @triton.jit
-def tap_kernel(
+def kernel_of_tap(
     guide,
     row,
     column,
@@ -338,7 +338,7 @@ def pac_conv2d_forward_kernel(
     sums = tl.zeros([OUTPUTS, ROWS * COLUMNS], ACCUMULATE)
     kernel_total = tl.zeros([ROWS * COLUMNS], ACCUMULATE)
     for tap in range(K * K):
-        kernel, neighbor, inside = tap_kernel(
+        kernel, neighbor, inside = kernel_of_tap(
             guide, row, column, exists, tap, steps, height, width, G, K, GUIDES, ACCUMULATE
         )
         kernel_total += kernel

@@ -208,20 +208,43 @@ def test_guide_of_any_magnitude(backend, magnitude):
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_many_channels(channels, outputs, guides, size, taps, options, dtype):
+    check_against_reference("cpu", channels, outputs, guides, size, taps, options, dtype)
+
+
+# Small enough for Triton's interpreter: tiles of places and steps of products that do not fit, and a stride's phases.
+@compare.every_backend(OPERATOR)
+@pytest.mark.parametrize(
+    ("channels", "outputs", "guides", "size", "options"),
+    [
+        (18, 17, 17, (5, 33), {"padding": 1}),
+        (17, 18, 3, (9, 35), {"stride": (2, 1), "padding": (2, 0), "normalize": True}),
+        (17, 17, 2, (9, 35), {"stride": (2, 1), "padding": (0, 1), "shared": True}),
+    ],
+    ids=["guide", "stride", "shared"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_many_tiles(backend, channels, outputs, guides, size, options, dtype):
+    check_against_reference(backend, channels, outputs, guides, size, 3, options, dtype)
+
+
+def check_against_reference(backend, channels, outputs, guides, size, taps, options, dtype):
+    """Output and gradients by the judge, of random tensors."""
     generator = torch.Generator().manual_seed(0)
+    filters = (1, 1) if options.get("shared") else (outputs, channels)
 
     def normal(*shape):
-        return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randn(shape, generator=generator).to(compare.device(backend), dtype)
 
     arguments = {
         "x": normal(1, channels, *size),
         "guide": normal(1, guides, *size) / (2 * guides) ** 0.5,
-        "weight": normal(outputs, channels, taps, taps) / (channels * taps**2) ** 0.5,
+        "weight": normal(*filters, taps, taps) / (filters[1] * taps**2) ** 0.5,
         "bias": normal(outputs),
-        **options,
+        **{name: value for name, value in options.items() if name != "shared"},
     }
+    compare.skip_unless_able(backend, OPERATOR, arguments)
     reference = compare.public(OPERATOR, "reference")
-    ours = compare.differentiate(compare.public(OPERATOR, "cpu"), arguments, GRADIENTS)
+    ours = compare.differentiate(compare.public(OPERATOR, backend), arguments, GRADIENTS)
     exact = compare.differentiate(reference, compare.convert(arguments, torch.float64, "cpu"), GRADIENTS)
     if dtype == torch.float64:
         compare.judge_all(ours, exact, ulps=compare.REFERENCE_ULPS[dtype])

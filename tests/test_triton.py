@@ -34,9 +34,12 @@ def run(command, **environment):
 def test_values_under_the_interpreter(tmp_path):
     """The judge of every operator, on forward and backward."""
     files = [TESTS / f"test_{path.name.removesuffix('_triton.py')}.py" for path in SOURCES]
-    chosen = "triton and ((test_backward and not float64) or test_edge_shapes)"
+    values = "(test_backward and not float64) or test_edge_shapes or (test_in_place and float32)"
+    # The interpreter takes a minute for one of pac_conv2d's odd samples.
+    others = "test_many_tiles or test_spoiled_guide or test_guide_of_any_magnitude"
+    chosen = f"triton and ({values} or {others}) and not (pac_conv2d and odd)"
     options = ["-q", "-p", "no:cacheprovider", "-k", chosen, f"--junitxml={tmp_path / 'report.xml'}"]
-    run(["-m", "pytest", *options, *map(str, files)], TRITON_INTERPRET="1")
+    run(["-m", "pytest", *options, *(str(path) for path in files if path.exists())], TRITON_INTERPRET="1")
     cases = list(ElementTree.parse(tmp_path / "report.xml").iter("testcase"))
     assert not [case.get("name") for case in cases if case.find("skipped") is not None]
     for name, operator in OPERATORS.items():

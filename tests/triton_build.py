@@ -23,6 +23,8 @@ from restoration_kernels._samples import DIFFERENTIABLE, samples
 # Of the RTX 3090 and of Hopper, by the numbers that Triton calls them.
 ARCHITECTURES = (86, 90)
 WARP_THREADS = 32
+# Of pac_conv2d: with the widest products, without tensor cores, and with the kernels of what the others do not ask for.
+OTHER_SAMPLES = ("64_to_256_at_128", "odd_stride", "normalize", "shared")
 
 
 class AbsentGpu:
@@ -55,12 +57,14 @@ def launch_everything():
     x = torch.zeros(256 * WARP_THREADS)
     spilling_kernel[(1,)](x, x, x.numel(), num_warps=1)
     for name, operator in _backend.OPERATORS.items():
-        if not operator.has("triton"):
+        # What writes in place launches the kernels of the operator that does not.
+        if not operator.has("triton") or name not in DIFFERENTIABLE:
             continue
         # Rows that are no whole vectors take most registers, those that are take other instructions, and a size of one,
         # which the last of the tiny samples has, is a constant of another type to Triton.
         chosen = [(samples(name, "odd")[0], torch.float32), (samples(name, "model")[0], torch.bfloat16)]
-        for sample, dtype in [*chosen, (samples(name, "tiny")[-1], torch.float64)]:
+        others = [(sample, torch.float32) for sample in samples(name) if sample.name in OTHER_SAMPLES]
+        for sample, dtype in [*chosen, (samples(name, "tiny")[-1], torch.float64), *others]:
             compare.differentiate(compare.public(name, "triton"), sample.arguments(dtype), DIFFERENTIABLE[name])
 
 
@@ -85,6 +89,8 @@ def main():
 
     JITFunction.run = compile_only
     _backend.why_not_on = lambda backend, device: None
+    # Nothing runs here that could be timed: kernels take the first of their tiles.
+    torch.use_deterministic_algorithms(True)
     for architecture in ARCHITECTURES:
         triton.runtime.driver.set_active(AbsentGpu(architecture))
         launch_everything()
