@@ -1,6 +1,6 @@
 // Pixel-adaptive convolution in CUDA, forward: formula in pac_conv2d.h.
-// An implicit product [pixels, K²·C] · [K²·C, O]. A block owns a tile of pixels and one or all tiles of outputs. For
-// each row of taps it computes the tile's k_t(p) into shared memory, then walks over the channels: while one buffer is
+// An implicit product [pixels, K²·C] · [K²·C, O]. A block owns a tile of pixels and one or more tiles of outputs. For
+// a few taps it computes the tile's k_t(p) into shared memory, then walks over the channels: while one buffer is
 // multiplied (pac_conv2d_products.cuh), the next channels of x and weights are copied into the other. Neither k nor
 // columns reach main memory. Read: x and guide K times, but for the first time from the caches; written: y once.
 // Scratch memory: one copy of weight, in the order in which it is multiplied. No atomics: the same bits every run.
@@ -14,8 +14,10 @@ namespace {
 // pixels than that, tiles of outputs go to blocks of their own, each of which computes the kernel again.
 constexpr int64_t kWantedBlocks = 4 * 132;
 
-// As much of a kernel is kept for all tiles of outputs as leaves room for three blocks on a multiprocessor.
+// A kernel up to this size is kept for all tiles of outputs, and x is staged up to that size: this leaves room for two
+// blocks on a multiprocessor of compute capability 8.6.
 constexpr int64_t kKeptKernelBytes = 16 << 10;
+constexpr int64_t kStagedBytes = 36 << 10;
 
 // The sums of one round on their way through shared memory, in which threads swap them so that each warp writes
 // neighbouring pixels of y, and none needs all of its sums' addresses at once.
@@ -64,33 +66,42 @@ struct Plan {
   int plane_stride;
   int slabs;  // of planes
   int output_tiles;
-  int kernel_rows;  // that are kept in shared memory: all, or one
+  bool keeps_kernel;
 
   explicit Plan(const PacConv2dSizes& sizes) : tiling(sizes, Products::kPixels, Products::kMaximumColumns) {
-    const int all_planes = static_cast<int>(ceil_divide(sizes.channels, Products::kChannels));
-    slabs = Products::kShared ? 1 : static_cast<int>(ceil_divide(all_planes, kStagedPlanes));
-    // Slabs of equal size, where they may be smaller than a fragment: 12 channels are 2 times 6.
-    planes = Products::kWholeSlabs ? kStagedPlanes
-                                   : static_cast<int>(std::min<int64_t>(ceil_divide(all_planes, slabs), kStagedPlanes));
     // An odd multiple of 4: the planes that the lanes of a fragment read together then lie in different banks.
     plane_stride = (tiling.rows() * tiling.span + 3) / 8 * 8 + 4;
+    const int64_t all_planes = ceil_divide(sizes.channels, Products::kChannels);
+    if (Products::kWholeSlabs) {
+      planes = kStagedPlanes;
+    } else if (Products::kShared) {
+      planes = static_cast<int>(std::min<int64_t>(all_planes, kStagedPlanes));
+    } else {
+      const int64_t fitting = kStagedBytes / (2 * plane_stride * int64_t{sizeof(Element)});
+      // Slabs of equal size: 12 channels are 2 times 6.
+      const int64_t most = std::clamp<int64_t>(fitting, 1, kStagedPlanes);
+      planes = static_cast<int>(ceil_divide(all_planes, ceil_divide(all_planes, most)));
+    }
+    slabs = Products::kShared ? 1 : static_cast<int>(ceil_divide(all_planes, planes));
     output_tiles = static_cast<int>(ceil_divide(sizes.out_channels, Products::kOutputs));
     const int64_t kernel_bytes = sizes.taps() * Products::kPixels * int64_t{sizeof(A)};
-    kernel_rows = output_tiles > 1 && kernel_bytes <= kKeptKernelBytes ? tiling.kernel_size : 1;
+    keeps_kernel = output_tiles > 1 && kernel_bytes <= kKeptKernelBytes;
   }
 
   HOST_DEVICE int tap_weights() const { return planes * Products::kOutputs; }
-  // Of one stage: a row of taps of a slab.
-  HOST_DEVICE int stage_weights() const { return Products::kShared ? 0 : tiling.kernel_size * tap_weights(); }
-  HOST_DEVICE int64_t tile_weights() const {
-    return static_cast<int64_t>(tiling.kernel_size) * slabs * stage_weights();
+  HOST_DEVICE int64_t tile_weights() const { return static_cast<int64_t>(tiling.taps()) * slabs * tap_weights(); }
+  // Numbers in shared memory: of one buffer, and of k.
+  HOST_DEVICE int staged_weights() const {
+    return Products::kShared ? 0 : min(tiling.kernel_size, kTapsTogether) * tap_weights();
   }
   HOST_DEVICE int staged() const { return planes * plane_stride; }
-  HOST_DEVICE int kernel() const { return kernel_rows * tiling.kernel_size * Products::kPixels; }
+  HOST_DEVICE int kernel() const {
+    return (keeps_kernel ? tiling.taps() : min(tiling.kernel_size, kTapsTogether)) * Products::kPixels;
+  }
   HOST_DEVICE int totals() const { return tiling.normalize ? Products::kPixels : 0; }
 
   size_t shared_bytes() const {
-    const size_t stages = 2 * (stage_weights() + staged()) * sizeof(Element);
+    const size_t stages = 2 * (staged_weights() + staged()) * sizeof(Element);
     return (kernel() + totals()) * sizeof(A) + std::max(stages, FinishedSums<Products>::kCount * sizeof(A));
   }
 };
@@ -132,7 +143,6 @@ __global__ void __launch_bounds__(Products::kThreads, Products::kBlocks)
   using A = typename Products::A;
   constexpr int kThreads = Products::kThreads, kPixels = Products::kPixels;
   const PacConv2dTiling& tiling = plan.tiling;
-  const int taps = tiling.kernel_size;
   const TilePlace place(tiling);
 
   DYNAMIC_SHARED(Vector<A>, memory);
@@ -140,7 +150,7 @@ __global__ void __launch_bounds__(Products::kThreads, Products::kBlocks)
   A* const totals = tiling.normalize ? kernel + plan.kernel() : nullptr;
   A* const sums = kernel + plan.kernel() + plan.totals();  // in place of the stages, once they have been multiplied
   Element* const weight_buffers = reinterpret_cast<Element*>(sums);
-  Element* const staged_buffers = weight_buffers + 2 * plan.stage_weights();
+  Element* const staged_buffers = weight_buffers + 2 * plan.staged_weights();
   if (tiling.normalize) fill_totals<kPixels, kThreads>(guide, tiling, place, totals, kernel);
 
   int slots[Products::kOwnPixels];
@@ -149,50 +159,53 @@ __global__ void __launch_bounds__(Products::kThreads, Products::kBlocks)
 
 #pragma unroll 1
   for (int tile = blockIdx.y; tile < plan.output_tiles; tile += gridDim.y) {
-    // A stage is a row of taps of a slab of planes.
-    const int stages = taps * plan.slabs;
-    const auto start = [&](int tap_row, int slab, int stage) {
+    const auto start = [&](const TapGroup& group, int slab, int buffer) {
       const int first_channel = (Products::kShared ? tile * kStagedPlanes : slab * plan.planes) * Products::kChannels;
-      stage_rows<kThreads>(x, tiling, place, tap_row, first_channel, plan.planes, plan.plane_stride,
-                           staged_buffers + stage % 2 * plan.staged());
+      stage_rows<kThreads>(x, tiling, place, group, first_channel, plan.planes, plan.plane_stride,
+                           staged_buffers + buffer * plan.staged());
       if constexpr (!Products::kShared) {
         constexpr int kCount = Vector<Element>::kCount;
-        const Element* const source =
-            weights + tile * plan.tile_weights() + static_cast<int64_t>(stage) * plan.stage_weights();
-        Element* const destination = weight_buffers + stage % 2 * plan.stage_weights();
-        for (int index = threadIdx.x * kCount; index < plan.stage_weights(); index += kThreads * kCount) {
+        const int64_t tap = static_cast<int64_t>(group.row * plan.slabs + slab) * tiling.kernel_size + group.first;
+        const Element* const source = weights + tile * plan.tile_weights() + tap * plan.tap_weights();
+        Element* const destination = weight_buffers + buffer * plan.staged_weights();
+        for (int index = threadIdx.x * kCount; index < group.count * plan.tap_weights(); index += kThreads * kCount) {
           copy_async<kVectorBytes>(destination + index, source + index, true);
         }
       }
     };
 
+    // A stage is a group of taps and a slab of planes. The first round of the loop only starts the copies of the first.
     Products products;
-    int tap_row = 0, slab = 0, next_row = 0, next_slab = 0;
+    TapGroup group = {0, 0, 0}, next_group = tiling.group(0, 0);
+    int slab = 0, next_slab = 0, buffer = 1;
 #pragma unroll 1
-    for (int stage = -1; stage < stages; ++stage) {
-      if (stage + 1 < stages) start(next_row, next_slab, stage + 1);
+    while (group.row < tiling.kernel_size) {
+      buffer ^= 1;
+      if (next_group.row < tiling.kernel_size) start(next_group, next_slab, buffer);
       commit_copies();
-      if (stage >= 0) {
-        A* const kernel_row = kernel + tap_row % plan.kernel_rows * taps * kPixels;
-        if (slab == 0 && (plan.kernel_rows == 1 || tile == static_cast<int>(blockIdx.y))) {
-          fill_kernel_row<kPixels, kThreads, false>(guide, tiling, place, tap_row, totals, kernel_row);
+      if (group.count > 0) {
+        const int first_tap = group.row * tiling.kernel_size + group.first;
+        A* const group_kernel = kernel + (plan.keeps_kernel ? first_tap * kPixels : 0);
+        if (slab == 0 && (!plan.keeps_kernel || tile == static_cast<int>(blockIdx.y))) {
+          fill_kernel<kPixels, kThreads, false>(guide, tiling, place, group, totals, group_kernel);
         }
         wait_for_copies<1>();
         __syncthreads();
-        const Element* const staged = staged_buffers + stage % 2 * plan.staged();
+        const Element* const staged = staged_buffers + (buffer ^ 1) * plan.staged();
         if constexpr (Products::kShared) {
-          products.multiply(tiling, staged, plan.planes, plan.plane_stride, weights + tap_row * taps, kernel_row, slots);
+          products.multiply(group.count, tiling.tap_step, staged, plan.planes, plan.plane_stride, weights + first_tap,
+                            group_kernel, slots);
         } else {
-          const Element* const stage_weights = weight_buffers + stage % 2 * plan.stage_weights();
-          products.multiply(tiling, staged, plan.planes, plan.plane_stride, stage_weights, kernel_row, slots);
+          products.multiply(group.count, tiling.tap_step, staged, plan.planes, plan.plane_stride,
+                            weight_buffers + (buffer ^ 1) * plan.staged_weights(), group_kernel, slots);
         }
-        __syncthreads();  // before the buffer, or the row of the kernel, is overwritten
+        __syncthreads();  // before the buffer, or the group's kernel, is overwritten
       }
-      tap_row = next_row;
+      group = next_group;
       slab = next_slab;
       if (++next_slab == plan.slabs) {
         next_slab = 0;
-        ++next_row;
+        next_group = tiling.after(next_group);
       }
     }
 #pragma unroll

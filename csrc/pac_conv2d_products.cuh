@@ -74,9 +74,9 @@ struct FragmentProducts {
     return Word<Operand>::pack(values);
   }
 
-  __device__ __forceinline__ void multiply(const PacConv2dTiling& tiling, const Element* staged, int, int plane_stride,
+  __device__ __forceinline__ void multiply(int taps, int tap_step, const Element* staged, int, int plane_stride,
                                            const Element* weights, const A* kernel, const int (&slots)[kOwnPixels]) {
-    const int lane = fragment_lane(), taps = tiling.kernel_size;
+    const int lane = fragment_lane();
 #pragma unroll 1
     for (int tap = 0; tap < taps; ++tap) {
       A factors[kOwnPixels];
@@ -89,7 +89,7 @@ struct FragmentProducts {
         for (int place = 0; place < left[block].kCount; ++place) {
           const int i = block * 2 + place % 2, plane = plane_of(LeftFragment<Operand>::word(place));
           left[block].words[place] =
-              scale(staged[plane * plane_stride + slots[i] + tap * tiling.tap_step], factors[i]);
+              scale(staged[plane * plane_stride + slots[i] + tap * tap_step], factors[i]);
         }
       }
 #pragma unroll
@@ -140,17 +140,16 @@ struct ExactProducts {
   }
   __device__ static Element pack(const A (&values)[kChannels]) { return values[0]; }
 
-  __device__ __forceinline__ void multiply(const PacConv2dTiling& tiling, const Element* staged, int planes,
+  __device__ __forceinline__ void multiply(int taps, int tap_step, const Element* staged, int planes,
                                            int plane_stride, const Element* weights, const A* kernel,
                                            const int (&slots)[kOwnPixels]) {
-    const int taps = tiling.kernel_size;
     const Element* column = weights + output(0);
 #pragma unroll 1
     for (int tap = 0; tap < taps; ++tap) {
       A factors[kOwnPixels];
 #pragma unroll
       for (int i = 0; i < kOwnPixels; ++i) factors[i] = kernel[tap * kPixels + pixel(i)];
-      const Element* row = staged + tap * tiling.tap_step;
+      const Element* row = staged + tap * tap_step;
 #pragma unroll 2
       for (int plane = 0; plane < planes; ++plane, row += plane_stride, column += kOutputs) {
         A right[kOutputsEach];
@@ -194,14 +193,13 @@ struct SharedProducts {
   __device__ static int output(int j) { return j; }
   __device__ A sum(int, int, int j) const { return sums[j]; }
 
-  __device__ __forceinline__ void multiply(const PacConv2dTiling& tiling, const Element* staged, int planes,
+  __device__ __forceinline__ void multiply(int taps, int tap_step, const Element* staged, int planes,
                                            int plane_stride, const T* filter, const A* kernel,
                                            const int (&slots)[kOwnPixels]) {
-    const int taps = tiling.kernel_size;
 #pragma unroll 1
     for (int tap = 0; tap < taps; ++tap) {
       const A factor = kernel[tap * kPixels + threadIdx.x] * static_cast<A>(filter[tap]);
-      const Element* const row = staged + slots[0] + tap * tiling.tap_step;
+      const Element* const row = staged + slots[0] + tap * tap_step;
 #pragma unroll
       for (int plane = 0; plane < kStagedPlanes; ++plane) {
         if (plane >= planes) continue;

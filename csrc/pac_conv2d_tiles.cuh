@@ -1,8 +1,8 @@
 // What the kernels of the pixel-adaptive convolution in CUDA share: tiles of output pixels, the k_t(p) of a tile, and
-// the part of x under one row of taps, both in shared memory.
-// A tile is a rectangle of pixels, its width a power of two. Its x is staged for one row of taps at a time: as rows of
-// the image, from which neighbouring taps and pixels read the same numbers, or, where dilation is so large that they
-// share too few, as one segment for each tap.
+// the part of x under a few taps, both in shared memory.
+// A tile is a rectangle of pixels, its width a power of two. k and x are computed and staged for up to three taps of one
+// row of the kernel at a time: x as rows of the image, from which neighbouring taps and pixels read the same numbers,
+// or, where stride or dilation is so large that they share too few, as one segment for each tap.
 #pragma once
 
 #include <algorithm>
@@ -13,6 +13,15 @@
 #include "pac_conv2d.h"
 
 namespace restoration {
+
+// Taps whose k are computed, and whose x is staged, together: a row of the usual kernel.
+constexpr int kTapsTogether = 3;
+
+struct TapGroup {
+  int row;
+  int first;
+  int count;
+};
 
 // Rows and columns are counted in 32 bits, offsets of planes and pixels in 64.
 struct PacConv2dTiling {
@@ -62,13 +71,21 @@ struct PacConv2dTiling {
     rows_log2 = log2_of(pixels) - columns_log2;
     tiles_across = static_cast<int>(ceil_divide(horizontal.output, columns()));
     tiles_down = static_cast<int>(ceil_divide(vertical.output, rows()));
-    const int64_t row = (columns() - 1) * sizes.horizontal.stride + (kernel_size - 1) * sizes.horizontal.dilation + 1;
-    segmented = row > int64_t{kernel_size} * columns();
-    span = segmented ? kernel_size * columns() : static_cast<int>(row);
+    const int taps = std::min(kernel_size, kTapsTogether);
+    const int64_t row = (columns() - 1) * sizes.horizontal.stride + (taps - 1) * sizes.horizontal.dilation + 1;
+    segmented = row > int64_t{taps} * columns();
+    span = segmented ? taps * columns() : static_cast<int>(row);
     pixel_step = segmented ? 1 : horizontal.stride;
     tap_step = segmented ? columns() : horizontal.dilation;
   }
 
+  HOST_DEVICE int taps() const { return kernel_size * kernel_size; }
+  __device__ TapGroup group(int row, int first) const { return {row, first, min(kTapsTogether, kernel_size - first)}; }
+  // The next one; behind the last, in row kernel_size.
+  __device__ TapGroup after(const TapGroup& last) const {
+    const int first = last.first + last.count;
+    return first < kernel_size ? group(last.row, first) : group(last.row + 1, 0);
+  }
   int64_t tiles(int64_t batch) const { return batch * tiles_across * tiles_down; }
   HOST_DEVICE int64_t pixels() const { return static_cast<int64_t>(vertical.size) * horizontal.size; }
   HOST_DEVICE int64_t out_pixels() const { return static_cast<int64_t>(vertical.output) * horizontal.output; }
@@ -102,71 +119,66 @@ struct TilePlace {
   }
 };
 
-// Taps whose distances a thread sums together: a row of the usual kernel.
-constexpr int kTapsTogether = 3;
-
-// kernel[tap, pixel] of one row of taps: k_t(p), or with totals its share of them; then, and with kInsideOnly, 0 for
-// taps outside the image. Each thread fills in pixels of its own.
+// kernel[tap, pixel] of a group: k_t(p), or with totals its share of them; then, and with kInsideOnly, 0 for taps outside
+// the image. Each thread fills in pixels of its own.
 template <int kPixels, int kThreads, bool kInsideOnly, typename T, typename A>
-__device__ __forceinline__ void fill_kernel_row(const T* __restrict__ guide, const PacConv2dTiling& tiling,
-                                                const TilePlace& place, int tap_row, const A* totals, A* kernel) {
-  const int taps = tiling.kernel_size, width = tiling.horizontal.size;
+__device__ __forceinline__ void fill_kernel(const T* __restrict__ guide, const PacConv2dTiling& tiling,
+                                            const TilePlace& place, const TapGroup& group, const A* totals, A* kernel) {
+  const int width = tiling.horizontal.size, middle = tiling.kernel_size / 2;
   const int64_t pixels = tiling.pixels();
   const T* const image = guide + place.image * tiling.guide_channels * pixels;
   const auto is_inside = [](int position, int size) { return position >= 0 && position < size; };
   for (int pixel = threadIdx.x; pixel < kPixels; pixel += kThreads) {
     const int row = place.row + tiling.row_of(pixel), column = place.column + tiling.column_of(pixel);
-    const int centre_row = tiling.vertical.position(row, taps / 2);
-    const int centre_column = tiling.horizontal.position(column, taps / 2);
+    const int centre_row = tiling.vertical.position(row, middle);
+    const int centre_column = tiling.horizontal.position(column, middle);
     const bool centre_inside =
         is_inside(centre_row, tiling.vertical.size) && is_inside(centre_column, tiling.horizontal.size);
     const T* centre = image + (centre_inside ? static_cast<int64_t>(centre_row) * width + centre_column : 0);
-    const int input_row = tiling.vertical.position(row, tap_row);
-    for (int first = 0; first < taps; first += kTapsTogether) {
-      bool inside[kTapsTogether];
-      int64_t ahead[kTapsTogether];  // of the centre
-      A distances[kTapsTogether] = {};
+    const int input_row = tiling.vertical.position(row, group.row);
+    bool inside[kTapsTogether];
+    const T* values[kTapsTogether];
+    A distances[kTapsTogether] = {};
 #pragma unroll
-      for (int part = 0; part < kTapsTogether; ++part) {
-        const int input_column = tiling.horizontal.position(column, first + part);
-        inside[part] = first + part < taps && is_inside(input_row, tiling.vertical.size) &&
-                       is_inside(input_column, tiling.horizontal.size);
-        ahead[part] = inside[part] ? image + static_cast<int64_t>(input_row) * width + input_column - centre : 0;
-      }
-      const T* values = centre;
+    for (int tap = 0; tap < kTapsTogether; ++tap) {
+      const int input_column = tiling.horizontal.position(column, group.first + tap);
+      inside[tap] = tap < group.count && is_inside(input_row, tiling.vertical.size) &&
+                    is_inside(input_column, tiling.horizontal.size);
+      values[tap] = image + (inside[tap] ? static_cast<int64_t>(input_row) * width + input_column : 0);
+    }
 #pragma unroll 4
-      for (int channel = 0; channel < tiling.guide_channels; ++channel, values += pixels) {
-        const A own = centre_inside ? static_cast<A>(*values) : A(0);
+    for (int channel = 0; channel < tiling.guide_channels; ++channel, centre += pixels) {
+      const A own = centre_inside ? static_cast<A>(*centre) : A(0);
 #pragma unroll
-        for (int part = 0; part < kTapsTogether; ++part) {
-          const A difference = own - (inside[part] ? static_cast<A>(values[ahead[part]]) : A(0));
-          distances[part] += difference * difference;
-        }
+      for (int tap = 0; tap < kTapsTogether; ++tap) {
+        const A difference = own - (inside[tap] ? static_cast<A>(*values[tap]) : A(0));
+        distances[tap] += difference * difference;
+        values[tap] += pixels;
       }
+    }
 #pragma unroll
-      for (int part = 0; part < kTapsTogether; ++part) {
-        if (first + part >= taps) continue;
-        // The centre's k is 1 by definition, also for Inf.
-        const bool is_centre = tap_row == taps / 2 && first + part == taps / 2;
-        A value = is_centre ? A(1) : std::exp(A(-0.5) * distances[part]);
-        if (kInsideOnly || totals != nullptr) value = inside[part] ? value : A(0);
-        if (totals != nullptr) value /= totals[pixel];
-        kernel[(first + part) * kPixels + pixel] = value;
-      }
+    for (int tap = 0; tap < kTapsTogether; ++tap) {
+      if (tap >= group.count) continue;
+      // The centre's k is 1 by definition, also for Inf.
+      const bool is_centre = group.row == middle && group.first + tap == middle;
+      A value = is_centre ? A(1) : std::exp(A(-0.5) * distances[tap]);
+      if (kInsideOnly || totals != nullptr) value = inside[tap] ? value : A(0);
+      if (totals != nullptr) value /= totals[pixel];
+      kernel[tap * kPixels + pixel] = value;
     }
   }
 }
 
-// totals[pixel] = sum of k over the taps inside the image, 1 where there are none. Overwrites one row of kernel.
+// totals[pixel] = sum of k over the taps inside the image, 1 where there are none. Overwrites a group of kernel.
 template <int kPixels, int kThreads, typename T, typename A>
 __device__ __forceinline__ void fill_totals(const T* __restrict__ guide, const PacConv2dTiling& tiling,
                                             const TilePlace& place, A* totals, A* kernel) {
   // A thread reads what it has written itself: there is nothing to wait for.
   for (int pixel = threadIdx.x; pixel < kPixels; pixel += kThreads) totals[pixel] = 0;
-  for (int tap_row = 0; tap_row < tiling.kernel_size; ++tap_row) {
-    fill_kernel_row<kPixels, kThreads, true>(guide, tiling, place, tap_row, static_cast<const A*>(nullptr), kernel);
+  for (TapGroup group = tiling.group(0, 0); group.row < tiling.kernel_size; group = tiling.after(group)) {
+    fill_kernel<kPixels, kThreads, true>(guide, tiling, place, group, static_cast<const A*>(nullptr), kernel);
     for (int pixel = threadIdx.x; pixel < kPixels; pixel += kThreads) {
-      for (int tap = 0; tap < tiling.kernel_size; ++tap) totals[pixel] += kernel[tap * kPixels + pixel];
+      for (int tap = 0; tap < group.count; ++tap) totals[pixel] += kernel[tap * kPixels + pixel];
     }
   }
   for (int pixel = threadIdx.x; pixel < kPixels; pixel += kThreads) {
@@ -188,19 +200,19 @@ struct Staged<__half> {
 template <>
 struct Staged<__nv_bfloat16> : Staged<__half> {};
 
-// staged[plane, slot] of `planes` planes under one row of taps, from channel first_channel on; 0 outside the image and
+// staged[plane, slot] of `planes` planes under a group of taps, from channel first_channel on; 0 outside the image and
 // beyond the last channel. Numbers of 4 and more bytes are on their way until the copies are waited for.
 template <int kThreads, typename T, typename Element = typename Staged<T>::Element>
 __device__ __forceinline__ void stage_rows(const T* __restrict__ x, const PacConv2dTiling& tiling,
-                                           const TilePlace& place, int tap_row, int first_channel, int planes,
-                                           int plane_stride, Element* staged) {
-  const int first_column = tiling.horizontal.position(place.column, 0);
+                                           const TilePlace& place, const TapGroup& group, int first_channel,
+                                           int planes, int plane_stride, Element* staged) {
+  const int first_column = tiling.horizontal.position(place.column, group.first);
   const int64_t pixels = tiling.pixels();
   const T* const image = x + place.image * tiling.channels * pixels;
   for (int line = threadIdx.x / kWarpThreads; line < planes << tiling.rows_log2; line += kThreads / kWarpThreads) {
     const int plane = line >> tiling.rows_log2, row = line & (tiling.rows() - 1);
     const int channel = first_channel + plane * Staged<T>::kChannels;
-    const int input_row = tiling.vertical.position(place.row + row, tap_row);
+    const int input_row = tiling.vertical.position(place.row + row, group.row);
     const bool row_inside = input_row >= 0 && input_row < tiling.vertical.size;
     const T* const source =
         image + (row_inside && channel < tiling.channels

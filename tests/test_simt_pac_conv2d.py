@@ -3,27 +3,174 @@
 import compare
 import pytest
 import torch
+import torch.nn.functional as F
 from test_simt import both_orders, needs_compiler, order  # noqa: F401
 
-from restoration_kernels import pac_conv2d, pac_conv2d_
+from restoration_kernels import pac_conv2d, pac_conv2d_, pac_kernel2d
 from restoration_kernels._samples import samples
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("simulated_gpu")]
 
-CASES = [pytest.param(sample, id=sample.name) for sample in samples("pac_conv2d", "tiny", "odd")]
-TYPES = ["float64", "float32", "tf32", "float16", "bfloat16"]
+OPERATOR = "pac_conv2d"
 
 
-@pytest.fixture
-def tf32(request, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", request.param)
-    return request.param
+@pytest.fixture(autouse=True)
+def allow_tf32(request, monkeypatch):
+    """Whether float32 products may be rounded to tf32: not, unless a test says so."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", getattr(request, "param", False))
+
+
+with_tf32 = pytest.mark.parametrize("allow_tf32", [True], ids=["tf32"], indirect=True)
+
+
+def example(channels, outputs, guides, size, taps, *, dtype=torch.float32, batch=1, shared=False, **options):
+    """Arguments of a call; more than its samples have, the channels of several tiles."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    filters = (1, 1) if shared else (outputs, channels)
+    return {
+        "x": normal(batch, channels, *size),
+        "guide": normal(batch, guides, *size) / (2 * guides) ** 0.5,
+        "weight": normal(*filters, taps, taps) / (filters[1] * taps**2) ** 0.5,
+        "bias": normal(outputs),
+        **options,
+    }
+
+
+def judge(arguments, plain=pac_conv2d):
+    ours = pac_conv2d(**arguments, backend="cuda")
+    exact = pac_conv2d(**compare.convert(arguments, torch.float64, "cpu"), backend="reference")
+    # Nothing is more exact than float64, so there the reference's own rounding counts.
+    ulps = compare.REFERENCE_ULPS[ours.dtype] if arguments["x"].dtype == torch.float64 else compare.ULPS
+    compare.judge("output", ours, exact, plain(**arguments, backend="reference"), ulps)
+
+
+def round_to_tf32(x):
+    """Float32 with 10 bits of mantissa, ties away from zero."""
+    return (x.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
+
+
+def pac_conv2d_in_tf32(x, guide, weight, bias, *, backend, normalize=False, **geometry):
+    """The reference with both operands of its matrix product rounded."""
+    kernel = pac_kernel2d(guide, weight.shape[-1], normalize=normalize, **geometry)[:, 0].flatten(1, 2)
+    columns = F.unfold(x, weight.shape[-1], **geometry).unflatten(1, (x.shape[1], -1)) * kernel.flatten(2)[:, None]
+    y = round_to_tf32(weight).flatten(1) @ round_to_tf32(columns).flatten(1, 2) + bias[:, None]
+    return y.unflatten(2, kernel.shape[2:])
+
+
+# Beside the samples: more tiles of outputs than a grid holds, slabs of unequal size, rows and columns of several tiles;
+# taps in several groups; segments, for taps and pixels far apart; one tap; more shared memory than comes unasked.
+EXAMPLES = {
+    "tiles": example(20, 200, 3, (3, 70), 3, padding=1),
+    "groups": example(9, 17, 2, (9, 20), 5, padding=(2, 3), dilation=(1, 2), normalize=True),
+    "segments": example(12, 10, 2, (9, 150), 3, padding=(0, 70), dilation=(2, 70), stride=(3, 1)),
+    "large_shared": example(9, 34, 1, (5, 300), 5, padding=(2, 0), dilation=(1, 47), stride=(2, 1)),
+    "stride": example(17, 4, 9, (7, 131), 3, stride=(2, 4), padding=1, batch=2),
+    "one_tap": example(8, 3, 1, (2, 5), 1),
+    "shared": example(19, 19, 2, (5, 70), 3, shared=True, padding=1),
+    "shared_groups": example(5, 5, 2, (5, 9), 5, shared=True, padding=3, dilation=2, normalize=True),
+}
+every_example = pytest.mark.parametrize("arguments", EXAMPLES.values(), ids=EXAMPLES.keys())
 
 
 @both_orders
-@pytest.mark.parametrize("sample", CASES)
-@pytest.mark.parametrize("dtype,tf32", [(torch.float32, False)], indirect=["tf32"])
-def test_values(sample, dtype, tf32, order):
-    arguments = sample.arguments(dtype)
-    exact = pac_conv2d(**compare.convert(arguments, torch.float64, "cpu"), backend="reference")
-    compare.judge("output", pac_conv2d(**arguments, backend="cuda"), exact, pac_conv2d(**arguments, backend="reference"))
+@pytest.mark.parametrize("sample", samples(OPERATOR, "tiny", "odd"), ids=lambda sample: sample.name)
+@compare.every_dtype()
+def test_samples(sample, dtype, order):  # noqa: F811
+    judge(sample.arguments(dtype))
+
+
+@both_orders
+@every_example
+@compare.every_dtype()
+def test_examples(arguments, dtype, order):  # noqa: F811
+    judge(compare.convert(arguments, dtype, "cpu"))
+
+
+@both_orders
+@with_tf32
+@pytest.mark.parametrize("name", ["tiles", "groups", "segments", "large_shared", "stride", "one_tap"])
+def test_tf32(name, order):  # noqa: F811
+    judge(EXAMPLES[name], pac_conv2d_in_tf32)
+
+
+def test_tf32_is_asked_for(monkeypatch):
+    """Its rounding shows, and only where torch allows it for convolutions."""
+    arguments = EXAMPLES["groups"]
+    exact = pac_conv2d(**arguments, backend="cuda")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert not torch.equal(pac_conv2d(**arguments, backend="cuda"), exact)
+
+
+@both_orders
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("alpha", [1.0, -0.5])
+def test_epilogue(dtype, alpha, order):  # noqa: F811
+    """Rounded before alpha and residual, out of place and in it, to a residual of float32 too."""
+    arguments = compare.convert(EXAMPLES["groups"], dtype, "cpu")
+    quantum = 2.0**-4
+    rounded = pac_conv2d(**arguments, quantum=quantum, residual=torch.zeros(1, 17, 9, 18), backend="cuda")
+    plain = pac_conv2d(**arguments, residual=torch.zeros(1, 17, 9, 18), backend="cuda")
+    assert torch.equal(rounded, (plain / quantum).round() * quantum)
+    for residual in (torch.randn(1, 17, 9, 18), torch.randn(1, 17, 9, 18).to(dtype)):
+        options = {"alpha": alpha, "quantum": quantum, "backend": "cuda"}
+        output = pac_conv2d(**arguments, residual=residual, **options)
+        assert output.dtype == residual.dtype
+        assert torch.equal(output, (residual.float() + alpha * rounded).to(residual.dtype))
+        assert pac_conv2d_(residual, **arguments, **options) is residual
+        assert torch.equal(residual, output)
+
+
+def test_epilogue_takes_itself_back():
+    arguments = compare.convert(EXAMPLES["groups"], torch.bfloat16, "cpu")
+    stream = torch.randn(1, 17, 9, 18).div(2**-16).round().mul(2**-16)
+    there = pac_conv2d(**arguments, residual=stream, quantum=2**-16, backend="cuda")
+    assert torch.equal(pac_conv2d_(there, **arguments, alpha=-1.0, quantum=2**-16, backend="cuda"), stream)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spoiled", [torch.inf, torch.nan])
+def test_spoiled_guide_stays_local(dtype, spoiled):
+    """Also in lanes that a fragment or a tile has beyond the image and the last channel."""
+    arguments = compare.convert(EXAMPLES["tiles"], dtype, "cpu")
+    clean = pac_conv2d(**arguments, backend="cuda")
+    guide = arguments["guide"].clone()
+    guide[:, 1, 1, 66] = spoiled
+    output = pac_conv2d(**{**arguments, "guide": guide}, backend="cuda")
+    elsewhere = torch.ones(3, 70, dtype=torch.bool)
+    elsewhere[:, 65:68] = False
+    assert torch.equal(output[:, :, elsewhere], clean[:, :, elsewhere])
+    if spoiled == torch.inf:
+        centre_alone = F.conv2d(
+            arguments["x"].float(), arguments["weight"][:, :, 1:2, 1:2].float(), arguments["bias"].float()
+        )
+        torch.testing.assert_close(output[:, :, 1, 66].float(), centre_alone[:, :, 1, 66], rtol=1e-2, atol=1e-2)
+        assert output.isfinite().all()
+
+
+def test_inf_in_x_stays_local():
+    arguments = compare.convert(EXAMPLES["tiles"], torch.float32, "cpu")
+    clean = pac_conv2d(**arguments, backend="cuda")
+    x = arguments["x"].clone()
+    x[:, 19, 0, 3] = torch.inf
+    output = pac_conv2d(**{**arguments, "x": x}, backend="cuda")
+    elsewhere = torch.ones(3, 70, dtype=torch.bool)
+    elsewhere[:2, 2:5] = False
+    assert torch.equal(output[:, :, elsewhere], clean[:, :, elsewhere])
+    assert not output[:, :, ~elsewhere].isfinite().any()
+
+
+def test_normalize_without_taps_gives_the_bias():
+    x, weight, bias = torch.randn(1, 9, 1, 1), torch.randn(3, 9, 3, 3), torch.tensor([0.5, -1.0, 2.0])
+    output = pac_conv2d(x, x, weight, bias, padding=3, normalize=True, backend="cuda")
+    assert torch.equal(output[0, :, 0, 0], bias)
+    assert not torch.equal(output[0, :, 2, 2], bias)
+
+
+def test_sides_of_more_than_32_bits_are_refused():
+    x = torch.zeros(1, 1, 1, 1)
+    with pytest.raises(RuntimeError, match="its kernel counts padded rows and columns in 32 bits"):
+        pac_conv2d(x, x, x, padding=2**30, backend="cuda")
