@@ -14,10 +14,10 @@ namespace {
 // pixels than that, tiles of outputs go to blocks of their own, each of which computes the kernel again.
 constexpr int64_t kWantedBlocks = 4 * 132;
 
-// A kernel up to this size is kept for all tiles of outputs, and x is staged up to that size: this leaves room for two
-// blocks on a multiprocessor of compute capability 8.6.
+// A kernel up to this size is kept for all tiles of outputs, and both buffers of x are no larger than that where planes
+// can be fewer: four blocks fit into the 100 KB of a multiprocessor of compute capability 8.6, or three if k is kept.
 constexpr int64_t kKeptKernelBytes = 16 << 10;
-constexpr int64_t kStagedBytes = 36 << 10;
+constexpr int64_t kStagedBytes = 18 << 10;
 
 // The sums of one round on their way through shared memory, in which threads swap them so that each warp writes
 // neighbouring pixels of y, and none needs all of its sums' addresses at once.
@@ -65,7 +65,9 @@ struct Plan {
   int planes;  // of x, staged together
   int plane_stride;
   int slabs;  // of planes
+  int64_t pixel_tiles;
   int output_tiles;
+  int output_blocks;  // that share the output tiles of one tile of pixels
   bool keeps_kernel;
 
   explicit Plan(const PacConv2dSizes& sizes) : tiling(sizes, Products::kPixels, Products::kMaximumColumns) {
@@ -84,8 +86,11 @@ struct Plan {
     }
     slabs = Products::kShared ? 1 : static_cast<int>(ceil_divide(all_planes, planes));
     output_tiles = static_cast<int>(ceil_divide(sizes.out_channels, Products::kOutputs));
+    pixel_tiles = tiling.tiles(sizes.batch);
+    const int64_t enough = ceil_divide(kWantedBlocks, std::max<int64_t>(pixel_tiles, 1));
+    output_blocks = static_cast<int>(std::min<int64_t>({output_tiles, enough, kMaximumGridY}));
     const int64_t kernel_bytes = sizes.taps() * Products::kPixels * int64_t{sizeof(A)};
-    keeps_kernel = output_tiles > 1 && kernel_bytes <= kKeptKernelBytes;
+    keeps_kernel = output_tiles > output_blocks && kernel_bytes <= kKeptKernelBytes;
   }
 
   HOST_DEVICE int tap_weights() const { return planes * Products::kOutputs; }
@@ -226,17 +231,14 @@ int64_t workspace_bytes(const PacConv2dSizes& sizes) {
 }
 
 template <typename Products, typename T, typename Weight>
-void launch_products(const Plan<Products>& plan, const PacConv2dForward& arguments, const PacConv2dSizes& sizes,
-                     const Weight* weights, bool wide, cudaStream_t stream) {
+void launch_products(const Plan<Products>& plan, const PacConv2dForward& arguments, const Weight* weights, bool wide,
+                     cudaStream_t stream) {
   const auto kernel = pac_conv2d_forward_kernel<Products, T, Weight>;
   const size_t bytes = plan.shared_bytes();
   if (bytes > kFreeSharedBytes) allow_shared(kernel, bytes);
-  const int64_t tiles = plan.tiling.tiles(sizes.batch);
-  const int64_t output_blocks =
-      std::min<int64_t>({plan.output_tiles, ceil_divide(kWantedBlocks, tiles), kMaximumGridY});
-  LAUNCH(kernel, dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(output_blocks)), dim3(Products::kThreads),
-         bytes, stream, plan, static_cast<const T*>(arguments.x), static_cast<const T*>(arguments.guide), weights,
-         PacConv2dEpilogue<T>(arguments, wide));
+  const dim3 grid(static_cast<unsigned>(plan.pixel_tiles), plan.output_blocks);
+  LAUNCH(kernel, grid, dim3(Products::kThreads), bytes, stream, plan, static_cast<const T*>(arguments.x),
+         static_cast<const T*>(arguments.guide), weights, PacConv2dEpilogue<T>(arguments, wide));
 }
 
 template <typename Products, typename T>
@@ -246,13 +248,13 @@ void launch_forward(const PacConv2dForward& arguments, const PacConv2dSizes& siz
   const Plan<Products> plan(sizes);
   const T* const weight = static_cast<const T*>(arguments.weight);
   if constexpr (Products::kShared) {
-    launch_products<Products, T>(plan, arguments, sizes, weight, wide, stream);
+    launch_products<Products, T>(plan, arguments, weight, wide, stream);
   } else {
     Element* const packed = static_cast<Element*>(workspace);
     const int64_t blocks = ceil_divide(plan.output_tiles * plan.tile_weights(), kPackThreads);
     LAUNCH((pac_conv2d_pack_kernel<Products, T>), dim3(static_cast<unsigned>(std::min(blocks, kMaximumGridY))),
            dim3(kPackThreads), 0, stream, plan, weight, packed);
-    launch_products<Products, T>(plan, arguments, sizes, static_cast<const Element*>(packed), wide, stream);
+    launch_products<Products, T>(plan, arguments, static_cast<const Element*>(packed), wide, stream);
   }
 }
 

@@ -26,7 +26,8 @@ struct FragmentProducts {
   static constexpr bool kShared = false;
   static constexpr bool kWholeSlabs = true;  // a fragment is never less deep
   static constexpr int kThreads = 128;
-  static constexpr int kBlocks = 4;  // a multiprocessor: leaves 128 registers to a thread
+  // On a multiprocessor: 64 sums want 128 registers; with 16 the work is to read and write, which more warps do better.
+  static constexpr int kBlocks = kOutputCount > 16 ? 4 : 6;
   // A warp owns 32 pixels and all outputs, so that no number of x is scaled twice.
   static constexpr int kPixels = kThreads;
   static constexpr int kOutputs = kOutputCount;
@@ -178,7 +179,7 @@ struct SharedProducts {
   static constexpr bool kShared = true;
   static constexpr bool kWholeSlabs = false;
   static constexpr int kThreads = 128;
-  static constexpr int kBlocks = 4;
+  static constexpr int kBlocks = 6;
   static constexpr int kPixels = kThreads;
   static constexpr int kMaximumColumns = 64;
   static constexpr int kChannels = Staged<T>::kChannels;
