@@ -10,7 +10,7 @@
 namespace restoration {
 
 #if defined(__CUDACC__)
-// kBytes (4, 8 or 16) bytes, both addresses multiples of it; zeros, and no read, where not `inside`.
+// kBytes (4, 8 or 16) bytes, both addresses multiples of it; zeros where not `inside`, when global may point anywhere.
 template <int kBytes>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool inside) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "the sizes that cp.async takes");

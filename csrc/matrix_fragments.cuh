@@ -37,7 +37,8 @@ __device__ __forceinline__ uint32_t pack_pair(__nv_bfloat16, float low, float hi
 #define RESTORATION_MATRIX_PRODUCT(tag, instruction)                                                                  \
   __device__ __forceinline__ void matrix_product(tag, float (&sums)[4], const uint32_t (&left)[4],                    \
                                                  const uint32_t (&right)[2]) {                                        \
-    asm volatile("mma.sync.aligned." instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"            \
+    asm volatile("mma.sync.aligned." instruction                                                                      \
+                 " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                   \
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                                                  \
         : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]));                      \
   }

@@ -1,6 +1,6 @@
 // Pixel-adaptive convolution (Su 2019, eq. 3): k_t(p) = exp(-1/2 |g(p) - g(p+t)|²), 1 for the centre tap;
 //   y[o](p) = residual + alpha · (bias[o] + sum over t and c of k_t(p) · W[o,c,t] · x[c](p+t)),
-// x and g zero outside the image. Here: the arguments, where a tap lies, the rounding to multiples, and the entry points.
+// x and g zero outside the image. Here: arguments, where a tap lies, the rounding to multiples, the entry points.
 #pragma once
 
 #include <cmath>
@@ -87,7 +87,7 @@ struct PacConv2dBackward {
   }
 FOR_EACH_CPU_ISA(DECLARE_PAC_CONV2D_CPU)
 
-// With allow_tf32 the products of float32 numbers may be rounded to tf32. workspace: as many bytes as the function says.
+// With allow_tf32 float32 factors may be rounded to tf32. workspace: as many bytes as the function says.
 int64_t pac_conv2d_forward_workspace(const PacConv2dSizes& sizes, bool allow_tf32, DType dtype);
 void launch_pac_conv2d_forward(const PacConv2dForward& arguments, const PacConv2dSizes& sizes, bool allow_tf32,
                                DType dtype, DType output_dtype, void* workspace, void* stream);

@@ -45,7 +45,7 @@ struct FinishedSums {
       const int row = place.row + tiling.row_of(pixel), column = place.column + tiling.column_of(pixel);
       if (row >= tiling.vertical.output || column >= tiling.horizontal.output) continue;
       int64_t offset = (place.image * tiling.out_channels + first_channel) * tiling.out_pixels() +
-                       static_cast<int64_t>(row) * tiling.horizontal.output + column;
+                       row * tiling.horizontal.output + column;
 #pragma unroll 4
       for (int output = 0; output < outputs; ++output, offset += tiling.out_pixels()) {
         epilogue.store(sums[output * kStride + pixel] + epilogue.bias_of(first_channel + output), offset);
@@ -67,8 +67,9 @@ struct Plan {
   int slabs;  // of planes
   int64_t pixel_tiles;
   int output_tiles;
-  int output_blocks;  // that share the output tiles of one tile of pixels
-  bool keeps_kernel;
+  int output_blocks;  // that share the tiles of outputs of one tile of pixels
+  bool is_usual;        // 3 x 3 taps, whose k are computed at once: neighbours share most of what they read
+  bool keeps_kernel;    // for all tiles of outputs
 
   explicit Plan(const PacConv2dSizes& sizes) : tiling(sizes, Products::kPixels, Products::kMaximumColumns) {
     // An odd multiple of 4: the planes that the lanes of a fragment read together then lie in different banks.
@@ -90,7 +91,8 @@ struct Plan {
     const int64_t enough = ceil_divide(kWantedBlocks, std::max<int64_t>(pixel_tiles, 1));
     output_blocks = static_cast<int>(std::min<int64_t>({output_tiles, enough, kMaximumGridY}));
     const int64_t kernel_bytes = sizes.taps() * Products::kPixels * int64_t{sizeof(A)};
-    keeps_kernel = output_tiles > output_blocks && kernel_bytes <= kKeptKernelBytes;
+    is_usual = sizes.kernel_size == kTapsTogether;
+    keeps_kernel = is_usual || (output_tiles > output_blocks && kernel_bytes <= kKeptKernelBytes);
   }
 
   HOST_DEVICE int tap_weights() const { return planes * Products::kOutputs; }
@@ -157,6 +159,9 @@ __global__ void __launch_bounds__(Products::kThreads, Products::kBlocks)
   Element* const weight_buffers = reinterpret_cast<Element*>(sums);
   Element* const staged_buffers = weight_buffers + 2 * plan.staged_weights();
   if (tiling.normalize) fill_totals<kPixels, kThreads>(guide, tiling, place, totals, kernel);
+  if (plan.is_usual) {
+    fill_kernel<kTapsTogether, kPixels, kThreads, false>(guide, tiling, place, {0, 0, kTapsTogether}, totals, kernel);
+  }
 
   int slots[Products::kOwnPixels];
 #pragma unroll
@@ -191,8 +196,8 @@ __global__ void __launch_bounds__(Products::kThreads, Products::kBlocks)
       if (group.count > 0) {
         const int first_tap = group.row * tiling.kernel_size + group.first;
         A* const group_kernel = kernel + (plan.keeps_kernel ? first_tap * kPixels : 0);
-        if (slab == 0 && (!plan.keeps_kernel || tile == static_cast<int>(blockIdx.y))) {
-          fill_kernel<kPixels, kThreads, false>(guide, tiling, place, group, totals, group_kernel);
+        if (slab == 0 && !plan.is_usual && (!plan.keeps_kernel || tile == static_cast<int>(blockIdx.y))) {
+          fill_kernel<1, kPixels, kThreads, false>(guide, tiling, place, group, totals, group_kernel);
         }
         wait_for_copies<1>();
         __syncthreads();

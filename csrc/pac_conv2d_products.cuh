@@ -2,9 +2,9 @@
 //   FragmentProducts   tensor cores, float32 sums; float32 operands are rounded to tf32
 //   ExactProducts      numbers of full width; a thread owns a rectangle of pixels and outputs in registers
 //   SharedProducts     one filter for all channels
-// kPixels x kOutputs is the tile of a block, its outputs in kRounds equal parts; a thread owns, of each part, the sums of
-// its pixels pixel(i) and outputs output(j). Packed weights are [plane, output] in the order that source() says. The left
-// operand is scaled on its way into registers.
+// kPixels x kOutputs is the tile of a block, its outputs in kRounds equal parts; a thread owns, of each part, the sums
+// of its pixels pixel(i) and outputs output(j). Packed weights are [plane, output] in the order that source() says. The
+// left operand is scaled on its way into registers.
 #pragma once
 
 #include <cstring>
@@ -27,7 +27,7 @@ struct FragmentProducts {
   static constexpr bool kWholeSlabs = true;  // a fragment is never less deep
   static constexpr int kThreads = 128;
   // On a multiprocessor: 64 sums want 128 registers; with 16 the work is to read and write, which more warps do better.
-  static constexpr int kBlocks = kOutputCount > 16 ? 4 : 6;
+  static constexpr int kBlocks = kOutputCount > 16 ? 4 : 5;
   // A warp owns 32 pixels and all outputs, so that no number of x is scaled twice.
   static constexpr int kPixels = kThreads;
   static constexpr int kOutputs = kOutputCount;
@@ -111,8 +111,7 @@ struct FragmentProducts {
   }
 };
 
-// kPixelsEach x kOutputsEach sums a thread; a warp's lanes own neighbouring pixels, so that they read x and write y side
-// by side.
+// kPixelsEach x kOutputsEach sums a thread; a warp's lanes own neighbouring pixels, so that they read x side by side.
 template <typename T, int kPixelThreads, int kOutputThreads, int kPixelsEach, int kOutputsEach>
 struct ExactProducts {
   using Element = T;
@@ -179,7 +178,7 @@ struct SharedProducts {
   static constexpr bool kShared = true;
   static constexpr bool kWholeSlabs = false;
   static constexpr int kThreads = 128;
-  static constexpr int kBlocks = 6;
+  static constexpr int kBlocks = 5;
   static constexpr int kPixels = kThreads;
   static constexpr int kMaximumColumns = 64;
   static constexpr int kChannels = Staged<T>::kChannels;

@@ -1,8 +1,8 @@
 // What the kernels of the pixel-adaptive convolution in CUDA share: tiles of output pixels, the k_t(p) of a tile, and
 // the part of x under a few taps, both in shared memory.
-// A tile is a rectangle of pixels, its width a power of two. k and x are computed and staged for up to three taps of one
-// row of the kernel at a time: x as rows of the image, from which neighbouring taps and pixels read the same numbers,
-// or, where stride or dilation is so large that they share too few, as one segment for each tap.
+// A tile is a rectangle of pixels, its width a power of two. x is staged for up to three taps of one row of the kernel
+// at a time: as rows of the image, from which neighbouring taps and pixels read the same numbers, or, where stride or
+// dilation is so large that they share too few, as one segment for each tap.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 
 namespace restoration {
 
-// Taps whose k are computed, and whose x is staged, together: a row of the usual kernel.
+// Taps whose x is staged together, and whose k are computed so: a row of the usual kernel.
 constexpr int kTapsTogether = 3;
 
 struct TapGroup {
@@ -23,7 +23,7 @@ struct TapGroup {
   int count;
 };
 
-// Rows and columns are counted in 32 bits, offsets of planes and pixels in 64.
+// Rows, columns and the pixels of a plane are counted in 32 bits, planes and images in 64.
 struct PacConv2dTiling {
   struct Axis {
     int size;
@@ -119,52 +119,72 @@ struct TilePlace {
   }
 };
 
-// kernel[tap, pixel] of a group: k_t(p), or with totals its share of them; then, and with kInsideOnly, 0 for taps outside
-// the image. Each thread fills in pixels of its own.
-template <int kPixels, int kThreads, bool kInsideOnly, typename T, typename A>
+// What a tap reads for an output pixel: its place in a plane, or that of the nearest pixel where it lies outside.
+struct InputPixel {
+  int offset;
+  bool inside;
+
+  InputPixel() = default;
+  __device__ InputPixel(const PacConv2dTiling& tiling, int row, int column, int tap_row, int tap_column) {
+    const int input_row = tiling.vertical.position(row, tap_row);
+    const int input_column = tiling.horizontal.position(column, tap_column);
+    const int nearest_row = max(0, min(input_row, tiling.vertical.size - 1));
+    const int nearest_column = max(0, min(input_column, tiling.horizontal.size - 1));
+    offset = nearest_row * tiling.horizontal.size + nearest_column;
+    inside = nearest_row == input_row && nearest_column == input_column;
+  }
+};
+
+// kernel[tap, pixel] of a group of taps in kRows rows, the first of them group.row: k_t(p), or with totals its share of
+// them; then, and with kInsideOnly, 0 for taps outside the image. Each thread fills in pixels of its own.
+template <int kRows, int kPixels, int kThreads, bool kInsideOnly, typename T, typename A>
 __device__ __forceinline__ void fill_kernel(const T* __restrict__ guide, const PacConv2dTiling& tiling,
                                             const TilePlace& place, const TapGroup& group, const A* totals, A* kernel) {
-  const int width = tiling.horizontal.size, middle = tiling.kernel_size / 2;
+  // A constant where the rows are the whole kernel: the centre tap is then not even read.
+  const int middle = kRows == 1 ? tiling.kernel_size / 2 : kRows / 2;
   const int64_t pixels = tiling.pixels();
   const T* const image = guide + place.image * tiling.guide_channels * pixels;
-  const auto is_inside = [](int position, int size) { return position >= 0 && position < size; };
+#pragma unroll 1
   for (int pixel = threadIdx.x; pixel < kPixels; pixel += kThreads) {
     const int row = place.row + tiling.row_of(pixel), column = place.column + tiling.column_of(pixel);
-    const int centre_row = tiling.vertical.position(row, middle);
-    const int centre_column = tiling.horizontal.position(column, middle);
-    const bool centre_inside =
-        is_inside(centre_row, tiling.vertical.size) && is_inside(centre_column, tiling.horizontal.size);
-    const T* centre = image + (centre_inside ? static_cast<int64_t>(centre_row) * width + centre_column : 0);
-    const int input_row = tiling.vertical.position(row, group.row);
-    bool inside[kTapsTogether];
-    const T* values[kTapsTogether];
-    A distances[kTapsTogether] = {};
+    const InputPixel centre(tiling, row, column, middle, middle);
+    InputPixel inputs[kRows][kTapsTogether];
+    A distances[kRows][kTapsTogether] = {}, square = 0;
 #pragma unroll
-    for (int tap = 0; tap < kTapsTogether; ++tap) {
-      const int input_column = tiling.horizontal.position(column, group.first + tap);
-      inside[tap] = tap < group.count && is_inside(input_row, tiling.vertical.size) &&
-                    is_inside(input_column, tiling.horizontal.size);
-      values[tap] = image + (inside[tap] ? static_cast<int64_t>(input_row) * width + input_column : 0);
-    }
-#pragma unroll 4
-    for (int channel = 0; channel < tiling.guide_channels; ++channel, centre += pixels) {
-      const A own = centre_inside ? static_cast<A>(*centre) : A(0);
+    for (int tap_row = 0; tap_row < kRows; ++tap_row) {
 #pragma unroll
       for (int tap = 0; tap < kTapsTogether; ++tap) {
-        const A difference = own - (inside[tap] ? static_cast<A>(*values[tap]) : A(0));
-        distances[tap] += difference * difference;
-        values[tap] += pixels;
+        inputs[tap_row][tap] = InputPixel(tiling, row, column, group.row + tap_row, group.first + tap);
+      }
+    }
+    const T* plane = image;
+#pragma unroll(kRows == 1 ? 4 : 2)  // 16 or 20 numbers are then on their way
+    for (int channel = 0; channel < tiling.guide_channels; ++channel, plane += pixels) {
+      const A own = centre.inside ? static_cast<A>(plane[centre.offset]) : A(0);
+      square += own * own;
+#pragma unroll
+      for (int tap_row = 0; tap_row < kRows; ++tap_row) {
+#pragma unroll
+        for (int tap = 0; tap < kTapsTogether; ++tap) {
+          const A difference = own - static_cast<A>(plane[inputs[tap_row][tap].offset]);
+          distances[tap_row][tap] += difference * difference;
+        }
       }
     }
 #pragma unroll
-    for (int tap = 0; tap < kTapsTogether; ++tap) {
-      if (tap >= group.count) continue;
-      // The centre's k is 1 by definition, also for Inf.
-      const bool is_centre = group.row == middle && group.first + tap == middle;
-      A value = is_centre ? A(1) : std::exp(A(-0.5) * distances[tap]);
-      if (kInsideOnly || totals != nullptr) value = inside[tap] ? value : A(0);
-      if (totals != nullptr) value /= totals[pixel];
-      kernel[tap * kPixels + pixel] = value;
+    for (int tap_row = 0; tap_row < kRows; ++tap_row) {
+#pragma unroll
+      for (int tap = 0; tap < kTapsTogether; ++tap) {
+        if (tap >= group.count) continue;
+        const bool inside = inputs[tap_row][tap].inside;
+        // The guide is 0 outside the image; the centre's k is 1 by definition, also for Inf.
+        const A distance = inside ? distances[tap_row][tap] : square;
+        const bool is_centre = group.row + tap_row == middle && group.first + tap == middle;
+        A value = is_centre ? A(1) : std::exp(A(-0.5) * distance);
+        if (kInsideOnly || totals != nullptr) value = inside ? value : A(0);
+        if (totals != nullptr) value /= totals[pixel];
+        kernel[(tap_row * kTapsTogether + tap) * kPixels + pixel] = value;
+      }
     }
   }
 }
@@ -176,7 +196,7 @@ __device__ __forceinline__ void fill_totals(const T* __restrict__ guide, const P
   // A thread reads what it has written itself: there is nothing to wait for.
   for (int pixel = threadIdx.x; pixel < kPixels; pixel += kThreads) totals[pixel] = 0;
   for (TapGroup group = tiling.group(0, 0); group.row < tiling.kernel_size; group = tiling.after(group)) {
-    fill_kernel<kPixels, kThreads, true>(guide, tiling, place, group, static_cast<const A*>(nullptr), kernel);
+    fill_kernel<1, kPixels, kThreads, true>(guide, tiling, place, group, static_cast<const A*>(nullptr), kernel);
     for (int pixel = threadIdx.x; pixel < kPixels; pixel += kThreads) {
       for (int tap = 0; tap < group.count; ++tap) totals[pixel] += kernel[tap * kPixels + pixel];
     }
@@ -213,26 +233,29 @@ __device__ __forceinline__ void stage_rows(const T* __restrict__ x, const PacCon
     const int plane = line >> tiling.rows_log2, row = line & (tiling.rows() - 1);
     const int channel = first_channel + plane * Staged<T>::kChannels;
     const int input_row = tiling.vertical.position(place.row + row, group.row);
-    const bool row_inside = input_row >= 0 && input_row < tiling.vertical.size;
-    const T* const source =
-        image + (row_inside && channel < tiling.channels
-                     ? channel * pixels + static_cast<int64_t>(input_row) * tiling.horizontal.size
-                     : 0);
+    const bool row_inside = input_row >= 0 && input_row < tiling.vertical.size && channel < tiling.channels;
+    const T* const source = image + (row_inside ? channel * pixels + input_row * tiling.horizontal.size : 0);
     Element* const destination = staged + plane * plane_stride + row * tiling.span;
-    for (int slot = threadIdx.x % kWarpThreads; slot < tiling.span; slot += kWarpThreads) {
-      const int column =
-          first_column + (tiling.segmented ? tiling.row_of(slot) * tiling.horizontal.dilation +
-                                                 tiling.column_of(slot) * tiling.horizontal.stride
-                                           : slot);
+    const auto stage = [&](int slot, int column) {
       const bool inside = row_inside && column >= 0 && column < tiling.horizontal.size;
       if constexpr (Staged<T>::kChannels == 1) {
-        const bool exists = inside && channel < tiling.channels;
-        copy_async<sizeof(T)>(destination + slot, exists ? source + column : x, exists);
+        copy_async<sizeof(T)>(destination + slot, source + column, inside);
       } else {
         const auto* const bits = reinterpret_cast<const uint16_t*>(source);
-        const uint32_t low = inside && channel < tiling.channels ? bits[column] : 0;
+        const uint32_t low = inside ? bits[column] : 0;
         const uint32_t high = inside && channel + 1 < tiling.channels ? bits[pixels + column] : 0;
         destination[slot] = low | high << 16;
+      }
+    };
+    const int lane = threadIdx.x % kWarpThreads;
+    if (!tiling.segmented) {
+#pragma unroll 4
+      for (int slot = lane; slot < tiling.span; slot += kWarpThreads) stage(slot, first_column + slot);
+    } else {
+#pragma unroll 1
+      for (int slot = lane; slot < tiling.span; slot += kWarpThreads) {
+        stage(slot, first_column + tiling.row_of(slot) * tiling.horizontal.dilation +
+                        tiling.column_of(slot) * tiling.horizontal.stride);
       }
     }
   }

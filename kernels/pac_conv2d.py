@@ -15,8 +15,8 @@ IntOrPair = int | tuple[int, int]
 _OPERATOR = _backend.Operator("pac_conv2d", pac_conv2d_reference)
 _IN_PLACE = _backend.Operator("pac_conv2d_", pac_conv2d_reference_)
 
-# Of an image with its padding, on a GPU: a tile beyond its end still fits into 32 bits.
-_LONGEST_SIDE = 2**30
+# Of a plane with its padding, on a GPU: tiles beyond its end still fit into 32 bits.
+_MOST_PIXELS = 2**30
 
 
 def pac_conv2d(
@@ -242,8 +242,8 @@ def _cpu_cannot(x, **others):
 
 def _gpu_cannot(x, weight, stride=1, padding=0, dilation=1, **others):
     margins, gaps = _pair(padding), _pair(dilation)
-    longest = max(x.shape[2 + axis] + 2 * margins[axis] + weight.shape[-1] * gaps[axis] for axis in (0, 1))
-    return "its kernel counts padded rows and columns in 32 bits" if longest > _LONGEST_SIDE else None
+    height, width = (x.shape[2 + axis] + 2 * margins[axis] + weight.shape[-1] * gaps[axis] for axis in (0, 1))
+    return "its kernel counts the pixels of a padded plane in 32 bits" if height * width > _MOST_PIXELS else None
 
 
 def _output_size(x, weight, stride, padding, dilation):

@@ -34,6 +34,7 @@ HOT_KERNELS = {
         "dual_pool_attention_backward_reduce_kernel",
         "dual_pool_attention_backward_input_kernel",
     ],
+    "pac_conv2d_cuda.cu": ["pac_conv2d_forward_kernel", "pac_conv2d_pack_kernel"],
     # float32 and float64 at radius 1; the windows of radius 2 and 3 are larger than a thread's registers.
     "matting_laplacian_cuda.cu": ["matting_laplacian_kernelIfLi1E", "matting_laplacian_kernelIdLi1E"],
 }

@@ -1,4 +1,4 @@
-"""The CUDA kernels of the pixel-adaptive convolution on the CPU, behind the public functions, as a GPU would run them."""
+"""The CUDA kernels of the pixel-adaptive convolution on the CPU, behind the public functions, as on a GPU."""
 
 import compare
 import pytest
@@ -170,7 +170,7 @@ def test_normalize_without_taps_gives_the_bias():
     assert not torch.equal(output[0, :, 2, 2], bias)
 
 
-def test_sides_of_more_than_32_bits_are_refused():
+def test_planes_of_more_than_32_bits_are_refused():
     x = torch.zeros(1, 1, 1, 1)
-    with pytest.raises(RuntimeError, match="its kernel counts padded rows and columns in 32 bits"):
-        pac_conv2d(x, x, x, padding=2**30, backend="cuda")
+    with pytest.raises(RuntimeError, match="its kernel counts the pixels of a padded plane in 32 bits"):
+        pac_conv2d(x, x, x, padding=2**15, backend="cuda")

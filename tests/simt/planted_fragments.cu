@@ -1,4 +1,4 @@
-// Kernels, right ones and ones with a planted mistake, that test fragments, asynchronous copies and large shared memory.
+// Kernels, right ones and ones with a planted mistake, that test fragments, asynchronous copies, large shared memory.
 #include <string>
 
 #include "async_copy.cuh"

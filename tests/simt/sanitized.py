@@ -98,6 +98,53 @@ def info_nce(batch, rows, width, dtype):
         extension.info_nce_backward_cpu(**backward, threads=2)
 
 
+def pac_conv2d(batch, channels, outputs, height, width, taps, stride, padding, dilation, dtype, allow_tf32=False):
+    """outputs of 0: one filter shared by all channels."""
+    size, guides, shared = BYTES[dtype], 3, outputs == 0
+    outputs = outputs or channels
+    out_height, out_width = ((side + 2 * padding - dilation * (taps - 1) - 1) // stride + 1 for side in (height, width))
+    arrays = {
+        "x": array(batch * channels * height * width, size),
+        "guide": array(batch * guides * height * width, size),
+        "weight": array((1 if shared else outputs * channels) * taps**2, size),
+        "bias": array(outputs, size),
+        "y": array(batch * outputs * out_height * out_width, size),
+    }
+    sizes = {
+        "batch": batch,
+        "channels": channels,
+        "guide_channels": guides,
+        "out_channels": outputs,
+        "height": height,
+        "width": width,
+        "kernel_size": taps,
+        "stride": (stride, stride),
+        "padding": (padding, padding),
+        "dilation": (dilation, dilation),
+        "normalize": True,
+        "shared": shared,
+        "allow_tf32": allow_tf32,
+        "dtype": extension.DTYPES[dtype],
+    }
+    arrays["workspace"] = array(extension.pac_conv2d_forward_workspace_cuda(**sizes), 1)
+    addresses = {name: values.ctypes.data for name, values in arrays.items()}
+    options = {"alpha": 1.0, "quantum": 0.25, "output_dtype": sizes["dtype"], "stream": 0}
+    extension.pac_conv2d_forward_cuda(**addresses, residual=addresses["y"], **sizes, **options)
+
+
+for sizes, dtype in itertools.product(
+    [
+        (2, 9, 17, 5, 7, 3, 1, 1, 1),
+        (1, 20, 70, 2, 67, 3, 2, 1, 1),
+        (1, 5, 0, 3, 67, 5, 1, 2, 1),
+        (1, 8, 3, 6, 40, 5, 1, 2, 9),
+        (1, 1, 1, 1, 1, 1, 1, 0, 1),
+    ],
+    BYTES,
+):
+    pac_conv2d(*sizes, dtype)
+    if dtype == "float32":
+        pac_conv2d(*sizes, dtype, allow_tf32=True)
 for sizes, dtype, channels_last in itertools.product([(2, 17, 7, 9, 5), (1, 3, 3, 3, 1)], BYTES, (False, True)):
     neighbor_difference(*sizes, dtype, channels_last)
 for sizes, dtype in itertools.product([(2, 67, 37), (1, 1, 1), (2, 67, 40), (1, 130, 200)], BYTES):
