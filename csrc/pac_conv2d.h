@@ -79,6 +79,14 @@ struct PacConv2dBackward {
   double alpha;
 };
 
+// Which gradients backward is to make.
+struct PacConv2dWanted {
+  bool x;
+  bool guide;
+  bool weight;
+  bool bias;
+};
+
 // output_dtype is that of y.
 #define DECLARE_PAC_CONV2D_CPU(isa)                                                                                  \
   namespace isa {                                                                                                    \
@@ -91,5 +99,9 @@ FOR_EACH_CPU_ISA(DECLARE_PAC_CONV2D_CPU)
 int64_t pac_conv2d_forward_workspace(const PacConv2dSizes& sizes, bool allow_tf32, DType dtype);
 void launch_pac_conv2d_forward(const PacConv2dForward& arguments, const PacConv2dSizes& sizes, bool allow_tf32,
                                DType dtype, DType output_dtype, void* workspace, void* stream);
+
+int64_t pac_conv2d_backward_workspace(const PacConv2dSizes& sizes, const PacConv2dWanted& wanted, DType dtype);
+void launch_pac_conv2d_backward(const PacConv2dBackward& arguments, const PacConv2dSizes& sizes, bool allow_tf32,
+                                DType dtype, DType output_dtype, void* workspace, void* stream);
 
 }  // namespace restoration

@@ -62,9 +62,11 @@ def pac_conv2d(
         [B, O, H', W'] in the dtype of residual, or of x. Gradients: x, guide, weight, bias, residual; the reference can
         be differentiated twice. Saved for backward: the inputs. Memory beside the results: on the CPU below 1 MB a
         thread and a copy of weight, in backward another copy a thread and, in bfloat16, the gradients of x and guide in
-        float32; the reference holds about K²·(2C + G) numbers for each output place. Inf or NaN in the guide spoils the
-        output and the gradients of x and guide in reach of one kernel only: next to a pixel of Inf the taps vanish, at
-        it the centre remains, and the guide's gradient is NaN there.
+        float32; in CUDA a copy of weight and, in backward, K² numbers of float32 for each output place (twice as many
+        with normalize or more than 64 channels, 8 of a shared filter) and at most 8 MB more; the reference holds about
+        K²·(2C + G) numbers for each output place. Inf or NaN in the guide spoils the output and the gradients of x and
+        guide in reach of one kernel only: next to a pixel of Inf the taps vanish, at it the centre remains, and the
+        guide's gradient is NaN there.
 
     Raises:
         TypeError, ValueError: an argument is not as said here.
@@ -335,13 +337,15 @@ def _launch_backward(backend, outputs, grad_y, x, guide, weight, stride, padding
         return pac_conv2d_backward_triton.backward(
             grad_y, x, guide, weight, *gradients, stride, padding, dilation, normalize, alpha
         )
-    if backend == "cuda":
-        raise NotImplementedError("pac_conv2d: backend must be another than 'cuda' where gradients are taken, as yet")
-    options = _options(x, guide, weight, stride, padding, dilation, normalize)
-    options.update(alpha=alpha, output_dtype=_launch.dtype_code(grad_y.dtype))
+    geometry = _options(x, guide, weight, stride, padding, dilation, normalize)
     names = ("grad_x", "grad_guide", "grad_weight", "grad_bias")
     tensors = {"grad_y": grad_y, "x": x, "guide": guide, "weight": weight, **dict(zip(names, gradients, strict=True))}
-    _launch.run("pac_conv2d_backward", backend, tensors, options, x.dtype)
+    options = {"alpha": alpha, "output_dtype": _launch.dtype_code(grad_y.dtype)}
+    if backend == "cuda":
+        options["allow_tf32"] = torch.backends.cudnn.allow_tf32
+        made = [gradient is not None for gradient in gradients]
+        tensors["workspace"] = _launch.workspace("pac_conv2d_backward", {**geometry, "wanted": made}, x)
+    _launch.run("pac_conv2d_backward", backend, tensors, geometry | options, x.dtype)
 
 
 def _save_for_backward(inputs, outputs):

@@ -17,6 +17,12 @@ def uninitialised_memory_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def float32_in_full_width(monkeypatch):
+    """Else torch's convolutions on a GPU, and ours, round float32 to tf32; tests of that allow it themselves."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture
 def simulated_gpu(monkeypatch):
     """Lets the cuda backend run on CPU tensors, in the runner of simt_build."""

@@ -39,8 +39,6 @@ def test_dtype_codes_are_those_of_the_extension():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_cuda_backend_on_a_simulated_gpu(simulated_gpu, backend, sample, dtype):
     arguments, names = sample.arguments(dtype), DIFFERENTIABLE[sample.operator]
-    if sample.operator == "pac_conv2d":
-        names = ()  # its backward is yet to come
     reference = compare.public(sample.operator, "reference")
     ours = compare.differentiate(compare.public(sample.operator, backend), arguments, names)
     exact = compare.differentiate(reference, convert(arguments, torch.float64, "cpu"), names)

@@ -35,6 +35,10 @@ HOT_KERNELS = {
         "dual_pool_attention_backward_input_kernel",
     ],
     "pac_conv2d_cuda.cu": ["pac_conv2d_forward_kernel", "pac_conv2d_pack_kernel"],
+    "pac_conv2d_backward_cuda.cu": [
+        f"pac_conv2d_backward_{kernel}_kernel"
+        for kernel in ("affinity", "input", "weight", "shared", "centre", "guide", "reduce", "pack")
+    ],
     # float32 and float64 at radius 1; the windows of radius 2 and 3 are larger than a thread's registers.
     "matting_laplacian_cuda.cu": ["matting_laplacian_kernelIfLi1E", "matting_laplacian_kernelIdLi1E"],
 }

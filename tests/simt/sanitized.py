@@ -145,12 +145,47 @@ for sizes, dtype in itertools.product(
     pac_conv2d(*sizes, dtype)
     if dtype == "float32":
         pac_conv2d(*sizes, dtype, allow_tf32=True)
+
+
+def pac_conv2d_backward(batch, channels, outputs, guides, height, width, stride, padding, normalize, shared, dtype):
+    size, pixels = BYTES[dtype], height * width
+    sizes = {"batch": batch, "channels": channels, "guide_channels": guides, "out_channels": outputs}
+    sizes.update(height=height, width=width, kernel_size=3, stride=(stride, 1), padding=(padding, 1))
+    sizes.update(dilation=(1, 2), normalize=normalize, shared=shared, dtype=extension.DTYPES[dtype])
+    out_pixels = ((height + 2 * padding - 3) // stride + 1) * (width + 2 - 4)
+    filters = 9 if shared else outputs * channels * 9
+    arrays = {
+        "grad_y": array(batch * outputs * out_pixels, size),
+        **{name: array(batch * channels * pixels, size) for name in ("x", "grad_x")},
+        **{name: array(batch * guides * pixels, size) for name in ("guide", "grad_guide")},
+        **{name: array(filters, size) for name in ("weight", "grad_weight")},
+        "grad_bias": array(outputs, size),
+    }
+    workspace = array(extension.pac_conv2d_backward_workspace_cuda(**sizes, wanted=(True, True, True, True)), 1)
+    options = {**{name: values.ctypes.data for name, values in arrays.items()}, **sizes, "alpha": 1.0}
+    options["output_dtype"] = sizes["dtype"]
+    for allow_tf32 in (False, True) if dtype == "float32" else (False,):
+        extension.pac_conv2d_backward_cuda(**options, workspace=workspace.ctypes.data, allow_tf32=allow_tf32, stream=0)
+    if dtype != "float16":
+        extension.pac_conv2d_backward_cpu(**options, threads=2)
+
+
 for sizes, dtype, channels_last in itertools.product([(2, 17, 7, 9, 5), (1, 3, 3, 3, 1)], BYTES, (False, True)):
     neighbor_difference(*sizes, dtype, channels_last)
 for sizes, dtype in itertools.product([(2, 67, 37), (1, 1, 1), (2, 67, 40), (1, 130, 200)], BYTES):
     info_nce(*sizes, dtype)
 for shape, dtype in itertools.product([(2, 3, 37, 61), (1, 2, 33, 64), (1, 2, 300, 3), (2, 4, 1, 1)], BYTES):
     dual_pool_attention(*shape, dtype)
+for sizes, dtype in itertools.product(
+    [
+        (2, 3, 5, 9, 7, 11, 1, 1, False, False),
+        (1, 70, 18, 2, 5, 9, 2, 3, True, False),
+        (1, 64, 65, 1, 3, 6, 1, 0, False, False),
+        (2, 9, 9, 3, 6, 8, 2, 1, True, True),
+    ],
+    BYTES,
+):
+    pac_conv2d_backward(*sizes, dtype)
 for shape, radius, dtype in itertools.product(
     [(2, 3, 37, 61), (1, 2, 3, 3), (1, 1, 70, 2), (5, 1, 8, 9)], (1, 2, 3), ("float32", "float64")
 ):

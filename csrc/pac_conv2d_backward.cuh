@@ -1,0 +1,174 @@
+// Backward of the pixel-adaptive convolution in CUDA: what its kernels share. Formulas: pac_conv2d_backward_cuda.cu.
+#pragma once
+
+#include <type_traits>
+
+#include "common.cuh"
+#include "matrix_fragments.cuh"
+#include "pac_conv2d_tiles.cuh"
+
+namespace restoration {
+
+struct PacAxis : PacConv2dTiling::Axis {
+  using Axis::Axis;
+
+  __device__ bool contains(int position) const { return position >= 0 && position < size; }
+  // The output place whose tap `tap` lies at this position, or -1.
+  __device__ int reader(int position, int tap) const {
+    const int distance = position + padding - tap * dilation;
+    const int place = stride == 1 ? distance : distance / stride;
+    return distance >= 0 && place * stride == distance && place < output ? place : -1;
+  }
+};
+
+struct PacMap {
+  int64_t batch;
+  int64_t pixels;
+  int64_t out_pixels;
+  int channels;
+  int guide_channels;
+  int out_channels;
+  int kernel_size;
+  int taps;
+  bool normalize;
+  PacAxis vertical;
+  PacAxis horizontal;
+
+  explicit PacMap(const PacConv2dSizes& sizes)
+      : batch(sizes.batch),
+        pixels(sizes.pixels()),
+        out_pixels(sizes.out_pixels()),
+        channels(static_cast<int>(sizes.channels)),
+        guide_channels(static_cast<int>(sizes.guide_channels)),
+        out_channels(static_cast<int>(sizes.out_channels)),
+        kernel_size(static_cast<int>(sizes.kernel_size)),
+        taps(static_cast<int>(sizes.taps())),
+        normalize(sizes.normalize),
+        vertical(sizes.vertical, sizes.kernel_size),
+        horizontal(sizes.horizontal, sizes.kernel_size) {}
+
+  // Where plane `tap` of kernel or slope, both [B,K²,H',W'], starts.
+  __device__ int64_t tap_plane(int64_t image, int tap) const { return (image * taps + tap) * out_pixels; }
+
+  // The output place whose tap `tap` lies at this pixel, or -1.
+  __device__ int64_t reader(int row, int column, int tap) const {
+    const int out_row = vertical.reader(row, tap / kernel_size);
+    const int out_column = horizontal.reader(column, tap % kernel_size);
+    return out_row < 0 || out_column < 0 ? -1 : int64_t{out_row} * horizontal.output + out_column;
+  }
+};
+
+struct PacPlace {
+  int row;
+  int column;
+};
+
+// The place `offset` after another, in rows of `width` places.
+__device__ __forceinline__ PacPlace place_after(PacPlace first, int offset, int width) {
+  const unsigned beyond = static_cast<unsigned>(first.column) + offset;
+  return {static_cast<int>(first.row + beyond / width), static_cast<int>(beyond % width)};
+}
+
+// The same where the first is counted from the start of the plane: a division in 64 bits, once a block or so.
+__device__ __forceinline__ PacPlace place_after(int64_t first, int offset, int width) {
+  const int64_t row = first / width;
+  return place_after(PacPlace{static_cast<int>(row), static_cast<int>(first - row * width)}, offset, width);
+}
+
+inline unsigned grid_y(int64_t count) { return static_cast<unsigned>(std::min(count, kMaximumGridY)); }
+
+// How an operand of a product lies in shared memory: float and double as they are, for products of the threads
+// themselves; Tf32 and 16-bit numbers in words for tensor cores.
+template <typename W>
+struct Operand : Word<W> {
+  using Element = uint32_t;
+  using Sum = float;
+  static constexpr bool kExact = false;
+};
+template <typename W>
+struct ExactOperand {
+  using Element = W;
+  using Sum = W;
+  static constexpr bool kExact = true;
+  static constexpr int kCount = 1;
+  __device__ static W pack(const W (&values)[kCount]) { return values[0]; }
+};
+template <>
+struct Operand<float> : ExactOperand<float> {};
+template <>
+struct Operand<double> : ExactOperand<double> {};
+
+// One warp's share of a product: kRowTiles · 16 rows, kColumnTiles · 8 columns. A lane owns the same sums whether it
+// makes them or tensor cores do.
+template <typename W, int kRowTiles, int kColumnTiles>
+struct WarpTile {
+  using A = typename Operand<W>::Sum;
+  using Element = typename Operand<W>::Element;
+  static constexpr int kRows = 2 * kRowTiles;  // of this lane
+  static constexpr int kColumns = 2 * kColumnTiles;
+
+  A sums[kRowTiles][kColumnTiles][SumFragment::kCount];
+
+  __device__ static int row(int place) { return place / 2 * kFragmentRows + SumFragment::row(place % 2 * 2); }
+  __device__ static int column(int place) { return place / 2 * kFragmentColumns + SumFragment::column(place % 2); }
+  __device__ A& sum(int row, int column) { return sums[row / 2][column / 2][row % 2 * 2 + column % 2]; }
+
+  __device__ void clear() {
+    UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      UNROLL
+      for (int column = 0; column < kColumns; ++column) sum(row, column) = 0;
+    }
+  }
+
+  // Adds a product kFragmentWords deep. The strides are those between neighbours in an operand.
+  template <int kRowStride, int kLeftWordStride, int kColumnStride, int kRightWordStride>
+  __device__ void multiply(const Element* left, const Element* right) {
+    if constexpr (Operand<W>::kExact) {
+      UNROLL
+      for (int word = 0; word < kFragmentWords; ++word) {
+        A rows[kRows], columns[kColumns];
+        UNROLL
+        for (int place = 0; place < kRows; ++place) {
+          rows[place] = left[row(place) * kRowStride + word * kLeftWordStride];
+        }
+        UNROLL
+        for (int place = 0; place < kColumns; ++place) {
+          columns[place] = right[column(place) * kColumnStride + word * kRightWordStride];
+        }
+        UNROLL
+        for (int row = 0; row < kRows; ++row) {
+          UNROLL
+          for (int column = 0; column < kColumns; ++column) sum(row, column) += rows[row] * columns[column];
+        }
+      }
+    } else {
+      using Left = LeftFragment<W>;
+      using Right = RightFragment<W>;
+      Left lefts[kRowTiles];
+      UNROLL
+      for (int tile = 0; tile < kRowTiles; ++tile) {
+        UNROLL
+        for (int place = 0; place < Left::kCount; ++place) {
+          lefts[tile].words[place] = left[(tile * kFragmentRows + Left::row(place)) * kRowStride +
+                                          Left::word(place) * kLeftWordStride];
+        }
+      }
+      UNROLL
+      for (int tile = 0; tile < kColumnTiles; ++tile) {
+        Right columns;
+        UNROLL
+        for (int place = 0; place < Right::kCount; ++place) {
+          columns.words[place] = right[(tile * kFragmentColumns + Right::column(place)) * kColumnStride +
+                                       Right::word(place) * kRightWordStride];
+        }
+        UNROLL
+        for (int row = 0; row < kRowTiles; ++row) {
+          matrix_product(W(), sums[row][tile], lefts[row].words, columns.words);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace restoration

@@ -1,0 +1,307 @@
+// Backward of the pixel-adaptive convolution in CUDA: grad_weight and grad_bias. Formulas: pac_conv2d_backward_cuda.cu.
+// grad_weight is the product of grad_y [O, pixels] with the scaled columns k_t(p) x[c](p+t) [pixels, K²·C], made on
+// their way into shared memory. A block owns a tile of the sums and one share of the pixels; a second kernel adds the
+// sums of all shares in order. How pixels are shared out depends on sizes alone: the same bits in every run and on
+// every device, so there is no other, faster mode to switch to.
+#pragma once
+
+#include "pac_conv2d_backward.cuh"
+
+namespace restoration {
+namespace {
+
+constexpr int kWeightColumns = 64;
+// Depth of the operands in shared memory, in words: one a lane, so that a warp reads neighbouring pixels.
+constexpr int kWeightWords = kWarpThreads;
+// Words from one row of an operand to the next: an odd multiple of 4 has no bank conflicts.
+constexpr int kWeightStride = kWeightWords + 4;
+
+// Loads of one block are hidden by the products of the others: 16 warps fit a multiprocessor with 128 registers each.
+constexpr int kWeightWarpsResident = 16;
+
+// Shares of the pixels: enough blocks for 128 multiprocessors, but no share below eight steps of the product, beside
+// which writing its sums is cheap, and no more than 8 MB of sums.
+constexpr int64_t kWantedWarps = int64_t{128} * kWeightWarpsResident;
+constexpr int64_t kLeastSteps = 8;
+constexpr int64_t kMostSumBytes = int64_t{8} << 20;
+
+// The outputs of a block, whether all of its columns are of one tap, and who owns which sums.
+template <int kOutputs_, bool kOneTap_>
+struct WeightTile {
+  static constexpr int kOutputs = kOutputs_;
+  static constexpr bool kOneTap = kOneTap_;
+  static constexpr int kWarps = kOutputs <= 64 ? 4 : 8;
+  static constexpr int kThreads = kWarps * kWarpThreads;
+  static constexpr int kWarpsAcross = kOutputs == 16 ? 4 : 2;
+  static constexpr int kWarpOutputs = kOutputs * kWarpsAcross / kWarps;
+  static constexpr int kWarpColumns = kWeightColumns / kWarpsAcross;
+  template <typename W>
+  using Sums = WarpTile<W, kWarpOutputs / kFragmentRows, kWarpColumns / kFragmentColumns>;
+};
+
+// 16 outputs cost little beside what must be read for them. Above 64, larger tiles read less; channels are then many.
+// Larger tiles of float64 (kWide) do not fit in registers.
+template <bool kWide, typename Call>
+void choose_weight_tile(int64_t channels, int64_t out_channels, Call call) {
+  if constexpr (!kWide) {
+    if (out_channels > 64 && channels % kWeightColumns == 0) return call(WeightTile<128, true>());
+    if (out_channels > 16) return call(WeightTile<64, false>());
+  }
+  call(WeightTile<16, false>());
+}
+
+// How the product is cut. columns is 0 where only grad_bias is wanted.
+struct WeightCut {
+  int columns;
+  int column_tiles;
+  int output_tiles;
+  int64_t steps_per_image;
+  int64_t steps;  // of kWeightWords words of pixels, image after image
+  int64_t shares;
+
+  WeightCut(const PacConv2dSizes& sizes, bool wants_weight, int word_numbers, bool wide)
+      : columns(wants_weight ? static_cast<int>(sizes.depth()) : 0),
+        column_tiles(static_cast<int>(std::max<int64_t>(1, ceil_divide(columns, kWeightColumns)))),
+        steps_per_image(ceil_divide(sizes.out_pixels(), kWeightWords * word_numbers)),
+        steps(sizes.batch * steps_per_image) {
+    const auto cut = [&](auto tile) {
+      output_tiles = static_cast<int>(ceil_divide(sizes.out_channels, tile.kOutputs));
+      const int64_t tiles_warps = int64_t{column_tiles} * output_tiles * tile.kWarps;
+      const int64_t share_bytes = sizes.out_channels * (columns + 1) * int64_t{sizeof(float)};
+      shares = std::min({kWantedWarps / tiles_warps, steps / kLeastSteps, kMostSumBytes / share_bytes, kMaximumGridY});
+      shares = std::max<int64_t>(shares, 1);
+    };
+    wide ? choose_weight_tile<true>(sizes.channels, sizes.out_channels, cut)
+         : choose_weight_tile<false>(sizes.channels, sizes.out_channels, cut);
+  }
+};
+
+// The pixels of one lane in one step: neighbours in a word.
+template <int kCount>
+struct LanePixels {
+  int64_t place;       // of the first, in a plane of outputs
+  bool exists[kCount];
+  int rows[kCount];    // where the first tap reads x
+  int columns[kCount];
+
+  __device__ LanePixels(const PacMap& map, int64_t step_place, PacPlace step, int lane)
+      : place(step_place + lane * kCount) {
+    UNROLL
+    for (int number = 0; number < kCount; ++number) {
+      const PacPlace at = place_after(step, lane * kCount + number, map.horizontal.output);
+      exists[number] = place + number < map.out_pixels;
+      rows[number] = map.vertical.position(at.row, 0);
+      columns[number] = map.horizontal.position(at.column, 0);
+    }
+  }
+};
+
+// A column of the product: a channel of x under a tap.
+struct WeightColumn {
+  int64_t plane;  // where the channel starts in an image, or -1 beyond the last column
+  int tap;
+  int row;  // of the tap, in pixels from the first tap
+  int column;
+
+  __device__ static WeightColumn of(const PacMap& map, const WeightCut& cut, int column) {
+    const int tap = column / map.channels;
+    return {column < cut.columns ? column % map.channels * map.pixels : -1, tap,
+            tap / map.kernel_size * map.vertical.dilation, tap % map.kernel_size * map.horizontal.dilation};
+  }
+};
+
+// What a tap does to the pixels of a lane.
+template <typename A, int kCount>
+struct TapOfPixels {
+  bool inside[kCount];
+  A scales[kCount];        // k_t(p)
+  int64_t offsets[kCount];  // of p+t in a plane of x
+
+  __device__ void set(const PacMap& map, const LanePixels<kCount>& pixels, const A* kernel, int64_t image,
+                      const WeightColumn& column, bool reads_kernel) {
+    UNROLL
+    for (int number = 0; number < kCount; ++number) {
+      const int row = pixels.rows[number] + column.row, place = pixels.columns[number] + column.column;
+      inside[number] = pixels.exists[number] && column.plane >= 0 && map.vertical.contains(row) &&
+                       map.horizontal.contains(place);
+      offsets[number] = int64_t{row} * map.horizontal.size + place;
+      if (!reads_kernel) continue;
+      scales[number] = inside[number] ? kernel[map.tap_plane(image, column.tap) + pixels.place + number] : A(0);
+    }
+  }
+};
+
+// grad_words[output] = grad_y of a lane's pixels, for this warp's outputs; from `grad_y` on there are `outputs`. Adds
+// what it reads to bias, if wanted.
+template <typename W, typename Tile, typename R, typename A, int kCount, int kEach>
+__device__ __forceinline__ void stage_grads(const R* __restrict__ grad_y, const PacMap& map,
+                                            const LanePixels<kCount>& pixels, int outputs, bool sums_bias,
+                                            A (&bias)[kEach], typename Operand<W>::Element* grad_words) {
+  UNROLL
+  for (int part = 0; part < kEach; ++part) {
+    const int row = part * Tile::kWarps;
+    A values[kCount];
+    UNROLL
+    for (int number = 0; number < kCount; ++number) {
+      const bool reads = row < outputs && pixels.exists[number];
+      values[number] = reads ? static_cast<A>(grad_y[row * map.out_pixels + pixels.place + number]) : A(0);
+      if (sums_bias) bias[part] += values[number];
+    }
+    grad_words[row * kWeightStride] = Operand<W>::pack(values);
+  }
+}
+
+// column_words[column] = k_t(p) x[c](p+t) of a lane's pixels, for this warp's columns, the first of them table[0].
+template <typename W, typename Tile, typename T, typename A, int kCount>
+__device__ __forceinline__ void stage_columns(const T* __restrict__ x, const A* __restrict__ kernel, const PacMap& map,
+                                              const LanePixels<kCount>& pixels, int64_t image,
+                                              const WeightColumn* table, typename Operand<W>::Element* column_words) {
+  const T* const image_x = x + image * map.channels * map.pixels;
+  TapOfPixels<A, kCount> tap = {};
+  if constexpr (Tile::kOneTap) tap.set(map, pixels, kernel, image, table[0], true);
+  // The loads of eight numbers are under way together: those of more do not fit in registers.
+#pragma unroll(8 / kCount)
+  for (int row = 0; row < kWeightColumns; row += Tile::kWarps) {
+    const WeightColumn column = table[row];
+    if constexpr (!Tile::kOneTap) {
+      // Columns of one tap lie together, and read the kernel once.
+      tap.set(map, pixels, kernel, image, column, row == 0 || column.tap != table[row - Tile::kWarps].tap);
+    }
+    A values[kCount];
+    UNROLL
+    for (int number = 0; number < kCount; ++number) {
+      const bool inside = tap.inside[number];
+      values[number] =
+          inside ? tap.scales[number] * static_cast<A>(image_x[column.plane + tap.offsets[number]]) : A(0);
+    }
+    column_words[row * kWeightStride] = Operand<W>::pack(values);
+  }
+}
+
+// weight_sums[share] [O, K²·C] and bias_sums[share] [O], which may be null.
+template <typename T, typename R, typename W, typename Tile>
+__global__ void __launch_bounds__(Tile::kThreads, kWeightWarpsResident / Tile::kWarps)
+    pac_conv2d_backward_weight_kernel(const R* __restrict__ grad_y, const T* __restrict__ x,
+                                      const AccumulateType<T>* __restrict__ kernel,
+                                      AccumulateType<T>* __restrict__ weight_sums,
+                                      AccumulateType<T>* __restrict__ bias_sums, WeightCut cut, PacMap map) {
+  using A = AccumulateType<T>;
+  using Element = typename Operand<W>::Element;
+  using Sums = typename Tile::template Sums<W>;
+  constexpr int kCount = Operand<W>::kCount;
+  constexpr int kStepPixels = kWeightWords * kCount;
+  constexpr int kOutputsEach = Tile::kOutputs / Tile::kWarps;
+  SHARED_ARRAY(Element, grad_words, Tile::kOutputs * kWeightStride);
+  SHARED_ARRAY(Element, column_words, kWeightColumns * kWeightStride);
+  SHARED_ARRAY(WeightColumn, table, kWeightColumns);
+  const int warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
+  const int first_column = blockIdx.x % cut.column_tiles * kWeightColumns;
+  const int first_output = blockIdx.x / cut.column_tiles * Tile::kOutputs;
+  const bool sums_bias = bias_sums != nullptr && first_column == 0;
+  for (int row = threadIdx.x; row < kWeightColumns; row += Tile::kThreads) {
+    table[row] = WeightColumn::of(map, cut, first_column + row);
+  }
+  __syncthreads();
+
+  const int64_t share_steps = ceil_divide(cut.steps, gridDim.y);
+  const int64_t first_step = blockIdx.y * share_steps, last_step = min(first_step + share_steps, cut.steps);
+  int64_t image = first_step / cut.steps_per_image;
+  int64_t place = first_step % cut.steps_per_image * kStepPixels;
+  PacPlace first = place_after(place, 0, map.horizontal.output);
+  Sums sums;
+  sums.clear();
+  A bias[kOutputsEach] = {};
+  for (int64_t step = first_step; step < last_step; ++step) {
+    const LanePixels<kCount> pixels(map, place, first, lane);
+    stage_grads<W, Tile>(grad_y + (image * map.out_channels + first_output + warp) * map.out_pixels, map, pixels,
+                         map.out_channels - first_output - warp, sums_bias, bias,
+                         grad_words + warp * kWeightStride + lane);
+    stage_columns<W, Tile>(x, kernel, map, pixels, image, table + warp, column_words + warp * kWeightStride + lane);
+    __syncthreads();
+    const Element* left = grad_words + warp / Tile::kWarpsAcross * Tile::kWarpOutputs * kWeightStride;
+    const Element* right = column_words + warp % Tile::kWarpsAcross * Tile::kWarpColumns * kWeightStride;
+    UNROLL
+    for (int word = 0; word < kWeightWords; word += kFragmentWords) {
+      sums.template multiply<kWeightStride, 1, kWeightStride, 1>(left + word, right + word);
+    }
+    __syncthreads();
+    place += kStepPixels;
+    first = place_after(first, kStepPixels, map.horizontal.output);
+    if (place >= map.out_pixels) {
+      ++image;
+      place = 0;
+      first = {0, 0};
+    }
+  }
+
+  const int64_t share = blockIdx.y;
+  if (sums_bias) {
+    UNROLL
+    for (int part = 0; part < kOutputsEach; ++part) {
+      const A sum = warp_sum(bias[part]);
+      const int output = first_output + warp + part * Tile::kWarps;
+      if (lane == 0 && output < map.out_channels) bias_sums[share * map.out_channels + output] = sum;
+    }
+  }
+  UNROLL
+  for (int row = 0; row < Sums::kRows; ++row) {
+    const int output = first_output + warp / Tile::kWarpsAcross * Tile::kWarpOutputs + Sums::row(row);
+    A* const row_sums = weight_sums + (share * map.out_channels + output) * cut.columns;
+    UNROLL
+    for (int part = 0; part < Sums::kColumns; ++part) {
+      const int column = first_column + warp % Tile::kWarpsAcross * Tile::kWarpColumns + Sums::column(part);
+      if (output < map.out_channels && column < cut.columns) row_sums[column] = sums.sum(row, part);
+    }
+  }
+}
+
+// Threads of the block that adds up shares: kReduceRows of them for each of a warp's neighbouring sums.
+constexpr int kReduceRows = 8;
+
+// gradient [O, C, taps] = alpha · the sum of `shares` sums [O, taps, C].
+template <typename T>
+__global__ void __launch_bounds__(kWarpThreads* kReduceRows)
+    pac_conv2d_backward_reduce_kernel(const AccumulateType<T>* __restrict__ sums, T* __restrict__ gradient,
+                                      int64_t shares, int64_t count, int channels, int taps, AccumulateType<T> alpha) {
+  using A = AccumulateType<T>;
+  SHARED_ARRAY(A, parts, kWarpThreads * kReduceRows);
+  const int64_t place = int64_t{blockIdx.x} * kWarpThreads + threadIdx.x;
+  A part = 0;
+  if (place < count) {
+#pragma unroll 8
+    for (int64_t share = threadIdx.y; share < shares; share += kReduceRows) part += sums[share * count + place];
+  }
+  parts[threadIdx.y * kWarpThreads + threadIdx.x] = part;
+  __syncthreads();
+  if (threadIdx.y != 0 || place >= count) return;
+  A sum = 0;
+  UNROLL
+  for (int row = 0; row < kReduceRows; ++row) sum += parts[row * kWarpThreads + threadIdx.x];
+  const int64_t channel = place % channels, tap = place / channels % taps, output = place / channels / taps;
+  gradient[(output * channels + channel) * taps + tap] = T(alpha * sum);
+}
+
+template <typename T, typename R, typename W>
+void launch_weight(const PacConv2dBackward& arguments, const AccumulateType<T>* kernel, AccumulateType<T>* weight_sums,
+                   AccumulateType<T>* bias_sums, const WeightCut& cut, const PacMap& map, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(int64_t{cut.column_tiles} * cut.output_tiles),
+                  static_cast<unsigned>(cut.shares));
+  choose_weight_tile<std::is_same_v<T, double>>(map.channels, map.out_channels, [&](auto tile) {
+    using Tile = decltype(tile);
+    LAUNCH((pac_conv2d_backward_weight_kernel<T, R, W, Tile>), grid, dim3(Tile::kThreads), 0, stream,
+           static_cast<const R*>(arguments.grad_y), static_cast<const T*>(arguments.x), kernel, weight_sums, bias_sums,
+           cut, map);
+  });
+}
+
+template <typename T>
+void launch_reduce(const AccumulateType<T>* sums, void* gradient, int64_t shares, int64_t outputs, int channels,
+                   int taps, double alpha, cudaStream_t stream) {
+  const int64_t count = outputs * channels * taps;
+  LAUNCH(pac_conv2d_backward_reduce_kernel<T>, dim3(static_cast<unsigned>(ceil_divide(count, kWarpThreads))),
+         dim3(kWarpThreads, kReduceRows), 0, stream, sums, static_cast<T*>(gradient), shares, count, channels, taps,
+         static_cast<AccumulateType<T>>(alpha));
+}
+
+}  // namespace
+}  // namespace restoration
