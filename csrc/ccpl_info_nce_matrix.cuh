@@ -103,9 +103,9 @@ __device__ __forceinline__ void load_query(const T* __restrict__ query, const In
       for (int place = 0; place < LeftFragment<T>::kCount; ++place) {
         const int64_t row = first_warp_row<kRowTiles>() + tile * kFragmentRows + LeftFragment<T>::row(place);
         const int column = (step * kFragmentWords + LeftFragment<T>::word(place)) * 2;
-        uint32_t& word = fragments[tile][step].words[place];
-        word = 0;
-        if (row < sizes.rows && column < sizes.width) memcpy(&word, query + row * sizes.width + column, sizeof(word));
+        const bool inside = row < sizes.rows && column < sizes.width;
+        fragments[tile][step].words[place] =
+            inside ? *reinterpret_cast<const uint32_t*>(query + row * sizes.width + column) : 0;
       }
     }
   }
@@ -325,17 +325,18 @@ __global__ void __launch_bounds__(kMatrixThreads, kMatrixBlocks)
           const int column = index * kFragmentColumns + SumFragment::column(0);
           if (column >= sizes.width) continue;
           const float* values = sums[tile][index].values + half * 2;
-          const uint32_t word = Word<T>::pack({factor * values[0], factor * values[1]});
-          memcpy(grad_query + offset + row * sizes.width + column, &word, sizeof(word));
+          *reinterpret_cast<uint32_t*>(grad_query + offset + row * sizes.width + column) =
+              Word<T>::pack({factor * values[0], factor * values[1]});
         }
       }
     }
   }
 }
 
-// Whether the kernels above take rows of 16-bit numbers: they read vectors of 16 bytes, from aligned addresses.
+// Whether the kernels above take rows of 16-bit numbers: they read vectors of 16 bytes, from aligned addresses. Fewer
+// rows than a fragment holds are left to the other kernels, where the gradient of a single row is exactly 0.
 inline bool fits_matrix_kernels(const void* query, const void* key, const InfoNceSizes& sizes) {
-  return sizes.width <= 128 && sizes.width % 8 == 0 && is_aligned(query) && is_aligned(key);
+  return sizes.rows >= kFragmentRows && sizes.width <= 128 && sizes.width % 8 == 0 && is_aligned(query) && is_aligned(key);
 }
 
 inline dim3 matrix_grid(const InfoNceSizes& sizes, int row_tiles) {

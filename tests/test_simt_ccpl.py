@@ -45,7 +45,7 @@ def test_info_nce_of_any_width(width, order):  # noqa: F811
 
 
 @both_orders
-@pytest.mark.parametrize("shape", [(5, 65, 64), (1, 150, 72), (1, 129, 128), (1, 1, 8)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 65, 64), (1, 150, 72), (1, 129, 128), (1, 16, 8), (1, 1, 8)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_info_nce_on_tensor_cores(shape, dtype, order):  # noqa: F811
     """Rows and keys that end in the middle of a tile, widths that end in the middle of a fragment."""
