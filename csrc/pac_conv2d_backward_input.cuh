@@ -129,9 +129,12 @@ struct InputPiece {
 
   R grads[kWords][kCount];
   Vector<Element> weights;
+  A kernel_value;
 
-  // place: the output that reads this thread's pixel, or -1.
-  __device__ void load(const R* grad_y, const Element* weight, const PacMap& map, int64_t place, int piece) {
+  // place: the output that reads this thread's pixel, or -1. kernel: k of the tap.
+  __device__ void load(const R* grad_y, const Element* weight, const A* kernel, const PacMap& map, int64_t place,
+                       int piece) {
+    if (threadIdx.x < kInputPixels) kernel_value = place >= 0 ? kernel[place] : A(0);
     const int first = (piece * kInputWords + threadIdx.x / kInputPixels) * kCount;
     UNROLL
     for (int word = 0; word < kWords; ++word) {
@@ -145,7 +148,8 @@ struct InputPiece {
     if (threadIdx.x < Tile::kVectors) weights = reinterpret_cast<const Vector<Element>*>(weight)[threadIdx.x];
   }
 
-  __device__ void store(Element* grad_words, Element* weight_words) const {
+  __device__ void store(Element* grad_words, Element* weight_words, A* kernel_values) const {
+    if (threadIdx.x < kInputPixels) kernel_values[threadIdx.x] = kernel_value;
     UNROLL
     for (int word = 0; word < kWords; ++word) {
       A values[kCount];
@@ -222,8 +226,8 @@ __global__ void __launch_bounds__(kInputThreads, InputTile<W, kChannels>::kBlock
   SHARED_ARRAY(Element, grad_words, 2 * kGradWords);
   SHARED_ARRAY(Vector<Element>, weight_vectors, 2 * kWeightWords / Vector<Element>::kCount);
   SHARED_ARRAY(int64_t, offsets, kInputPixels);  // of each pixel in its plane, or -1
-  SHARED_ARRAY(A, kernel_values, kInputPixels);
-  SHARED_ARRAY(A, dots, Tile::kWarpsAcross * kInputPixels);
+  SHARED_ARRAY(A, kernel_values, 2 * kInputPixels);
+  SHARED_ARRAY(A, dots, 2 * Tile::kWarpsAcross * kInputPixels);
   Element* const weight_words = weight_vectors->values;
 
   const InputPhase phase(map, blockIdx.x / tiles);
@@ -251,12 +255,17 @@ __global__ void __launch_bounds__(kInputThreads, InputTile<W, kChannels>::kBlock
       InputPiece<R, W, kChannels> coming;
       const auto load = [&](int tap, int piece) {
         coming.load(grad_y + image * map.out_channels * map.out_pixels,
-                    weight + packed.piece(pass, map.taps, tap, piece), map, reader(tap), piece);
+                    weight + packed.piece(pass, map.taps, tap, piece), kernel + map.tap_plane(image, tap), map,
+                    reader(tap), piece);
+      };
+      const auto store = [&](int buffer) {
+        coming.store(grad_words + buffer * kGradWords, weight_words + buffer * kWeightWords,
+                     kernel_values + buffer * kInputPixels);
       };
       int tap = first_tap, piece = 0, buffer = 0;
       if (tap < map.taps) {
         load(tap, piece);
-        coming.store(grad_words, weight_words);
+        store(buffer);
       }
       __syncthreads();
       while (tap < map.taps) {
@@ -271,27 +280,24 @@ __global__ void __launch_bounds__(kInputThreads, InputTile<W, kChannels>::kBlock
           sums.template multiply<1, Tile::kPixelStride, 1, Tile::kChannelStride>(left + word * Tile::kPixelStride,
                                                                                  right + word * Tile::kChannelStride);
         }
+        A* const tap_dots = dots + buffer * Tile::kWarpsAcross * kInputPixels;
+        const A* const tap_values = kernel_values + buffer * kInputPixels;
         if (last_piece) {
-          const int64_t place = reader(tap);
-          const int64_t entry = map.tap_plane(image, tap) + place;
-          if (owns) kernel_values[own] = place >= 0 ? kernel[entry] : A(0);
-          __syncthreads();
           use_products(sums, gradient, x + first_plane, map.channels - first_channel, map.pixels,
-                       slope == nullptr ? nullptr : offsets + warp_pixel, kernel_values + warp_pixel,
-                       dots + warp_across * kInputPixels + warp_pixel);
-          __syncthreads();
-          if (slope != nullptr && owns && place >= 0) {
-            A dot = dots[own];
-            if constexpr (Tile::kWarpsAcross == 2) dot += dots[kInputPixels + own];
-            const A share = alpha * kernel_values[own] * dot;
-            slope[entry] = pass == 0 ? share : slope[entry] + share;
-          }
+                       slope == nullptr ? nullptr : offsets + warp_pixel, tap_values + warp_pixel,
+                       tap_dots + warp_across * kInputPixels + warp_pixel);
         }
         buffer = 1 - buffer;
-        if (next_tap < map.taps) {
-          coming.store(grad_words + buffer * kGradWords, weight_words + buffer * kWeightWords);
-        }
+        if (next_tap < map.taps) store(buffer);
         __syncthreads();
+        const int64_t place = last_piece && owns && slope != nullptr ? reader(tap) : -1;
+        if (place >= 0) {
+          A dot = tap_dots[own];
+          if constexpr (Tile::kWarpsAcross == 2) dot += tap_dots[kInputPixels + own];
+          A& entry = slope[map.tap_plane(image, tap) + place];
+          const A share = alpha * tap_values[own] * dot;
+          entry = pass == 0 ? share : entry + share;
+        }
         tap = next_tap;
         piece = next_piece;
       }
