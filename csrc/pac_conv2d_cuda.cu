@@ -75,8 +75,8 @@ struct Plan {
     // An odd multiple of 4: the planes that the lanes of a fragment read together then lie in different banks.
     plane_stride = (tiling.rows() * tiling.span + 3) / 8 * 8 + 4;
     const int64_t all_planes = ceil_divide(sizes.channels, Products::kChannels);
-    if (Products::kWholeSlabs) {
-      planes = kStagedPlanes;
+    if (Products::kPlanes > 0) {
+      planes = Products::kPlanes;
     } else if (Products::kShared) {
       planes = static_cast<int>(std::min<int64_t>(all_planes, kStagedPlanes));
     } else {
@@ -95,15 +95,23 @@ struct Plan {
     keeps_kernel = is_usual || (output_tiles > output_blocks && kernel_bytes <= kKeptKernelBytes);
   }
 
-  HOST_DEVICE int tap_weights() const { return planes * Products::kOutputs; }
-  HOST_DEVICE int64_t tile_weights() const { return static_cast<int64_t>(tiling.taps()) * slabs * tap_weights(); }
+  // Weights of one step of a product, which takes kTapsPerStep taps of a group.
+  HOST_DEVICE int step_weights() const { return planes * Products::kTapsPerStep * Products::kOutputs; }
+  HOST_DEVICE static int steps(int taps) { return ceil_divide(taps, Products::kTapsPerStep); }
+  // Of a row of taps: whole groups, and one of the rest.
+  HOST_DEVICE int row_steps() const {
+    return tiling.kernel_size / kTapsTogether * steps(kTapsTogether) + steps(tiling.kernel_size % kTapsTogether);
+  }
+  HOST_DEVICE int64_t tile_weights() const {
+    return static_cast<int64_t>(tiling.kernel_size) * row_steps() * slabs * step_weights();
+  }
   // Numbers in shared memory: of one buffer, and of k.
   HOST_DEVICE int staged_weights() const {
-    return Products::kShared ? 0 : min(tiling.kernel_size, kTapsTogether) * tap_weights();
+    return Products::kShared ? 0 : steps(min(tiling.kernel_size, kTapsTogether)) * step_weights();
   }
   HOST_DEVICE int staged() const { return planes * plane_stride; }
   HOST_DEVICE int kernel() const {
-    return (keeps_kernel ? tiling.taps() : min(tiling.kernel_size, kTapsTogether)) * Products::kPixels;
+    return (keeps_kernel ? tiling.taps() : min(tiling.kernel_size, kTapsTogether)) * Products::kKernelStride;
   }
   HOST_DEVICE int totals() const { return tiling.normalize ? Products::kPixels : 0; }
 
@@ -113,7 +121,7 @@ struct Plan {
   }
 };
 
-// packed[tile of outputs, row of taps, slab, tap, plane and output in the order of the products], 0 beyond the last.
+// packed[tile of outputs, row of taps, slab, step, plane and output in the order of the products], 0 beyond the last.
 template <typename Products, typename T>
 __global__ void pac_conv2d_pack_kernel(Plan<Products> plan, const T* __restrict__ weight,
                                        typename Products::Element* __restrict__ packed) {
@@ -123,17 +131,20 @@ __global__ void pac_conv2d_pack_kernel(Plan<Products> plan, const T* __restrict_
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; index < count; index += step) {
     int plane, output;
-    Products::source(static_cast<int>(index % plan.tap_weights()), plane, output);
-    const int64_t block = index / plan.tap_weights();
-    const int tap = static_cast<int>(block % taps);
-    const int slab = static_cast<int>(block / taps % plan.slabs);
-    const int tap_row = static_cast<int>(block / taps / plan.slabs % taps);
+    Products::source(static_cast<int>(index % plan.step_weights()), plane, output);
+    const int64_t block = index / plan.step_weights();
+    const int step = static_cast<int>(block % plan.row_steps());
+    const int slab = static_cast<int>(block / plan.row_steps() % plan.slabs);
+    const int tap_row = static_cast<int>(block / plan.row_steps() / plan.slabs % taps);
+    const int first = step / plan.steps(kTapsTogether) * kTapsTogether;
+    const int tap = first + step % plan.steps(kTapsTogether) * Products::kTapsPerStep + plane / plan.planes;
+    const bool is_tap = tap < min(first + kTapsTogether, taps);
     const int out_channel = static_cast<int>(index / plan.tile_weights()) * Products::kOutputs + output;
     A values[Products::kChannels];
 #pragma unroll
     for (int part = 0; part < Products::kChannels; ++part) {
-      const int channel = (slab * plan.planes + plane) * Products::kChannels + part;
-      const bool exists = out_channel < plan.tiling.out_channels && channel < plan.tiling.channels;
+      const int channel = (slab * plan.planes + plane % plan.planes) * Products::kChannels + part;
+      const bool exists = is_tap && out_channel < plan.tiling.out_channels && channel < plan.tiling.channels;
       const int64_t filter = static_cast<int64_t>(out_channel) * plan.tiling.channels + channel;
       values[part] = exists ? static_cast<A>(weight[(filter * taps + tap_row) * taps + tap]) : A(0);
     }
@@ -148,7 +159,7 @@ __global__ void __launch_bounds__(Products::kThreads, Products::kBlocks)
                               const Weight* __restrict__ weights, PacConv2dEpilogue<T> epilogue) {
   using Element = typename Products::Element;
   using A = typename Products::A;
-  constexpr int kThreads = Products::kThreads, kPixels = Products::kPixels;
+  constexpr int kThreads = Products::kThreads;
   const PacConv2dTiling& tiling = plan.tiling;
   const TilePlace place(tiling);
 
@@ -158,9 +169,9 @@ __global__ void __launch_bounds__(Products::kThreads, Products::kBlocks)
   A* const sums = kernel + plan.kernel() + plan.totals();  // in place of the stages, once they have been multiplied
   Element* const weight_buffers = reinterpret_cast<Element*>(sums);
   Element* const staged_buffers = weight_buffers + 2 * plan.staged_weights();
-  if (tiling.normalize) fill_totals<kPixels, kThreads>(guide, tiling, place, totals, kernel);
+  if (tiling.normalize) fill_totals<Products>(guide, tiling, place, totals, kernel);
   if (plan.is_usual) {
-    fill_kernel<kTapsTogether, kPixels, kThreads, false>(guide, tiling, place, {0, 0, kTapsTogether}, totals, kernel);
+    fill_kernel<Products, kTapsTogether, false>(guide, tiling, place, {0, 0, kTapsTogether}, totals, kernel);
   }
 
   int slots[Products::kOwnPixels];
@@ -175,10 +186,12 @@ __global__ void __launch_bounds__(Products::kThreads, Products::kBlocks)
                            staged_buffers + buffer * plan.staged());
       if constexpr (!Products::kShared) {
         constexpr int kCount = Vector<Element>::kCount;
-        const int64_t tap = static_cast<int64_t>(group.row * plan.slabs + slab) * tiling.kernel_size + group.first;
-        const Element* const source = weights + tile * plan.tile_weights() + tap * plan.tap_weights();
+        const int64_t step = static_cast<int64_t>(group.row * plan.slabs + slab) * plan.row_steps() +
+                             group.first / kTapsTogether * plan.steps(kTapsTogether);
+        const Element* const source = weights + tile * plan.tile_weights() + step * plan.step_weights();
+        const int count = plan.steps(group.count) * plan.step_weights();
         Element* const destination = weight_buffers + buffer * plan.staged_weights();
-        for (int index = threadIdx.x * kCount; index < group.count * plan.tap_weights(); index += kThreads * kCount) {
+        for (int index = threadIdx.x * kCount; index < count; index += kThreads * kCount) {
           copy_async<kVectorBytes>(destination + index, source + index, true);
         }
       }
@@ -195,9 +208,9 @@ __global__ void __launch_bounds__(Products::kThreads, Products::kBlocks)
       commit_copies();
       if (group.count > 0) {
         const int first_tap = group.row * tiling.kernel_size + group.first;
-        A* const group_kernel = kernel + (plan.keeps_kernel ? first_tap * kPixels : 0);
+        A* const group_kernel = kernel + (plan.keeps_kernel ? first_tap * Products::kKernelStride : 0);
         if (slab == 0 && !plan.is_usual && (!plan.keeps_kernel || tile == static_cast<int>(blockIdx.y))) {
-          fill_kernel<1, kPixels, kThreads, false>(guide, tiling, place, group, totals, group_kernel);
+          fill_kernel<Products, 1, false>(guide, tiling, place, group, totals, group_kernel);
         }
         wait_for_copies<1>();
         __syncthreads();
@@ -263,6 +276,9 @@ void launch_forward(const PacConv2dForward& arguments, const PacConv2dSizes& siz
   }
 }
 
+// Those of the network's first layer. A fragment then holds two taps of float32, or four of 16-bit numbers.
+constexpr int kFewChannels = 4;
+
 // Calls call(type of x, products).
 template <typename Call>
 void choose_products(const PacConv2dSizes& sizes, bool allow_tf32, DType dtype, Call call) {
@@ -271,16 +287,18 @@ void choose_products(const PacConv2dSizes& sizes, bool allow_tf32, DType dtype, 
     if (sizes.shared) return call(tag, TypeTag<SharedProducts<T>>());
     // Tiles of 64 outputs waste most of their products on fewer than 32.
     const bool narrow = sizes.out_channels <= 32;
+    const bool few = narrow && sizes.channels <= kFewChannels;
     if constexpr (std::is_same_v<T, double>) {
       call(tag, TypeTag<ExactProducts<T, 32, 4, 4, 4>>());
     } else {
       if constexpr (std::is_same_v<T, float>) {
-        // Few channels leave a fragment empty, and the time is that of reading and writing anyway.
-        if (!allow_tf32 || sizes.channels < kStagedPlanes) {
+        // Between few channels and a full fragment, most of it would be empty.
+        if (!allow_tf32 || (sizes.channels < kStagedPlanes && !few)) {
           if (narrow) return call(tag, TypeTag<ExactProducts<T, 64, 2, 8, 8>>());
           return call(tag, TypeTag<ExactProducts<T, 16, 8, 8, 8>>());
         }
       }
+      if (few) return call(tag, TypeTag<FragmentProducts<T, 16, kFewChannels / Staged<T>::kChannels>>());
       if (narrow) return call(tag, TypeTag<FragmentProducts<T, 16>>());
       call(tag, TypeTag<FragmentProducts<T, 64>>());
     }

@@ -18,20 +18,23 @@ namespace restoration {
 // Planes of x that are staged together: the depth of one fragment.
 constexpr int kStagedPlanes = kFragmentWords;
 
-template <typename T, int kOutputCount>
+// With few channels, a fragment is as deep as kTapPlanes planes under each of several taps.
+template <typename T, int kOutputCount, int kTapPlanes = kStagedPlanes>
 struct FragmentProducts {
   using Operand = std::conditional_t<std::is_same_v<T, float>, Tf32, T>;
   using Element = typename Staged<T>::Element;
   using A = float;
   static constexpr bool kShared = false;
-  static constexpr bool kWholeSlabs = true;  // a fragment is never less deep
+  static constexpr int kPlanes = kTapPlanes;  // staged together
+  static constexpr int kTapsPerStep = kStagedPlanes / kTapPlanes;
   static constexpr int kThreads = 128;
   // On a multiprocessor: 64 sums want 128 registers; with 16 the work is to read and write, which more warps do better.
   static constexpr int kBlocks = kOutputCount > 16 ? 4 : 5;
   // A warp owns 32 pixels and all outputs, so that no number of x is scaled twice.
   static constexpr int kPixels = kThreads;
+  static constexpr int kKernelStride = kPixels + 8;  // between taps: lanes that read different taps read different banks
   static constexpr int kOutputs = kOutputCount;
-  static constexpr int kMaximumColumns = 64;  // two rows of pixels: neighbouring rows of taps hit the first-level cache
+  static constexpr int kMaximumColumns = 128;
   static constexpr int kChannels = Staged<T>::kChannels;
   static constexpr int kFragments = kOutputs / kFragmentColumns;
   static constexpr int kOwnPixels = 4;
@@ -78,24 +81,28 @@ struct FragmentProducts {
   __device__ __forceinline__ void multiply(int taps, int tap_step, const Element* staged, int, int plane_stride,
                                            const Element* weights, const A* kernel, const int (&slots)[kOwnPixels]) {
     const int lane = fragment_lane();
+    // Both planes of a lane lie under the same tap.
+    const int own_tap = plane_of(LeftFragment<Operand>::word(0)) / kTapPlanes;
 #pragma unroll 1
-    for (int tap = 0; tap < taps; ++tap) {
+    for (int first = 0; first < taps; first += kTapsPerStep, weights += kStagedPlanes * kOutputs) {
+      const int tap = kTapsPerStep == 1 ? first : min(first + own_tap, taps - 1);
+      const bool exists = kTapsPerStep == 1 || first + own_tap < taps;
       A factors[kOwnPixels];
 #pragma unroll
-      for (int i = 0; i < kOwnPixels; ++i) factors[i] = kernel[tap * kPixels + pixel(i)];
+      for (int i = 0; i < kOwnPixels; ++i) factors[i] = kernel[tap * kKernelStride + pixel(i)];
       LeftFragment<Operand> left[2];
 #pragma unroll
       for (int block = 0; block < 2; ++block) {
 #pragma unroll
         for (int place = 0; place < left[block].kCount; ++place) {
-          const int i = block * 2 + place % 2, plane = plane_of(LeftFragment<Operand>::word(place));
-          left[block].words[place] =
-              scale(staged[plane * plane_stride + slots[i] + tap * tap_step], factors[i]);
+          const int i = block * 2 + place % 2, plane = plane_of(LeftFragment<Operand>::word(place)) % kTapPlanes;
+          const uint32_t word = scale(staged[plane * plane_stride + slots[i] + tap * tap_step], factors[i]);
+          left[block].words[place] = exists ? word : 0;
         }
       }
 #pragma unroll
       for (int pair = 0; pair < kFragments / 2; ++pair) {
-        const Element* const words = weights + tap * kStagedPlanes * kOutputs + (pair * kWarpThreads + lane) * 4;
+        const Element* const words = weights + (pair * kWarpThreads + lane) * 4;
         const auto vector = *reinterpret_cast<const Vector<Element>*>(words);
         RightFragment<Operand> right[2];
         std::memcpy(right, vector.values, sizeof(right));
@@ -117,12 +124,14 @@ struct ExactProducts {
   using Element = T;
   using A = T;
   static constexpr bool kShared = false;
-  static constexpr bool kWholeSlabs = false;
+  static constexpr int kPlanes = 0;  // as many as fit, up to kStagedPlanes
+  static constexpr int kTapsPerStep = 1;
   static constexpr int kThreads = kPixelThreads * kOutputThreads;
   static constexpr int kBlocks = 4;
   static constexpr int kPixels = kPixelThreads * kPixelsEach;
+  static constexpr int kKernelStride = kPixels;
   static constexpr int kOutputs = kOutputThreads * kOutputsEach;
-  static constexpr int kMaximumColumns = kPixels < 128 ? kPixels : 128;
+  static constexpr int kMaximumColumns = 128;
   static constexpr int kChannels = 1;
   static constexpr int kOwnPixels = kPixelsEach;
   static constexpr int kOwnOutputs = Vector<T>::kCount;
@@ -148,7 +157,7 @@ struct ExactProducts {
     for (int tap = 0; tap < taps; ++tap) {
       A factors[kOwnPixels];
 #pragma unroll
-      for (int i = 0; i < kOwnPixels; ++i) factors[i] = kernel[tap * kPixels + pixel(i)];
+      for (int i = 0; i < kOwnPixels; ++i) factors[i] = kernel[tap * kKernelStride + pixel(i)];
       const Element* row = staged + tap * tap_step;
 #pragma unroll 2
       for (int plane = 0; plane < planes; ++plane, row += plane_stride, column += kOutputs) {
@@ -176,11 +185,13 @@ struct SharedProducts {
   using Element = typename Staged<T>::Element;
   using A = AccumulateType<T>;
   static constexpr bool kShared = true;
-  static constexpr bool kWholeSlabs = false;
+  static constexpr int kPlanes = 0;  // as many as fit, up to kStagedPlanes
+  static constexpr int kTapsPerStep = 1;
   static constexpr int kThreads = 128;
   static constexpr int kBlocks = 5;
   static constexpr int kPixels = kThreads;
-  static constexpr int kMaximumColumns = 64;
+  static constexpr int kKernelStride = kPixels;
+  static constexpr int kMaximumColumns = 128;
   static constexpr int kChannels = Staged<T>::kChannels;
   static constexpr int kOutputs = kStagedPlanes * kChannels;
   static constexpr int kOwnPixels = 1;
@@ -198,7 +209,7 @@ struct SharedProducts {
                                            const int (&slots)[kOwnPixels]) {
 #pragma unroll 1
     for (int tap = 0; tap < taps; ++tap) {
-      const A factor = kernel[tap * kPixels + threadIdx.x] * static_cast<A>(filter[tap]);
+      const A factor = kernel[tap * kKernelStride + threadIdx.x] * static_cast<A>(filter[tap]);
       const Element* const row = staged + slots[0] + tap * tap_step;
 #pragma unroll
       for (int plane = 0; plane < kStagedPlanes; ++plane) {

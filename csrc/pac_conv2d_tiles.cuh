@@ -67,7 +67,12 @@ struct PacConv2dTiling {
         guide_channels(static_cast<int>(sizes.guide_channels)),
         out_channels(static_cast<int>(sizes.out_channels)),
         normalize(sizes.normalize) {
-    columns_log2 = log2_of(std::clamp(horizontal.output, kMinimumColumns, maximum_columns));
+    // Long rows are staged with fewer instructions; shorter ones are worth it where an eighth less lies beyond the image.
+    columns_log2 = log2_of(maximum_columns);
+    for (int shorter = columns_log2; (1 << shorter) >= kMinimumColumns; --shorter) {
+      const int64_t area = covered(shorter, log2_of(pixels));
+      if (area < covered(columns_log2, log2_of(pixels)) * 7 / 8) columns_log2 = shorter;
+    }
     rows_log2 = log2_of(pixels) - columns_log2;
     tiles_across = static_cast<int>(ceil_divide(horizontal.output, columns()));
     tiles_down = static_cast<int>(ceil_divide(vertical.output, rows()));
@@ -97,6 +102,13 @@ struct PacConv2dTiling {
   __device__ int slot(int pixel) const { return row_of(pixel) * span + column_of(pixel) * pixel_step; }
 
  private:
+  // Pixels of all tiles of an image, also of what they have beyond it.
+  int64_t covered(int columns, int pixels) const {
+    return (ceil_divide(horizontal.output, int64_t{1} << columns) *
+            ceil_divide(vertical.output, int64_t{1} << (pixels - columns)))
+           << pixels;
+  }
+
   // The least power of two that is not below value.
   static int log2_of(int value) {
     int power = 0;
@@ -135,9 +147,14 @@ struct InputPixel {
   }
 };
 
+// exp(-distance / 2). The power of two is that of half the instructions; what the rounding of its exponent adds to the
+// error is less than the last place of 1.
+__device__ __forceinline__ float likeness(float distance) { return std::exp2(distance * -0.72134752044f); }
+__device__ __forceinline__ double likeness(double distance) { return std::exp(-0.5 * distance); }
+
 // kernel[tap, pixel] of a group of taps in kRows rows, the first of them group.row: k_t(p), or with totals its share of
 // them; then, and with kInsideOnly, 0 for taps outside the image. Each thread fills in pixels of its own.
-template <int kRows, int kPixels, int kThreads, bool kInsideOnly, typename T, typename A>
+template <typename Products, int kRows, bool kInsideOnly, typename T, typename A>
 __device__ __forceinline__ void fill_kernel(const T* __restrict__ guide, const PacConv2dTiling& tiling,
                                             const TilePlace& place, const TapGroup& group, const A* totals, A* kernel) {
   // A constant where the rows are the whole kernel: the centre tap is then not even read.
@@ -145,7 +162,7 @@ __device__ __forceinline__ void fill_kernel(const T* __restrict__ guide, const P
   const int64_t pixels = tiling.pixels();
   const T* const image = guide + place.image * tiling.guide_channels * pixels;
 #pragma unroll 1
-  for (int pixel = threadIdx.x; pixel < kPixels; pixel += kThreads) {
+  for (int pixel = threadIdx.x; pixel < Products::kPixels; pixel += Products::kThreads) {
     const int row = place.row + tiling.row_of(pixel), column = place.column + tiling.column_of(pixel);
     const InputPixel centre(tiling, row, column, middle, middle);
     InputPixel inputs[kRows][kTapsTogether];
@@ -180,25 +197,26 @@ __device__ __forceinline__ void fill_kernel(const T* __restrict__ guide, const P
         // The guide is 0 outside the image; the centre's k is 1 by definition, also for Inf.
         const A distance = inside ? distances[tap_row][tap] : square;
         const bool is_centre = group.row + tap_row == middle && group.first + tap == middle;
-        A value = is_centre ? A(1) : std::exp(A(-0.5) * distance);
+        A value = is_centre ? A(1) : likeness(distance);
         if (kInsideOnly || totals != nullptr) value = inside ? value : A(0);
         if (totals != nullptr) value /= totals[pixel];
-        kernel[(tap_row * kTapsTogether + tap) * kPixels + pixel] = value;
+        kernel[(tap_row * kTapsTogether + tap) * Products::kKernelStride + pixel] = value;
       }
     }
   }
 }
 
 // totals[pixel] = sum of k over the taps inside the image, 1 where there are none. Overwrites a group of kernel.
-template <int kPixels, int kThreads, typename T, typename A>
+template <typename Products, typename T, typename A>
 __device__ __forceinline__ void fill_totals(const T* __restrict__ guide, const PacConv2dTiling& tiling,
                                             const TilePlace& place, A* totals, A* kernel) {
+  constexpr int kPixels = Products::kPixels, kThreads = Products::kThreads;
   // A thread reads what it has written itself: there is nothing to wait for.
   for (int pixel = threadIdx.x; pixel < kPixels; pixel += kThreads) totals[pixel] = 0;
   for (TapGroup group = tiling.group(0, 0); group.row < tiling.kernel_size; group = tiling.after(group)) {
-    fill_kernel<1, kPixels, kThreads, true>(guide, tiling, place, group, static_cast<const A*>(nullptr), kernel);
+    fill_kernel<Products, 1, true>(guide, tiling, place, group, static_cast<const A*>(nullptr), kernel);
     for (int pixel = threadIdx.x; pixel < kPixels; pixel += kThreads) {
-      for (int tap = 0; tap < group.count; ++tap) totals[pixel] += kernel[tap * kPixels + pixel];
+      for (int tap = 0; tap < group.count; ++tap) totals[pixel] += kernel[tap * Products::kKernelStride + pixel];
     }
   }
   for (int pixel = threadIdx.x; pixel < kPixels; pixel += kThreads) {

@@ -62,7 +62,8 @@ def pac_conv2d_in_tf32(x, guide, weight, bias, *, backend, normalize=False, **ge
 
 
 # Beside the samples: more tiles of outputs than a grid holds, slabs of unequal size, rows and columns of several tiles;
-# taps in several groups; segments, for taps and pixels far apart; one tap; more shared memory than comes unasked.
+# taps in several groups; segments, for taps and pixels far apart; one tap; more shared memory than comes unasked; few
+# channels, of which a fragment takes several taps.
 EXAMPLES = {
     "tiles": example(20, 200, 3, (3, 70), 3, padding=1),
     "groups": example(9, 17, 2, (9, 20), 5, padding=(2, 3), dilation=(1, 2), normalize=True),
@@ -70,6 +71,8 @@ EXAMPLES = {
     "large_shared": example(9, 34, 1, (5, 300), 5, padding=(2, 0), dilation=(1, 47), stride=(2, 1)),
     "stride": example(17, 4, 9, (7, 131), 3, stride=(2, 4), padding=1, batch=2),
     "one_tap": example(8, 3, 1, (2, 5), 1),
+    "few_channels": example(3, 18, 2, (3, 70), 5, padding=(2, 1)),
+    "four_channels": example(4, 16, 2, (5, 20), 3, padding=1),
     "shared": example(19, 19, 2, (5, 70), 3, shared=True, padding=1),
     "shared_groups": example(5, 5, 2, (5, 9), 5, shared=True, padding=3, dilation=2, normalize=True),
 }
@@ -92,7 +95,7 @@ def test_examples(arguments, dtype, order):  # noqa: F811
 
 @both_orders
 @with_tf32
-@pytest.mark.parametrize("name", ["tiles", "groups", "segments", "large_shared", "stride", "one_tap"])
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if "shared" not in name or name == "large_shared"])
 def test_tf32(name, order):  # noqa: F811
     judge(EXAMPLES[name], pac_conv2d_in_tf32)
 
