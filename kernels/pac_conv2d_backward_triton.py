@@ -105,8 +105,10 @@ def _input_gradient(grad_y, x, weight, kernels, grad_x, grad_guide, grad_filter,
     if grad_filter is not None:
         most_programs = blocks * max(tile_count(rows, columns, tile[0]) for tile in tiles)
         partial = kernels.new_zeros(most_programs, weight.numel())
+    # Tiles that are tried have more or fewer programs: what the others wrote must not stay.
+    restored = () if partial is None else ("partial",)
     start(
-        tuner(pac_conv2d_backward_input_kernel, form, ("ROWS",), tiles),
+        tuner(pac_conv2d_backward_input_kernel, form, ("ROWS",), tiles, restored),
         lambda meta: (blocks * tile_count(rows, columns, meta["ROWS"]),),
         grad_y,
         x,

@@ -145,7 +145,7 @@ def tuner(kernel, form, names, tiles, restored=()):
         form: kernels of different forms are tuned apart.
         names: arguments of the kernel that a tile gives.
         tiles: (*values of names, warps, stages) each.
-        restored: outputs that the kernel also reads.
+        restored: outputs that must be as they were before each trial.
     """
     configs = [
         triton.Config(dict(zip(names, values, strict=True)), num_warps=warps, num_stages=stages)
