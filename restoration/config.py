@@ -6,9 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 
 from restoration.errors import UserError
-from restoration.flow import PRECISIONS, Architecture
+from restoration.flow import Architecture
 from restoration.losses import LossWeights
 
+PRECISIONS = ("fp32", "tf32", "bf16")
 SCHEDULES = ("constant", "cosine")
 STYLE_DISTANCES = ("mse", "l2")
 PAIRINGS = ("random", "nearest")
@@ -25,7 +26,10 @@ class TrainingConfig:
     learning_rate: float = 1e-5
     schedule: str = "constant"
     gradient_clip: float = 0.0  # largest gradient norm, 0 = none
-    precision: str = "fp32"  # of the residual functions; streams and losses stay in float32
+    # fp32; tf32 in all convolutions, on a GPU; or bf16 in the residual functions and, on a GPU, tf32 in the others.
+    # Streams, colour transfer, losses and optimiser keep float32 or more.
+    precision: str = "fp32"
+    reversible: bool = True  # rebuild activations in backward in place of keeping them
     seed: int = 0
 
     blocks: int = 10  # a stage
@@ -49,6 +53,10 @@ class TrainingConfig:
 
     def architecture(self) -> Architecture:
         return Architecture(blocks_per_stage=self.blocks, dpca=self.dpca, cafe=self.cafe)
+
+    def network_precision(self) -> str:
+        """Of the residual functions: tf32 is a setting of the device, not of the network."""
+        return "bf16" if self.precision == "bf16" else "fp32"
 
     def loss_weights(self) -> LossWeights:
         return LossWeights(self.ccp_weight, self.style_weight, self.matting_weight, self.cycle_weight)

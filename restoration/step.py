@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 
@@ -11,8 +12,11 @@ from torch import Tensor, nn
 from restoration.blocks import STREAM_LIMIT
 from restoration.config import TrainingConfig
 from restoration.flow import ReversibleNetwork
+from restoration.graph import CapturedUpdate, why_not_captured
 from restoration.losses import ReconstructionLoss
 from restoration.whitening import moments, transfer_moments
+
+logger = logging.getLogger(__name__)
 
 # Far apart, so that no two runs of neighbouring seeds share the anchors of a step.
 SEED_STRIDE = 1_000_003
@@ -79,6 +83,8 @@ class Optimisation:
     A step whose loss or gradient is not finite, or whose streams leave their exact range, changes neither parameters
     nor Adam's moments. That is decided on the device and told in the outcome.
 
+    On a CUDA device the whole step becomes one CUDA graph where that is possible (graph.py).
+
     Args:
         module: a TrainingStep on the device, or what wraps one and averages its gradients over processes.
         config: learning rate, clipping, precision and the seed of the anchors.
@@ -89,8 +95,12 @@ class Optimisation:
         self.module = module
         self.config = config
         rate = torch.tensor(config.learning_rate, device=device)
-        self.optimizer = torch.optim.Adam(module.parameters(), lr=rate, fused=True)
+        self.optimizer = torch.optim.Adam(module.parameters(), lr=rate, fused=True, capturable=device.type == "cuda")
         self._generator = torch.Generator(device)
+        reason = why_not_captured(module, device)
+        self._run = self._update if reason else CapturedUpdate(self._update, self._generator)
+        if reason and device.type == "cuda":
+            logger.warning("steps start kernel by kernel: %s", reason)
 
     def __call__(self, step: int, degraded: Tensor, reference: Tensor) -> Outcome:
         """Makes step number `step` with crops [B,3,H,W] on the device."""
@@ -98,7 +108,12 @@ class Optimisation:
         self._generator.manual_seed(self.config.seed * SEED_STRIDE + step)
         for group in self.optimizer.param_groups:
             group["lr"].fill_(learning_rate(self.config, step))
-        return self._update(degraded, reference)
+        # One algorithm in forward and recomputation; without tf32, cuDNN would use it in convolutions by default.
+        tf32 = self.config.precision != "fp32"
+        with torch.backends.cudnn.flags(
+            True, benchmark=False, deterministic=torch.backends.cudnn.deterministic, allow_tf32=tf32
+        ):
+            return self._run(degraded, reference)
 
     def _update(self, degraded: Tensor, reference: Tensor) -> Outcome:
         step = self.module(degraded, reference, self._generator)

@@ -68,6 +68,7 @@ def train(
     world takes its part of every batch; a run may go on with another number of them.
     """
     checkpoint_path = world.decide(lambda: _checkpoint_to_resume(run, resume, initial_weights))
+    world.together(lambda: _check_precision(config, device))
     paintings = world.decide(lambda: find_paintings(data, styles=styles, split="train"))
     torch.manual_seed(config.seed)
     features = world.together(lambda: loss_network(vgg, paintings))
@@ -101,6 +102,11 @@ def _checkpoint_to_resume(run: Path, resume: bool, initial_weights: Path | None)
     return newest
 
 
+def _check_precision(config: TrainingConfig, device: torch.device) -> None:
+    if config.precision == "tf32" and device.type != "cuda":
+        raise UserError(f"--precision tf32 is of CUDA devices, got the device {device.type}; take fp32 or bf16")
+
+
 def _batches(run: Path, config: TrainingConfig, start: int, world: World) -> list[range]:
     if start >= config.iterations:
         raise UserError(f"{run}: has reached step {start} already; give more --iterations to go on")
@@ -123,7 +129,7 @@ def _training_pairs(paintings: list[Painting], config: TrainingConfig, vgg: Path
 
 
 def build_step(config: TrainingConfig, features: VGG19Features) -> TrainingStep:
-    network = ReversibleNetwork(config.architecture(), config.precision)
+    network = ReversibleNetwork(config.architecture(), config.network_precision(), config.reversible)
     losses = ReconstructionLoss(
         features,
         config.loss_weights(),

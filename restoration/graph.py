@@ -1,0 +1,92 @@
+"""A training update as one CUDA graph: the thousands of kernels of a step start at the cost of one."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+logger = logging.getLogger(__name__)
+
+# Real updates made before capture: libraries load their kernels and Adam makes its moments. PyTorch's own advice.
+WARM_UP = 3
+
+Outcome = TypeVar("Outcome")
+
+
+def why_not_captured(module: nn.Module, device: torch.device) -> str | None:
+    """None if updates of the module can be captured, else the reason."""
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    if isinstance(module, DistributedDataParallel):
+        return "gradients are averaged over processes"
+    return None
+
+
+class CapturedUpdate:
+    """Calls update(degraded, reference), after the first few times by replaying its CUDA graph.
+
+    Where capture fails, the warning says why and updates stay eager. Crops of other sizes than the captured ones are
+    updated with eagerly, too.
+
+    Args:
+        update: returns a dataclass whose tensor fields live on the device; it must not wait for the device.
+        generator: of the device's random numbers that update draws. Seeding it between calls counts.
+    """
+
+    def __init__(self, update: Callable[[Tensor, Tensor], Outcome], generator: torch.Generator) -> None:
+        self._update = update
+        self._generator = generator
+        self._remaining: int | None = WARM_UP  # None: never to be captured
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: tuple[Tensor, ...] = ()
+        self._outcome = None
+
+    def __call__(self, degraded: Tensor, reference: Tensor) -> Outcome:
+        images = (degraded, reference)
+        if self._remaining == 0 and self._graph is None:
+            self._try_to_capture(images)
+        if self._graph is not None and all(a.shape == b.shape for a, b in zip(images, self._inputs, strict=True)):
+            return self._replay(images)
+        if self._remaining is None or self._graph is not None:
+            return self._update(*images)
+        self._remaining -= 1
+        return self._warm_up(images)
+
+    def _warm_up(self, images: tuple[Tensor, ...]) -> Outcome:
+        # On a stream of its own, as capture will be: what libraries keep for a stream is made then.
+        side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            outcome = self._update(*images)
+        current.wait_stream(side)
+        return outcome
+
+    def _try_to_capture(self, images: tuple[Tensor, ...]) -> None:
+        try:
+            self._capture(images)
+        except RuntimeError as error:
+            self._remaining = None
+            self._graph = None
+            logger.warning("steps start kernel by kernel, for they cannot be captured: %s", str(error).split("\n")[0])
+
+    def _capture(self, images: tuple[Tensor, ...]) -> None:
+        self._inputs = tuple(image.clone() for image in images)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self._generator)
+        with torch.cuda.graph(graph):
+            self._outcome = self._update(*self._inputs)
+        self._graph = graph
+
+    def _replay(self, images: tuple[Tensor, ...]) -> Outcome:
+        for own, given in zip(self._inputs, images, strict=True):
+            own.copy_(given)
+        self._graph.replay()
+        # The next replay writes over what this one found.
+        copies = {name: value.clone() for name, value in vars(self._outcome).items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self._outcome, **copies)

@@ -1,0 +1,189 @@
+"""Backpropagation through rebuilt activations: bits of what is rebuilt, gradients, what is kept, and when."""
+
+import weakref
+
+import pytest
+import torch
+
+from restoration.blocks import STREAM_QUANTUM, ReversibleBlock
+from restoration.flow import Architecture, ReversibleNetwork
+from restoration.reversible import Coupling
+from restoration_kernels import use_backend
+
+PRECISIONS = ("fp32", "bf16")
+
+
+def network(reversible=True, precision="fp32", blocks=2, **switches):
+    torch.manual_seed(0)
+    return ReversibleNetwork(Architecture(4, blocks, 1, **switches), precision, reversible)
+
+
+def picture(*size, dtype=torch.float32):
+    return torch.rand(2, 3, *size, dtype=dtype, generator=torch.Generator().manual_seed(0))
+
+
+def both_ways(net, image):
+    """A number that depends on all that encode and decode return, and has no gradient that is zero."""
+    z = net.encode(image)
+    result = net.decode(z + 0.5 * torch.randn(z.shape, generator=torch.Generator().manual_seed(1)), image.shape[-2:])
+    return (z.square() * torch.arange(z.shape[-1])).mean() + result.square().mean()
+
+
+def gradients(net, image, compute=both_ways):
+    image = image.clone().requires_grad_()
+    names, parameters = zip(*net.named_parameters(), strict=True)
+    found = torch.autograd.grad(compute(net, image), (image, *parameters))
+    return dict(zip(("image", *names), found, strict=True))
+
+
+def assert_equal_gradients(net, other, image, tolerance, compute=both_ways):
+    expected = gradients(other, image, compute)
+    # A guide's bias changes no difference of guides: its gradient is rounding alone.
+    least = 1e-6 * max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in gradients(net, image, compute).items():
+        scale = expected[name].abs().max().clamp_min(least)
+        assert (gradient - expected[name]).abs().max() <= tolerance * scale, name
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("switches", [{}, {"dpca": False}, {"cafe": False}], ids=str)
+def test_gradients_are_those_of_plain_autograd(precision, switches):
+    """The activations are the same to the bit, so that only the order of sums may differ, in bfloat16 as well."""
+    nets = (network(reversible, precision, **switches) for reversible in (True, False))
+    assert_equal_gradients(*nets, picture(13, 17), 1e-5)
+
+
+def test_gradients_in_float64():
+    nets = (network(reversible).double() for reversible in (True, False))
+    assert_equal_gradients(*nets, picture(9, 12, dtype=torch.float64), 1e-13)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_every_step_rebuilds_its_input_bit_for_bit(precision, direction):
+    net = network(precision=precision, blocks=3)
+    streams = (picture(16, 20).div(STREAM_QUANTUM).round().mul(STREAM_QUANTUM),)
+    steps = net._encoding()
+    if direction == "decode":
+        with torch.no_grad():
+            streams = (net.encode(streams[0]),)
+        steps = net._decoding()
+    with net._residual_precision(torch.device("cpu")):
+        for step in steps:
+            with torch.no_grad():
+                left = step.run(*streams)
+            rebuilt, _, _ = step.backward(left, tuple(map(torch.ones_like, left)))
+            for tensor, expected in zip(rebuilt, streams, strict=True):
+                assert torch.equal(tensor, expected), step
+            streams = left
+
+
+def test_backward_evaluates_the_residual_function_once():
+    block = ReversibleBlock(8)
+    calls = []
+    block.features.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    streams = tuple(torch.zeros(1, 8, 5, 5) for _ in range(2))
+    Coupling(block).backward(streams, streams)
+    assert calls == [True]
+
+
+class LiveBytes:
+    """Bytes that autograd holds: as saved tensors are made and dropped, now and at most."""
+
+    def __init__(self):
+        self.now = self.most = 0
+
+    def pack(self, tensor):
+        class Kept:
+            value = tensor
+
+        kept = Kept()
+        self._change(tensor.nbytes)
+        weakref.finalize(kept, self._change, -tensor.nbytes)
+        return kept
+
+    def _change(self, by):
+        self.now += by
+        self.most = max(self.most, self.now)
+
+
+def most_kept(reversible, blocks):
+    live = LiveBytes()
+    net = network(reversible, blocks=blocks)
+    with torch.autograd.graph.saved_tensors_hooks(live.pack, lambda kept: kept.value):
+        both_ways(net, picture(32, 32)).backward()
+    return live.most
+
+
+def test_memory_does_not_grow_with_depth():
+    assert most_kept(True, 8) <= 1.05 * most_kept(True, 4)
+    assert most_kept(False, 8) > 1.7 * most_kept(False, 4)
+    assert most_kept(True, 8) < most_kept(False, 8) / 10
+
+
+def test_each_parameter_gets_its_gradient_once_a_backward_pass():
+    net = network()
+    arrivals = dict.fromkeys((name for name, _ in net.named_parameters()), 0)
+    for name, parameter in net.named_parameters():
+
+        def arrived(_, name=name):
+            arrivals[name] += 1
+
+        parameter.register_post_accumulate_grad_hook(arrived)
+    both_ways(net, picture(8, 8)).backward()
+    assert set(arrivals.values()) == {1}
+
+
+def test_frozen_parameters_and_inputs_without_gradient():
+    image = picture(8, 12)
+    expected = gradients(network(False), image)
+    net = network()
+    frozen = {name for name, _ in net.named_parameters() if "guide" in name or name.startswith("refinement")}
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    both_ways(net, image).backward()
+    for name, parameter in net.named_parameters():
+        if name in frozen:
+            assert parameter.grad is None
+        else:
+            assert torch.allclose(parameter.grad, expected[name], rtol=1e-4, atol=1e-6), name
+
+    net.requires_grad_(False)
+    assert not net.encode(image).requires_grad
+    image.requires_grad_()
+    both_ways(net, image).backward()
+    assert torch.allclose(image.grad, expected["image"], rtol=1e-4, atol=1e-7)
+
+
+def test_without_gradients_nothing_is_recorded():
+    with torch.no_grad():
+        assert network().encode(picture(8, 8)).grad_fn is None
+
+
+def test_backward_recomputes_under_the_circumstances_of_forward():
+    def cast(net, image):
+        with torch.autocast("cpu", torch.bfloat16):
+            return both_ways(net, image)
+
+    def on_reference(net, image):
+        with use_backend("reference"):
+            return both_ways(net, image)
+
+    image = picture(9, 8)
+    for compute in (cast, on_reference):
+        assert_equal_gradients(network(), network(False), image, 1e-5, compute)
+
+
+def test_channels_last_streams_are_rebuilt_as_well():
+    image = picture(12, 16)
+    expected = gradients(network(False), image)
+    for name, gradient in gradients(network(), image.contiguous(memory_format=torch.channels_last)).items():
+        assert torch.allclose(gradient, expected[name], rtol=1e-4, atol=1e-6), name
+
+
+def test_second_derivatives_are_refused():
+    net = network()
+    image = picture(8, 8).requires_grad_()
+    (first,) = torch.autograd.grad(both_ways(net, image), image, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()

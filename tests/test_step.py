@@ -1,0 +1,195 @@
+"""The training step: reversible or not, skipped where out of range, captured where it can be, never waiting."""
+
+import logging
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from restoration import graph
+from restoration.config import make_config
+from restoration.errors import UserError
+from restoration.journal import Journal
+from restoration.step import MEASUREMENTS, Optimisation
+from restoration.train import build_step, train
+from restoration.vgg import loss_features
+
+CPU = torch.device("cpu")
+
+
+def optimisation(**overrides):
+    config = make_config("small", **{"crop": 32, "batch": 1, "blocks": 1, "anchors": 8, **overrides})
+    torch.manual_seed(0)
+    return Optimisation(build_step(config, loss_features()), config, CPU)
+
+
+def crops(side=32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(2, 1, 3, 4, 4, generator=generator)
+    return [torch.nn.functional.interpolate(one, size=(side, side), mode="bicubic").clamp(0, 1) for one in coarse]
+
+
+def numbers(outcome):
+    return dict(zip(outcome.names, outcome.numbers.tolist(), strict=True))
+
+
+def state(optimise):
+    """Parameters and all that Adam keeps."""
+    kept = [value for state in optimise.optimizer.state.values() for value in state.values()]
+    return [value.detach().clone() for value in (*optimise.module.parameters(), *kept)]
+
+
+def unchanged(before, after):
+    return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_an_outcome_names_its_numbers():
+    found = numbers(optimisation()(0, *crops()))
+    losses = {"ccp", "style", "matting", "cycle"}
+    assert set(found) == losses | {"total", *MEASUREMENTS}
+    assert found["total"] == pytest.approx(sum(found[name] for name in losses), rel=1e-6)
+    assert found["skipped"] == 0 and found["gradient_norm"] > 0 and 0 < found["largest_stream"] < 256
+
+
+@pytest.mark.parametrize("poison", ["input", "stream"])
+def test_a_step_out_of_range_changes_nothing(poison):
+    optimise = optimisation()
+    optimise(0, *crops())
+    degraded, reference = crops(seed=1)
+    if poison == "input":
+        reference[0, 0, 0, 0] = float("nan")
+    else:
+        reference[...] *= 1_000.0
+    before = state(optimise)
+    outcome = optimise(1, degraded, reference)
+    assert numbers(outcome)["skipped"] == 1
+    assert unchanged(before, state(optimise))
+    assert numbers(optimise(2, *crops()))["skipped"] == 0
+    assert not unchanged(before, state(optimise))
+
+    journal = Journal()
+    journal.add(1, outcome, ["faded.png", "kept.png"])
+    (record,) = journal.read()
+    assert "step 1" in record.complaint() and "faded.png, kept.png" in record.complaint()
+    assert journal.read() == []
+    assert "1 steps were skipped" in journal.summary()
+
+
+def test_clipping_bounds_the_gradient_that_adam_sees():
+    """After one step Adam's first moment is a tenth of the gradient that it was given."""
+    optimise = optimisation(gradient_clip=1e-3)
+    norm = numbers(optimise(0, *crops()))["gradient_norm"]
+    assert norm > 1e-3
+    moments = [state["exp_avg"] for state in optimise.optimizer.state.values()]
+    assert torch.nn.utils.get_total_norm(moments) == pytest.approx(1e-4, rel=1e-3)
+
+
+def test_ridge_fallbacks_reach_the_journal(monkeypatch):
+    monkeypatch.setattr("restoration.whitening.RIDGE_LADDER", (-2.0, 1e-4, 1e-2, 1.0))
+    optimise, journal = optimisation(), Journal()
+    journal.add(0, optimise(0, *crops()), [])
+    (record,) = journal.read()
+    assert record.numbers["ridge_fallbacks"] == 2
+    assert "2 colour transfers" in journal.summary()
+
+
+class Waits(TorchDispatchMode):
+    """Notes operators that need a number, or a size that depends on numbers, on the host."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        if any(name in operator.name() for name in self.NAMES):
+            self.seen.append(operator.name())
+        return operator(*arguments, **(options or {}))
+
+
+def test_a_step_asks_for_no_number():
+    optimise = optimisation()
+    optimise(0, *crops())
+    with Waits() as waits:
+        outcome = optimise(1, *crops())
+    assert waits.seen == []
+    with Waits() as waits:
+        outcome.numbers[0].item()
+    assert waits.seen
+
+
+def test_reversible_and_plain_steps_train_alike():
+    """Three steps: the losses differ by the order of sums in gradients, which Adam's division makes larger."""
+    curves = []
+    for reversible in (True, False):
+        optimise = optimisation(reversible=reversible)
+        curves.append([numbers(optimise(step, *crops(seed=step)))["total"] for step in range(3)])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_reversible_and_plain_training_agree_for_long():
+    curves = []
+    for reversible in (True, False):
+        optimise = optimisation(reversible=reversible, blocks=2)
+        curves.append([numbers(optimise(step, *crops(seed=step % 4)))["total"] for step in range(20)])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-2)
+
+
+def test_tf32_is_refused_on_a_cpu(tmp_path):
+    with pytest.raises(UserError, match="--precision tf32 is of CUDA devices, got the device cpu"):
+        train(tmp_path, tmp_path / "run", make_config("small", precision="tf32"), device=CPU)
+
+
+def test_tf32_flags_hold_during_a_step_alone(monkeypatch):
+    optimise = optimisation(precision="tf32")
+    flags = []
+    monkeypatch.setattr(optimise, "_run", lambda *_: flags.append(torch.backends.cudnn.allow_tf32))
+    for precision, wanted in (("tf32", True), ("fp32", False)):
+        before = torch.backends.cudnn.allow_tf32
+        optimise.config = make_config("small", precision=precision)
+        optimise(0, *crops())
+        assert flags.pop() is wanted and torch.backends.cudnn.allow_tf32 is before
+
+
+def test_what_is_captured():
+    module = torch.nn.Linear(1, 1)
+    assert graph.why_not_captured(module, torch.device("cuda")) is None
+    assert graph.why_not_captured(module, CPU) == "the device is cpu"
+    wrapped = torch.nn.parallel.DistributedDataParallel.__new__(torch.nn.parallel.DistributedDataParallel)
+    assert "processes" in graph.why_not_captured(wrapped, torch.device("cuda"))
+
+
+def test_a_failed_capture_is_reported_once_and_steps_go_on(monkeypatch, caplog):
+    seen = []
+    update = graph.CapturedUpdate(lambda *images: seen.append(images), torch.Generator())
+
+    def fail(images):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(update, "_warm_up", lambda images: update._update(*images))
+    monkeypatch.setattr(update, "_capture", fail)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(graph.WARM_UP + 3):
+            update(*crops())
+    assert len(seen) == graph.WARM_UP + 3
+    assert [record.getMessage() for record in caplog.records] == [
+        "steps start kernel by kernel, for they cannot be captured: operation not permitted when stream is capturing"
+    ]
+
+
+def test_other_sizes_than_the_captured_ones_are_eager(monkeypatch):
+    eager, replayed = [], []
+    update = graph.CapturedUpdate(lambda *images: eager.append(images), torch.Generator())
+
+    def capture(images):
+        update._inputs, update._graph = images, object()
+
+    monkeypatch.setattr(update, "_warm_up", lambda images: update._update(*images))
+    monkeypatch.setattr(update, "_capture", capture)
+    monkeypatch.setattr(update, "_replay", replayed.append)
+    for _ in range(graph.WARM_UP + 2):
+        update(*crops())
+    update(*crops(side=40))
+    assert len(eager) == graph.WARM_UP + 1 and len(replayed) == 2
