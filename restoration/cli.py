@@ -163,6 +163,9 @@ def train(
     device: Device = "auto",
     initial_weights: Annotated[Path | None, typer.Option(help="Weights or checkpoint to start from.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in OUT.")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Print time by part and peak memory of a few steps, and leave.")
+    ] = False,
 ) -> None:
     """Train the network. Ctrl-C saves and leaves; --resume goes on, on a CPU bit for bit.
 
@@ -177,6 +180,12 @@ def train(
     from restoration.train import train as run_training
 
     overrides = {name: given[name] for name in OVERRIDABLE}
+    if profile:
+        from restoration.profile import profile_training
+
+        config = make_config(preset or "paper", **overrides)
+        print(profile_training(data, config, device=choose_device(device), vgg=vgg, styles=style))
+        return
 
     def chosen_config() -> TrainingConfig:
         if not resume:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from restoration.parts import part
 from restoration.vgg import LAYER_CHANNELS, VGG19Features
 from restoration_kernels import CCPLoss, ccpl_loss, matting_laplacian_energy
 
@@ -58,16 +59,20 @@ class ReconstructionLoss(nn.Module):
 
         Returns scalars named ccp, style, matting and cycle, already weighted. generator draws L_ccp's anchors.
         """
-        targets, style = self._constants(degraded, reference)
-        outputs = self.features(result)
+        with part("loss network"):
+            targets, style = self._constants(degraded, reference)
+            outputs = self.features(result)
 
-        losses = {
-            "style": self.weights.style * style_loss(outputs, style, self.style_distance),
-            "matting": clamped_matting_loss(result, degraded, self.weights.matting),
-            "cycle": self.weights.cycle * (cycled - degraded).abs().mean(),
-        }
+        losses = {}
+        with part("style loss"):
+            losses["style"] = self.weights.style * style_loss(outputs, style, self.style_distance)
+        with part("matting loss"):
+            losses["matting"] = clamped_matting_loss(result, degraded, self.weights.matting)
+        with part("cycle loss"):
+            losses["cycle"] = self.weights.cycle * (cycled - degraded).abs().mean()
         if self.contrast is not None:
-            losses["ccp"] = self.weights.ccp * self._contrastive(outputs, targets, generator)
+            with part("contrastive loss"):
+                losses["ccp"] = self.weights.ccp * self._contrastive(outputs, targets, generator)
         return losses
 
     @torch.no_grad()

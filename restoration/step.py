@@ -14,6 +14,7 @@ from restoration.config import TrainingConfig
 from restoration.flow import ReversibleNetwork
 from restoration.graph import CapturedUpdate, why_not_captured
 from restoration.losses import ReconstructionLoss
+from restoration.parts import part
 from restoration.whitening import moments, transfer_moments
 
 logger = logging.getLogger(__name__)
@@ -47,14 +48,20 @@ class TrainingStep(nn.Module):
         self.losses = losses
 
     def forward(self, degraded: Tensor, reference: Tensor, generator: torch.Generator) -> StepResult:
-        content, style = self.network.encode(degraded), self.network.encode(reference)
-        own = moments(content)
-        recoloured = transfer_moments(content, own, moments(style))
         size = degraded.shape[-2:]
-        result = self.network.decode(recoloured.z, size)
-        encoded_result = self.network.encode(result)
-        returned = transfer_moments(encoded_result, moments(encoded_result), own)
-        cycled = self.network.decode(returned.z, size)
+        with part("encode"):
+            content, style = self.network.encode(degraded), self.network.encode(reference)
+        with part("transfer"):
+            own = moments(content)
+            recoloured = transfer_moments(content, own, moments(style))
+        with part("decode"):
+            result = self.network.decode(recoloured.z, size)
+        with part("encode"):
+            encoded_result = self.network.encode(result)
+        with part("transfer"):
+            returned = transfer_moments(encoded_result, moments(encoded_result), own)
+        with part("decode"):
+            cycled = self.network.decode(returned.z, size)
         return StepResult(
             losses=self.losses(degraded, reference, result, cycled, generator),
             result=result.detach(),
@@ -89,17 +96,20 @@ class Optimisation:
         module: a TrainingStep on the device, or what wraps one and averages its gradients over processes.
         config: learning rate, clipping, precision and the seed of the anchors.
         device: of module.
+        capture: False keeps the step eager on a CUDA device, too.
     """
 
-    def __init__(self, module: nn.Module, config: TrainingConfig, device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, config: TrainingConfig, device: torch.device, *, capture: bool = True
+    ) -> None:
         self.module = module
         self.config = config
         rate = torch.tensor(config.learning_rate, device=device)
         self.optimizer = torch.optim.Adam(module.parameters(), lr=rate, fused=True, capturable=device.type == "cuda")
         self._generator = torch.Generator(device)
         reason = why_not_captured(module, device)
-        self._run = self._update if reason else CapturedUpdate(self._update, self._generator)
-        if reason and device.type == "cuda":
+        self._run = CapturedUpdate(self._update, self._generator) if capture and reason is None else self._update
+        if capture and reason is not None and device.type == "cuda":
             logger.warning("steps start kernel by kernel: %s", reason)
 
     def __call__(self, step: int, degraded: Tensor, reference: Tensor) -> Outcome:
@@ -109,19 +119,29 @@ class Optimisation:
         for group in self.optimizer.param_groups:
             group["lr"].fill_(learning_rate(self.config, step))
         # One algorithm in forward and recomputation; without tf32, cuDNN would use it in convolutions by default.
-        tf32 = self.config.precision != "fp32"
-        with torch.backends.cudnn.flags(
-            True, benchmark=False, deterministic=torch.backends.cudnn.deterministic, allow_tf32=tf32
-        ):
+        deterministic, tf32 = torch.backends.cudnn.deterministic, self.config.precision != "fp32"
+        with torch.backends.cudnn.flags(True, benchmark=False, deterministic=deterministic, allow_tf32=tf32):
             return self._run(degraded, reference)
 
     def _update(self, degraded: Tensor, reference: Tensor) -> Outcome:
+        self.optimizer.zero_grad(set_to_none=True)  # before the forward pass, which needs the memory
         step = self.module(degraded, reference, self._generator)
         total = torch.stack(list(step.losses.values())).sum()
         usable = total.isfinite() & (step.largest_stream < STREAM_LIMIT)
-        self.optimizer.zero_grad(set_to_none=True)
         # A NaN here makes every gradient NaN, in all processes that average theirs: the norm alone then tells.
-        (total * torch.where(usable, 1.0, math.nan)).backward()
+        with part("backward"):
+            (total * torch.where(usable, 1.0, math.nan)).backward()
+        with part("optimiser"):
+            norm, skipped = self._move()
+        measured = (*step.losses.values(), total, norm, step.ridge_fallbacks, step.largest_stream, skipped)
+        return Outcome(
+            names=(*step.losses, "total", *MEASUREMENTS),
+            numbers=torch.stack([number.detach().float() for number in measured]),
+            result=step.result,
+        )
+
+    def _move(self) -> tuple[Tensor, Tensor]:
+        """Updates the parameters unless a gradient is not finite; returns the gradient's norm and 1 where it is not."""
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         skipped = (~norm.isfinite()).float()
@@ -129,12 +149,7 @@ class Optimisation:
         self.optimizer.grad_scale = (norm / (self.config.gradient_clip or math.inf)).clamp_min(1.0)
         self.optimizer.found_inf = skipped
         self.optimizer.step()
-        measured = (*step.losses.values(), total, norm, step.ridge_fallbacks, step.largest_stream, skipped)
-        return Outcome(
-            names=(*step.losses, "total", *MEASUREMENTS),
-            numbers=torch.stack([number.detach().float() for number in measured]),
-            result=step.result,
-        )
+        return norm, skipped
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from restoration.config import TrainingConfig, make_config
 from restoration.errors import UserError
 from restoration.journal import SKIPPED_IN_A_ROW, TrainingDivergedError
 from restoration.losses import LossWeights
+from restoration.parts import Stopwatch, measuring, part
+from restoration.profile import profile_training
 from restoration.step import TrainingStep, learning_rate
 from restoration.train import build_step, newest_checkpoint, resumed_config, train
 from restoration.vgg import loss_features
@@ -93,6 +96,28 @@ def test_a_run_starts_from_given_weights(paintings, tmp_path):
     with pytest.raises(UserError, match="another architecture"):
         train(paintings, tmp_path / "third", config(blocks=2), device=CPU, initial_weights=weights)
     assert not (tmp_path / "third").exists()
+
+
+def test_a_profile_names_all_parts_and_keeps_nothing(paintings, tmp_path):
+    table = profile_training(paintings, config(), device=CPU, steps=2)
+    parts = dict(re.findall(r"^(\w[\w ]*?) +([\d.]+) ms", table, re.MULTILINE))
+    losses = {f"{name} loss" for name in ("style", "matting", "cycle", "contrastive")}
+    passes = {"loader", "encode", "transfer", "decode", "loss network", "backward", "optimiser", "everything else"}
+    assert parts.keys() == losses | passes | {"step"}
+    assert sum(map(float, parts.values())) == pytest.approx(2 * float(parts["step"]), rel=0.02, abs=1)
+    assert int(re.search(r"peak memory: (\d+) MiB", table)[1]) > 0
+
+
+def test_parts_within_parts_count_once(monkeypatch):
+    clock = iter((0, 1, 3, 4, 7, 10))
+    monkeypatch.setattr(Stopwatch, "_now", lambda stopwatch: next(clock))
+    with part("unmeasured"):
+        pass
+    with measuring(CPU) as stopwatch, part("outer"):
+        for _ in range(2):
+            with part("inner"):
+                pass
+    assert stopwatch.seconds == {"outer": 5, "inner": 5}
 
 
 def test_loss_weights_are_settings():
