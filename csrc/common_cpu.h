@@ -26,14 +26,7 @@ struct BFloat16 {
 
   BFloat16() = default;
 
-  HOST_DEVICE explicit BFloat16(float value) {
-    uint32_t word;
-    std::memcpy(&word, &value, sizeof(word));
-    // Adding just under half of the last kept place, plus the last kept bit, rounds to nearest even; the largest NaN
-    // would overflow into zero, so NaN keeps its upper half and gets a bit that makes it quiet.
-    const uint32_t rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
-    bits = static_cast<uint16_t>(value != value ? (word >> 16) | 0x40 : rounded);
-  }
+  HOST_DEVICE explicit BFloat16(float value) : bits(nearest(value)) {}
 
   HOST_DEVICE operator float() const {
     const uint32_t word = static_cast<uint32_t>(bits) << 16;
@@ -41,7 +34,26 @@ struct BFloat16 {
     std::memcpy(&value, &word, sizeof(value));
     return value;
   }
+
+  HOST_DEVICE static uint16_t nearest(float value) {
+    uint32_t word;
+    std::memcpy(&word, &value, sizeof(word));
+    // Adding just under half of the last kept place, plus the last kept bit, rounds to nearest even; the largest NaN
+    // would overflow into zero, so NaN keeps its upper half and gets a bit that makes it quiet. In integers: compilers
+    // make no vectors of a comparison that may signal.
+    const uint32_t rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
+    const bool is_nan = (word & 0x7fffffff) > 0x7f800000;
+    return static_cast<uint16_t>(is_nan ? (word >> 16) | 0x40 : rounded);
+  }
 };
+
+// destination = value, rounded. In a loop of vectors an object that is made first and then copied would go through
+// memory, one by one.
+template <typename T, typename A>
+HOST_DEVICE void assign(T& destination, A value) {
+  destination = T(value);
+}
+HOST_DEVICE void assign(BFloat16& destination, float value) { destination.bits = BFloat16::nearest(value); }
 
 constexpr int64_t kCacheLineBytes = 64;
 

@@ -71,6 +71,42 @@ HOST_DEVICE Vector<float> add_scaled(Vector<float> sum, BFloat16Pair factor, Vec
 }
 #endif
 
+// A vector of pairs from two vectors of numbers, lane by lane.
+template <typename E>
+HOST_DEVICE Vector<E> pack_pairs(Vector<float> first, Vector<float> second) {
+#if defined(__AVX512BF16__)
+  Vector<E> order;
+  for (int lane = 0; lane < kLanes<E>; ++lane) order[lane] = lane | (lane + kLanes<E>) << 16;
+  const __m512bh halves = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  return (Vector<E>)_mm512_permutexvar_epi16((__m512i)order, (__m512i)halves);
+#else
+  static_assert(kSteps<E> == 2, "made for pairs");
+#endif
+}
+
+// One vector of an operand of a sum over pixels, from kSteps vectors of numbers of pixels in order.
+template <typename E>
+HOST_DEVICE Vector<E> pack_pixels(const Vector<AccumulateType<E>>* pixels) {
+#if defined(__AVX512BF16__)
+  if constexpr (kSteps<E> == 2) return (Vector<E>)_mm512_cvtne2ps_pbh((__m512)pixels[1], (__m512)pixels[0]);
+#endif
+  if constexpr (kSteps<E> == 1) return pixels[0];
+}
+
+// Number `vector` of the vectors of numbers in operand vectors that lie `stride` apart.
+template <typename E>
+HOST_DEVICE Vector<AccumulateType<E>> unpack_pixels(const E* packed, int64_t stride, int64_t vector) {
+  if constexpr (kSteps<E> == 1) {
+    return load(packed + vector * stride);
+  } else {
+    typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+    typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+    Half half;
+    std::memcpy(&half, packed + vector / 2 * stride + vector % 2 * (kLanes<E> / 2), sizeof(half));
+    return (Vector<float>)(__builtin_convertvector(half, Words) << 16);
+  }
+}
+
 HOST_DEVICE constexpr int64_t round_up(int64_t count, int64_t multiple) {
   return ceil_divide(count, multiple) * multiple;
 }

@@ -58,7 +58,7 @@ class SummedGradient {
       T* output = output_;
       for_each_block([=](int64_t first, int64_t last) {
 #pragma omp simd
-        for (int64_t index = first; index < last; ++index) output[index] = T(sums[index]);
+        for (int64_t index = first; index < last; ++index) assign(output[index], sums[index]);
       });
     }
   }
@@ -78,28 +78,6 @@ class SummedGradient {
   int threads_;
   Buffer<A> memory_;
 };
-
-// What products over pixels are made of: kSteps vectors of numbers, pixels in order, rounded to an operand.
-template <typename E>
-HOST_DEVICE Vector<E> pack_pixels(const Vector<AccumulateType<E>>* pixels) {
-#if defined(__AVX512BF16__)
-  if constexpr (kSteps<E> == 2) return (Vector<E>)_mm512_cvtne2ps_pbh((__m512)pixels[1], (__m512)pixels[0]);
-#endif
-  if constexpr (kSteps<E> == 1) return pixels[0];
-}
-
-// Number `vector` of the vectors that pack_pixels was given for the vectors of an operand that lie `stride` apart.
-template <typename E>
-HOST_DEVICE Vector<AccumulateType<E>> unpack_pixels(const E* packed, int64_t stride, int64_t vector) {
-#if defined(__AVX512BF16__)
-  if constexpr (kSteps<E> == 2) {
-    const E* half = packed + vector / 2 * stride + vector % 2 * (kLanes<E> / 2);
-    return (Vector<float>)_mm512_slli_epi32(
-        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(half))), 16);
-  }
-#endif
-  if constexpr (kSteps<E> == 1) return load(packed + vector * stride);
-}
 
 // Lanes of which the first `count` are kept, and the others 0, even where they were NaN.
 template <typename A>
@@ -207,7 +185,9 @@ class Worker {
           store(own_.grad_y + (row * tiles.blocks_per_row() + block) * grad_y_stride() + channel * kLanes<E>,
                 pack_pixels<E>(pixels));
         }
-        if (kSteps<E> == 2 && channel % 2 == 1) pack_grad_y_steps(tiles, row, channel / 2);
+        if constexpr (kSteps<E> == 2) {
+          if (channel % 2 == 1) pack_grad_y_steps(tiles, row, channel / 2);
+        }
       }
     }
   }
@@ -233,12 +213,7 @@ class Worker {
     const A* values = own_.grad_y_row;
     E* packed = own_.grad_y_steps + row * vectors * grad_y_steps_stride() + element * kLanes<E>;
     for (int64_t vector = 0; vector < vectors; ++vector, values += kLanes<A>, packed += grad_y_steps_stride()) {
-      if constexpr (kSteps<E> == 2) {
-#pragma omp simd
-        for (int lane = 0; lane < kLanes<E>; ++lane) {
-          packed[lane] = {BFloat16(values[lane]), BFloat16(values[lane + places])};
-        }
-      }
+      store(packed, pack_pairs<E>(load(values), load(values + places)));
     }
   }
 

@@ -152,11 +152,12 @@ class Epilogue {
   HOST_DEVICE void finish(const A* sums, const R* residual, R* y, int64_t count, Value value) const {
     if (residual_ != nullptr) {
 #pragma omp simd
-      for (int64_t place = 0; place < count; ++place)
-        y[place] = R(static_cast<A>(residual[place]) + value(sums[place]));
+      for (int64_t place = 0; place < count; ++place) {
+        assign(y[place], static_cast<A>(residual[place]) + value(sums[place]));
+      }
     } else {
 #pragma omp simd
-      for (int64_t place = 0; place < count; ++place) y[place] = R(value(sums[place]));
+      for (int64_t place = 0; place < count; ++place) assign(y[place], value(sums[place]));
     }
   }
 
