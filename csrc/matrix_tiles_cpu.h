@@ -21,6 +21,9 @@ constexpr int kPanelRows = 4;
 // AVX-512 and NEON (8 x 3) and the 16 of AVX2 and SSE2 (4 x 3).
 constexpr int kTileVectors = 3;
 
+// Two loops of so many sums in one function, and the compiler keeps them in memory.
+#define SEPARATE __attribute__((noinline))
+
 template <typename A>
 constexpr int kTile = kTileVectors * kLanes<A>;
 
@@ -132,19 +135,19 @@ void pack_panels(E* panels, int64_t rows, int64_t depth, Value value) {
 template <int kVectors, typename A>
 using PanelSums = Vector<A>[kPanelRows][kVectors];
 
-// sums = panel^T · tile. Element e of vector v of the tile begins at tile + e · element_stride + v · vector_stride.
+// sums += panel^T · tile. Vector v of element e of the tile lies at tile + e · element_stride + v · vector_stride; it
+// is multiplied with factors[v] first, where factors are given.
 template <int kVectors, typename E>
-HOST_DEVICE void multiply_panel(const E* panel, const E* tile, int64_t elements, int64_t element_stride,
-                                int64_t vector_stride, PanelSums<kVectors, AccumulateType<E>>& sums) {
-#pragma GCC unroll 8
-  for (int row = 0; row < kPanelRows; ++row) {
-#pragma GCC unroll 4
-    for (int vector = 0; vector < kVectors; ++vector) sums[row][vector] = Vector<AccumulateType<E>>{};
-  }
+HOST_DEVICE void add_panel_products(const E* panel, const E* tile, int64_t elements, int64_t element_stride,
+                                    int64_t vector_stride, const Vector<E>* factors,
+                                    PanelSums<kVectors, AccumulateType<E>>& sums) {
   for (int64_t element = 0; element < elements; ++element, panel += kPanelRows, tile += element_stride) {
     Vector<E> column[kVectors];
 #pragma GCC unroll 4
-    for (int vector = 0; vector < kVectors; ++vector) column[vector] = load(tile + vector * vector_stride);
+    for (int vector = 0; vector < kVectors; ++vector) {
+      column[vector] = load(tile + vector * vector_stride);
+      if (factors != nullptr) column[vector] *= factors[vector];
+    }
 #pragma GCC unroll 8
     for (int row = 0; row < kPanelRows; ++row) {
 #pragma GCC unroll 4
@@ -153,6 +156,27 @@ HOST_DEVICE void multiply_panel(const E* panel, const E* tile, int64_t elements,
       }
     }
   }
+}
+
+// product [kPanelRows, kTile] = sums.
+template <int kVectors, typename A>
+HOST_DEVICE void store_sums(const PanelSums<kVectors, A>& sums, A* product) {
+#pragma GCC unroll 8
+  for (int row = 0; row < kPanelRows; ++row) {
+#pragma GCC unroll 4
+    for (int vector = 0; vector < kVectors; ++vector) {
+      store(product + row * kTile<A> + vector * kLanes<A>, sums[row][vector]);
+    }
+  }
+}
+
+// product [kPanelRows, kTile] = panel^T · tile, for kVectors vectors of the tile.
+template <int kVectors, typename E>
+SEPARATE void panel_times_tile(const E* panel, const E* tile, int64_t elements, int64_t element_stride,
+                               int64_t vector_stride, AccumulateType<E>* product) {
+  PanelSums<kVectors, AccumulateType<E>> sums = {};
+  add_panel_products<kVectors>(panel, tile, elements, element_stride, vector_stride, nullptr, sums);
+  store_sums<kVectors>(sums, product);
 }
 
 // Calls call(number of vectors as a type) for a tile of which `pixels` are wanted.
@@ -210,8 +234,8 @@ HOST_DEVICE void sum_lanes(Vector<A>* vectors) {
 // another over all pixels. The rows' vectors lie one after the other, and then those of the next pixels, left_stride or
 // right_stride further on.
 template <typename E>
-HOST_DEVICE void add_block_products(const E* left, int64_t left_stride, const E* right, int64_t right_stride,
-                                    int64_t vectors, AccumulateType<E>* sums) {
+SEPARATE void add_block_products(const E* left, int64_t left_stride, const E* right, int64_t right_stride,
+                                 int64_t vectors, AccumulateType<E>* sums) {
   using A = AccumulateType<E>;
   Vector<A> block[kBlockSums] = {};
   for (int64_t vector = 0; vector < vectors; ++vector, left += left_stride, right += right_stride) {

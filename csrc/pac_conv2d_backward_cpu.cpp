@@ -4,15 +4,15 @@
 //   grad_x[c](p+t) += k_t(p) u_t(p)[c],   m_t(p) = sum over c of k_t(p) x[c](p+t) u_t(p)[c],
 //   grad_g(p) -= m_t(p) (g(p) - g(p+t)),   grad_g(p+t) += the same.
 // m_t is k_t times its gradient; with normalize, k_t is a share of the sum and m_t loses k_t · (sum over r of m_r).
-// A thread packs the scaled columns k_t(p) · x[c](p+t) of a strip, row t·C + c, and grad_y; u is made tile by tile by one
-// product, and used at once for grad_x and m.
+// A thread packs the scaled columns k_t(p) · x[c](p+t) of a strip, row t·C + c, and grad_y; u is made tile by tile by
+// one product, and used at once for grad_x and m.
 // Scratch memory: a strip and a copy of grad_weight for each thread; in bfloat16 grad_x and grad_guide in float32 too.
 //
 // Strips add to pixels of their neighbours: bands of rows, so high that only neighbouring bands meet, run in two turns,
 // even ones and odd ones. So grad_x and grad_guide do not depend on the thread count; grad_weight and grad_bias are
 // summed in each thread and then in order, to the same bits for the same number of threads.
 
-#include "pac_conv2d_strips_cpu.h"
+#include "pac_conv2d_backward_cpu.h"
 
 namespace restoration::CPU_ISA {
 namespace {
@@ -22,102 +22,6 @@ constexpr int64_t kOperandBytes = int64_t{512} << 10;
 
 // Low bands share small images among threads; each is at least this high, as turns between bands cost time.
 constexpr int64_t kLeastBandRows = 8;
-
-// Gradients are cleared and rounded in pieces of 256 KB of float32, long beside the cost of handing one to a thread.
-constexpr int64_t kPieceElements = int64_t{1} << 16;
-
-// Gradient that strips add to: the output itself, or float32 memory that is rounded to it in the end.
-template <typename T>
-class SummedGradient {
- public:
-  using A = AccumulateType<T>;
-
-  SummedGradient(void* output, int64_t count, int threads)
-      : output_(static_cast<T*>(output)),
-        count_(output == nullptr ? 0 : count),
-        threads_(threads),
-        memory_(std::is_same_v<A, T> ? 0 : count_) {
-    A* sums = this->sums();
-    advise_huge_pages(sums, count_ * int64_t{sizeof(A)});
-    for_each_block([=](int64_t first, int64_t last) { std::memset(sums + first, 0, (last - first) * sizeof(A)); });
-  }
-
-  bool wanted() const { return output_ != nullptr; }
-
-  A* sums() {
-    if constexpr (std::is_same_v<A, T>) {
-      return output_;
-    } else {
-      return memory_.data();
-    }
-  }
-
-  void finish() {
-    if constexpr (!std::is_same_v<A, T>) {
-      const A* sums = this->sums();
-      T* output = output_;
-      for_each_block([=](int64_t first, int64_t last) {
-#pragma omp simd
-        for (int64_t index = first; index < last; ++index) assign(output[index], sums[index]);
-      });
-    }
-  }
-
- private:
-  template <typename Call>
-  void for_each_block(Call call) {
-    const int64_t count = count_;
-#pragma omp parallel for schedule(static) num_threads(threads_) if (count > kPieceElements)
-    for (int64_t first = 0; first < count; first += kPieceElements) {
-      call(first, std::min(count, first + kPieceElements));
-    }
-  }
-
-  T* output_;
-  int64_t count_;
-  int threads_;
-  Buffer<A> memory_;
-};
-
-// Lanes of which the first `count` are kept, and the others 0, even where they were NaN.
-template <typename A>
-HOST_DEVICE Vector<A> keep_first(Vector<A> vector, int64_t count) {
-  for (int64_t lane = std::max<int64_t>(count, 0); lane < kLanes<A>; ++lane) vector[lane] = 0;
-  return vector;
-}
-
-// One thread's arrays beside those of StripScratch.
-template <typename E>
-struct BackwardScratch {
-  using A = AccumulateType<E>;
-
-  E* columns;        // [blocks, column_rows, kLanes], zero where there is no pixel
-  E* grad_y;         // [blocks, output_rows, kLanes]: alpha · grad_y, zero where there is no pixel
-  E* grad_y_steps;   // [vectors, output_elements, kLanes]: the same, for sums over outputs; grad_y itself if that serves
-  A* grad_y_row;     // [kSteps, places of a row]
-  A* guide_slope;    // [K², places]: m_t(p)
-  A* guide_row;      // gradient of one row of the guide under the centre tap
-  A* grad_bias;      // [O]
-  A* grad_weight;    // in blocks as add_block_products makes them; with shared filters [K²]
-
-  static int64_t column_rows(const PacConv2dSizes& sizes) { return round_up(sizes.depth(), kBlockColumns); }
-  static int64_t output_rows(const PacConv2dSizes& sizes) { return round_up(sizes.out_channels, kBlockRows); }
-  // Elements that are steps of the sum over outputs, with room between one vector of pixels and the next.
-  static int64_t output_elements(const PacConv2dSizes& sizes) { return output_rows(sizes) / kSteps<E>; }
-  static int64_t weight_sums(const PacConv2dSizes& sizes) {
-    return sizes.shared ? sizes.taps() : output_rows(sizes) * column_rows(sizes);
-  }
-
-  BackwardScratch(Carver& carver, const PacConv2dSizes& sizes, const StripTiles<E>& largest)
-      : columns(carver.take<E>(column_rows(sizes) * largest.places() / kSteps<E>)),
-        grad_y(carver.take<E>(output_rows(sizes) * largest.places() / kSteps<E>)),
-        grad_y_steps(kSteps<E> == 1 ? grad_y : carver.take<E>(output_rows(sizes) * largest.places() / kSteps<E>)),
-        grad_y_row(carver.take<A>(kSteps<E> * largest.places_per_row())),
-        guide_slope(carver.take<A>(sizes.taps() * largest.places())),
-        guide_row(carver.take<A>(largest.places_per_row())),
-        grad_bias(carver.take<A>(sizes.out_channels)),
-        grad_weight(carver.take<A>(weight_sums(sizes))) {}
-};
 
 // The work of one thread.
 template <typename T, typename R>
@@ -167,9 +71,9 @@ class Worker {
 
  private:
   // Between vectors of the same row of an operand.
-  int64_t column_stride() const { return BackwardScratch<E>::column_rows(sizes_) * kLanes<E>; }
-  int64_t grad_y_stride() const { return BackwardScratch<E>::output_rows(sizes_) * kLanes<E>; }
-  int64_t grad_y_steps_stride() const { return BackwardScratch<E>::output_elements(sizes_) * kLanes<E>; }
+  int64_t column_stride() const { return BackwardScratch<E>::column_stride(sizes_); }
+  int64_t grad_y_stride() const { return BackwardScratch<E>::grad_y_stride(sizes_); }
+  int64_t grad_y_steps_stride() const { return BackwardScratch<E>::grad_y_steps_stride(sizes_); }
 
   void pack_grad_y(const StripTiles<E>& tiles) {
     const int64_t places = tiles.places_per_row();
@@ -197,6 +101,7 @@ class Worker {
     const int64_t pixels = channel < sizes_.out_channels ? tiles.strip.columns : 0;
     const R* values = grad_y_ + tiles.output_offset(sizes_, channel, row);
     const A alpha = alpha_;
+    if (channel + 1 < sizes_.out_channels) prefetch(values + sizes_.out_pixels(), pixels);
     A sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t place = 0; place < pixels; ++place) {
@@ -220,7 +125,7 @@ class Worker {
   // Scales what lies under the taps, row t·C + c: neighbouring rows are of different channels.
   void pack_columns(const StripTiles<E>& tiles) {
     const int64_t filling = BackwardScratch<E>::column_rows(sizes_) - sizes_.depth();
-    for (int64_t block = 0; block < tiles.strip.rows * tiles.blocks_per_row(); ++block) {
+    for (int64_t block = 0; block < tiles.blocks(); ++block) {
       E* last = own_.columns + block * column_stride() + sizes_.depth() * kLanes<E>;
       std::memset(static_cast<void*>(last), 0, filling * kVectorBytes);
     }
@@ -228,8 +133,10 @@ class Worker {
     for (int64_t row = 0; row < tiles.strip.rows; ++row) {
       const A* row_kernel = strip_.kernel + row * tiles.places_per_row();
       for (int64_t channel = 0; channel < sizes_.channels; ++channel) {
+        const T* plane = image + channel * sizes_.pixels();
         for (int64_t tap_row = 0; tap_row < sizes_.kernel_size; ++tap_row) {
-          for_each_tap(tiles, sizes_, image + channel * sizes_.pixels(), row, tap_row, strip_.source,
+          if (channel + 1 < sizes_.channels) prefetch_under(tiles, sizes_, plane + sizes_.pixels(), row, tap_row);
+          for_each_tap(tiles, sizes_, plane, row, tap_row, strip_.source,
                        [&](int64_t tap, const A* values) {
                          scale_row(tiles, row_kernel + tap * tiles.places(), values,
                                    own_.columns + row * tiles.blocks_per_row() * column_stride() +
@@ -260,7 +167,7 @@ class Worker {
     for (int64_t column = 0; column < columns; column += kBlockColumns) {
       for (int64_t row = 0; row < rows; row += kBlockRows, sums += kBlockSums) {
         add_block_products(own_.grad_y + row * kLanes<E>, grad_y_stride(), own_.columns + column * kLanes<E>,
-                           column_stride(), tiles.strip.rows * tiles.blocks_per_row(), sums);
+                           column_stride(), tiles.blocks(), sums);
       }
     }
   }
@@ -268,7 +175,7 @@ class Worker {
   void add_filter_gradient(const StripTiles<E>& tiles) {
     for (int64_t row = 0; row < sizes_.depth(); ++row) {
       Vector<A> sum = {};
-      for (int64_t block = 0; block < tiles.strip.rows * tiles.blocks_per_row(); ++block) {
+      for (int64_t block = 0; block < tiles.blocks(); ++block) {
         sum = multiply_add(sum, load(own_.columns + block * column_stride() + row * kLanes<E>),
                            load(own_.grad_y + block * grad_y_stride() + row % sizes_.channels * kLanes<E>));
       }
@@ -277,22 +184,15 @@ class Worker {
   }
 
   void multiply_grad_y(const StripTiles<E>& tiles) {
-    const int64_t elements = ceil_divide(sizes_.out_channels, kSteps<E>);
+    const int64_t elements = ceil_divide(sizes_.out_channels, kSteps<E>), stride = grad_y_steps_stride();
     alignas(kCacheLineBytes) A product[kPanelRows * kTile<A>];
     for (int64_t first = 0; first < sizes_.depth(); first += kPanelRows) {
       const E* panel = panels_ + first * elements;
       const int64_t last = std::min<int64_t>(first + kPanelRows, sizes_.depth());
       for_each_tile(tiles, [&](int64_t row, int64_t place, int64_t pixels) {
-        const E* tile = own_.grad_y_steps + (row * tiles.places_per_row() + place) / kLanes<A> * grad_y_steps_stride();
+        const E* tile = own_.grad_y_steps + (row * tiles.places_per_row() + place) / kLanes<A> * stride;
         for_tile_of<A>(pixels, [&](auto vectors) {
-          constexpr int kVectors = decltype(vectors)::value;
-          PanelSums<kVectors, A> sums;
-          multiply_panel<kVectors>(panel, tile, elements, kLanes<E>, grad_y_steps_stride(), sums);
-          for (int sum = 0; sum < kPanelRows; ++sum) {
-            for (int vector = 0; vector < kVectors; ++vector) {
-              store(product + sum * kTile<A> + vector * kLanes<A>, sums[sum][vector]);
-            }
-          }
+          panel_times_tile<decltype(vectors)::value>(panel, tile, elements, kLanes<E>, stride, product);
         });
         for (int64_t column = first; column < last; ++column) {
           use_product(tiles, row, place, pixels, column, product + (column - first) * kTile<A>);
@@ -335,8 +235,8 @@ class Worker {
       const E* columns = own_.columns + column * kLanes<E>;
       A* slope = own_.guide_slope + tap * tiles.places() + first;
       for (int64_t offset = 0; offset < pixels; offset += kLanes<A>) {
-        store(slope + offset, load(slope + offset) + unpack_pixels(columns, column_stride(), (first + offset) / kLanes<A>) *
-                                                         load(product + offset));
+        const Vector<A> values = unpack_pixels(columns, column_stride(), (first + offset) / kLanes<A>);
+        store(slope + offset, load(slope + offset) + values * load(product + offset));
       }
     }
     if (grad_x_ != nullptr) {
@@ -458,9 +358,7 @@ void backward(const PacConv2dBackward& arguments, const PacConv2dSizes& sizes, i
   SummedGradient<T> grad_x(arguments.grad_x, sizes.batch * sizes.channels * sizes.pixels(), workers);
   SummedGradient<T> grad_guide(arguments.grad_guide, sizes.batch * sizes.guide_channels * sizes.pixels(), workers);
 
-  const int64_t place_bytes = (BackwardScratch<E>::column_rows(sizes) / kSteps<E> + BackwardScratch<E>::output_rows(sizes)) *
-                              int64_t{sizeof(E)};
-  const int64_t places = std::min(kOperandBytes / place_bytes, kMostPlaces);
+  const int64_t places = std::min(kOperandBytes / BackwardScratch<E>::bytes_per_place(sizes), kMostPlaces);
   const StripShape<E> shape(sizes, places, places);
   auto worker = [&](char* memory) {
     return Worker<T, R>(arguments, sizes, shape, panels.data(), grad_x.wanted() ? grad_x.sums() : nullptr,

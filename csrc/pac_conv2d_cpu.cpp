@@ -1,10 +1,10 @@
 // Pixel-adaptive convolution on the CPU, forward: formula in pac_conv2d.h.
 // A thread takes a strip of output pixels. It copies the rows of x that the taps of one row of the strip reach into its
 // own cache, and multiplies what lies under each tap with that tap's weights [O, C], kPanelRows x kTile sums at a time
-// in registers; those are scaled by k_t(p) and added to the sums of the other taps. So no scaled column is ever written.
+// in registers. k_t(p) scales a tap's sums, or x on its way into the registers: no scaled column is ever written.
 // Bias, rounding, alpha and residual follow while a tile of sums is at hand. Read: x, guide, residual once (and
-// neighbouring rows again from the cache). Written: y once. Scratch memory: a strip for each thread, and one copy of the
-// weights.
+// neighbouring rows again from the cache). Written: y once. Scratch memory: a strip for each thread, and one copy of
+// the weights.
 
 #include "pac_conv2d_strips_cpu.h"
 
@@ -17,14 +17,27 @@ constexpr int64_t kRowsBytes = int64_t{320} << 10;
 // With fewer, threads that are done wait long for the last one.
 constexpr int64_t kStripsPerThread = 4;
 
+// Up to here kTileVectors products a channel are faster than kPanelRows · kTileVectors sums a tap: measured with 4, 16
+// and 64 channels.
+constexpr int64_t kFewChannels = 16;
+
 // Elements of an operand that the channels of one tap fill.
 template <typename E>
 int64_t elements_per_tap(const PacConv2dSizes& sizes) {
   return ceil_divide(sizes.channels, kSteps<E>);
 }
 
-// The rows of x under the taps of one row of a strip: [K, copies, elements of a tap, pitch]. Where all taps of a row can
-// read one copy of the image's row there is one, else one for each.
+// What a row of a strip is multiplied from: tap t of element e of place p reads under[t][e · pitch + p].
+template <typename E>
+struct Taps {
+  const E** under;
+  int64_t count;
+  int64_t elements;
+  int64_t pitch;
+};
+
+// The rows of x under the taps of one row of a strip: [K, copies, elements of a tap, pitch]. Where all taps of a row
+// can read one copy of the image's row there is one, else one for each.
 template <typename E>
 class TapRows {
  public:
@@ -39,74 +52,65 @@ class TapRows {
 
   TapRows(Carver& carver, const PacConv2dSizes& sizes, const StripTiles<E>& largest)
       : sizes_(sizes),
-        pitch_(pitch(sizes, largest.places_per_row())),
-        tap_stride_(elements_per_tap<E>(sizes) * pitch_),
+        taps_{carver.take<const E*>(sizes.taps()), sizes.taps(), elements_per_tap<E>(sizes),
+              pitch(sizes, largest.places_per_row())},
+        tap_stride_(taps_.elements * taps_.pitch),
         slot_stride_(copies(sizes) * tap_stride_),
         rows_(carver.take<E>(sizes.kernel_size * slot_stride_)) {}
 
-  int64_t pitch() const { return pitch_; }
-
-  // Fills them for row `row` of the strip; rows are taken in order.
+  // Those of row `row` of the strip; rows are taken in order.
   template <typename T>
-  void fill(const StripTiles<E>& tiles, int64_t row, const T* x) {
-    for (int64_t tap_row = advances() && row > 0 ? sizes_.kernel_size - 1 : 0; tap_row < sizes_.kernel_size; ++tap_row) {
-      const int64_t input = sizes_.vertical.position(tiles.strip.first_row + row, tap_row);
-      for (int64_t copy = 0; copy < copies(sizes_); ++copy) {
-        const int64_t first = sizes_.horizontal.position(tiles.strip.first_column, copy);
-        fill_channels(slot(row, tap_row) + copy * tap_stride_, input, first,
-                      tiles.places_per_row() + StripScratch<E>::shared_reach(sizes_),
-                      x + tiles.strip.image * sizes_.channels * sizes_.pixels());
+  Taps<E> fill(const StripTiles<E>& tiles, int64_t row, const T* x) {
+    // Where each row of the strip needs only one more row of x than the one before, rows of x take turns in the slots.
+    const bool advances = sizes_.vertical.stride == sizes_.vertical.dilation;
+    for (int64_t tap_row = 0; tap_row < sizes_.kernel_size; ++tap_row) {
+      E* slot = rows_ + (advances ? (row + tap_row) % sizes_.kernel_size : tap_row) * slot_stride_;
+      for (int64_t tap = 0; tap < sizes_.kernel_size; ++tap) {
+        taps_.under[tap_row * sizes_.kernel_size + tap] =
+            slot + tap * (copies(sizes_) == 1 ? sizes_.horizontal.dilation : tap_stride_);
       }
+      if (!advances || row == 0 || tap_row + 1 == sizes_.kernel_size) fill_slot(slot, tiles, row, tap_row, x);
     }
-  }
-
-  // What tap (tap_row, tap_column) of place 0 reads.
-  HOST_DEVICE const E* under(int64_t row, int64_t tap_row, int64_t tap_column) const {
-    const int64_t offset = copies(sizes_) == 1 ? tap_column * sizes_.horizontal.dilation : tap_column * tap_stride_;
-    return slot(row, tap_row) + offset;
+    return taps_;
   }
 
  private:
-  // Whether each row of the strip needs only one more row of x than the one before: they then take turns in the slots.
-  bool advances() const { return sizes_.vertical.stride == sizes_.vertical.dilation; }
-
-  E* slot(int64_t row, int64_t tap_row) const {
-    return rows_ + (advances() ? (row + tap_row) % sizes_.kernel_size : tap_row) * slot_stride_;
-  }
-
   template <typename T>
-  void fill_channels(E* destination, int64_t input, int64_t first, int64_t count, const T* x) const {
-    const int64_t width = sizes_.horizontal.size;
+  void fill_slot(E* slot, const StripTiles<E>& tiles, int64_t row, int64_t tap_row, const T* x) const {
+    const int64_t input = sizes_.vertical.position(tiles.strip.first_row + row, tap_row);
     if (input < 0 || input >= sizes_.vertical.size) {
-      std::memset(static_cast<void*>(destination), 0, tap_stride_ * sizeof(E));
+      std::memset(static_cast<void*>(slot), 0, slot_stride_ * sizeof(E));
       return;
     }
-    const T* values = x + input * width;
-    for (int64_t channel = 0; channel < sizes_.channels; channel += kSteps<E>, destination += pitch_) {
-      const T* plane = values + channel * sizes_.pixels();
-      if constexpr (kSteps<E> == 1) {
-        copy_row(destination, width, first, sizes_.horizontal.stride, count,
-                 [=](int64_t place) { return static_cast<E>(plane[place]); });
-      } else {
-        copy_pair(destination, width, first, count, plane,
-                  channel + 1 < sizes_.channels ? plane + sizes_.pixels() : nullptr);
+    const T* image = x + tiles.strip.image * sizes_.channels * sizes_.pixels();
+    for (int64_t channel = 0; channel < sizes_.channels; channel += kSteps<E>, slot += taps_.pitch) {
+      for (int64_t next = channel + kSteps<E>; next < std::min(channel + 2 * kSteps<E>, sizes_.channels); ++next) {
+        prefetch_under(tiles, sizes_, image + next * sizes_.pixels(), row, tap_row);
+      }
+      const T* values = image + channel * sizes_.pixels() + input * sizes_.horizontal.size;
+      const T* second = channel + 1 < sizes_.channels ? values + sizes_.pixels() : nullptr;
+      for (int64_t copy = 0; copy < copies(sizes_); ++copy) {
+        copy_channels(slot + copy * tap_stride_, sizes_.horizontal.position(tiles.strip.first_column, copy),
+                      tiles.places_per_row() + StripScratch<E>::shared_reach(sizes_), values, second);
       }
     }
   }
 
-  // Lanes of two channels; the second is zero where there is none.
+  // A row of one channel, or of a pair, whose second is zero where there is none.
   template <typename T>
-  void copy_pair(E* destination, int64_t width, int64_t first, int64_t count, const T* left, const T* right) const {
-    const int64_t step = sizes_.horizontal.stride;
-    if (right == nullptr) {
-      copy_row(destination, width, first, step, count, [=](int64_t place) { return E{left[place], T(0.0f)}; });
+  void copy_channels(E* destination, int64_t first, int64_t count, const T* values, const T* second) const {
+    const int64_t width = sizes_.horizontal.size, step = sizes_.horizontal.stride;
+    if constexpr (kSteps<E> == 1) {
+      copy_row(destination, width, first, step, count, [=](int64_t place) { return static_cast<E>(values[place]); });
+    } else if (second == nullptr) {
+      copy_row(destination, width, first, step, count, [=](int64_t place) { return E{values[place], T(0.0f)}; });
     } else {
-      copy_row(destination, width, first, step, count, [=](int64_t place) { return E{left[place], right[place]}; });
+      copy_row(destination, width, first, step, count, [=](int64_t place) { return E{values[place], second[place]}; });
     }
   }
 
   const PacConv2dSizes& sizes_;
-  int64_t pitch_;
+  Taps<E> taps_;
   int64_t tap_stride_;
   int64_t slot_stride_;
   E* rows_;
@@ -169,50 +173,66 @@ class Epilogue {
   A inverse_;
 };
 
-// product [kPanelRows, kTile] = sum over taps of k_t · (panel_t^T · x under t), for kVectors vectors of pixels from place
-// `first` of a row on.
+// product [kPanelRows, kTile] = sum over taps of k_t · (panel_t^T · x under t), for kVectors vectors of pixels from
+// place `first` of a row on.
 template <int kVectors, typename E, typename A>
-HOST_DEVICE void multiply_taps(const E* panel, const TapRows<E>& rows, const PacConv2dSizes& sizes, int64_t row,
-                               int64_t first, const A* kernel, int64_t kernel_stride, A* product) {
-  const int64_t elements = elements_per_tap<E>(sizes);
+SEPARATE void multiply_taps(const E* panel, Taps<E> taps, int64_t first, const A* kernel, int64_t kernel_stride,
+                            A* product) {
   std::memset(product, 0, kPanelRows * kTile<A> * sizeof(A));
-  for (int64_t tap_row = 0; tap_row < sizes.kernel_size; ++tap_row) {
-    for (int64_t tap_column = 0; tap_column < sizes.kernel_size; ++tap_column, kernel += kernel_stride) {
-      PanelSums<kVectors, A> sums;
-      multiply_panel<kVectors>(panel, rows.under(row, tap_row, tap_column) + first, elements, rows.pitch(), kLanes<A>,
-                               sums);
-      panel += elements * kPanelRows;
+  for (int64_t tap = 0; tap < taps.count; ++tap, kernel += kernel_stride, panel += taps.elements * kPanelRows) {
+    PanelSums<kVectors, A> sums = {};
+    add_panel_products<kVectors>(panel, taps.under[tap] + first, taps.elements, taps.pitch, kLanes<E>, nullptr, sums);
 #pragma GCC unroll 4
-      for (int vector = 0; vector < kVectors; ++vector) {
-        const Vector<A> factor = load(kernel + vector * kLanes<A>);
+    for (int vector = 0; vector < kVectors; ++vector) {
+      const Vector<A> factor = load(kernel + vector * kLanes<A>);
 #pragma GCC unroll 8
-        for (int sum = 0; sum < kPanelRows; ++sum) {
-          A* total = product + sum * kTile<A> + vector * kLanes<A>;
-          store(total, load(total) + factor * sums[sum][vector]);
-        }
+      for (int sum = 0; sum < kPanelRows; ++sum) {
+        A* total = product + sum * kTile<A> + vector * kLanes<A>;
+        store(total, load(total) + factor * sums[sum][vector]);
       }
     }
   }
 }
 
+// The same for few channels, where adding up the taps' sums would take longer than scaling x on its way.
+template <int kVectors, typename A>
+SEPARATE void multiply_scaled_taps(const A* panel, Taps<A> taps, int64_t first, const A* kernel, int64_t kernel_stride,
+                                   A* product) {
+  PanelSums<kVectors, A> sums = {};
+  for (int64_t tap = 0; tap < taps.count; ++tap, kernel += kernel_stride, panel += taps.elements * kPanelRows) {
+    Vector<A> factors[kVectors];
+#pragma GCC unroll 4
+    for (int vector = 0; vector < kVectors; ++vector) factors[vector] = load(kernel + vector * kLanes<A>);
+    add_panel_products<kVectors>(panel, taps.under[tap] + first, taps.elements, taps.pitch, kLanes<A>, factors, sums);
+  }
+  store_sums<kVectors>(sums, product);
+}
+
 // Every output channel of row `row` of the strip.
 template <typename E, typename A, typename Finish>
 void multiply_row(const StripTiles<E>& tiles, const PacConv2dSizes& sizes, int64_t row, const E* panels,
-                  const TapRows<E>& rows, const A* kernel, const Finish& finish) {
-  const int64_t panel_size = sizes.taps() * elements_per_tap<E>(sizes) * kPanelRows;
+                  const Taps<E>& taps, const A* kernel, const Finish& finish) {
   kernel += row * tiles.places_per_row();
   alignas(kCacheLineBytes) A product[kPanelRows * kTile<A>];
-  for (int64_t first = 0; first < sizes.out_channels; first += kPanelRows, panels += panel_size) {
+  for (int64_t first = 0; first < sizes.out_channels; first += kPanelRows) {
     const int64_t last = std::min<int64_t>(first + kPanelRows, sizes.out_channels);
     for (int64_t place = 0; place < tiles.strip.columns; place += kTile<A>) {
       const int64_t pixels = std::min<int64_t>(kTile<A>, tiles.strip.columns - place);
       for_tile_of<A>(pixels, [&](auto vectors) {
-        multiply_taps<decltype(vectors)::value>(panels, rows, sizes, row, place, kernel + place, tiles.places(), product);
+        constexpr int kVectors = decltype(vectors)::value;
+        if constexpr (kSteps<E> == 1) {
+          if (sizes.channels <= kFewChannels) {
+            return multiply_scaled_taps<kVectors>(panels, taps, place, kernel + place, tiles.places(), product);
+          }
+        }
+        multiply_taps<kVectors>(panels, taps, place, kernel + place, tiles.places(), product);
       });
       for (int64_t channel = first; channel < last; ++channel) {
-        finish(product + (channel - first) * kTile<A>, channel, tiles.output_offset(sizes, channel, row) + place, pixels);
+        finish(product + (channel - first) * kTile<A>, channel, tiles.output_offset(sizes, channel, row) + place,
+               pixels);
       }
     }
+    panels += taps.count * taps.elements * kPanelRows;
   }
 }
 
@@ -289,8 +309,7 @@ void forward(const PacConv2dForward& arguments, const PacConv2dSizes& sizes, int
       continue;
     }
     for (int64_t row = 0; row < tiles.strip.rows; ++row) {
-      rows.fill(tiles, row, x);
-      multiply_row(tiles, sizes, row, panels.data(), rows, scratch.kernel, finish);
+      multiply_row(tiles, sizes, row, panels.data(), rows.fill(tiles, row, x), scratch.kernel, finish);
     }
   }
 }

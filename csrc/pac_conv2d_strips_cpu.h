@@ -49,6 +49,7 @@ struct StripTiles {
   int64_t places_per_row() const { return round_up(strip.columns, kBlock); }
   int64_t places() const { return strip.rows * places_per_row(); }
   int64_t blocks_per_row() const { return places_per_row() / kBlock; }
+  int64_t blocks() const { return strip.rows * blocks_per_row(); }
   // Where row `row` of the strip begins in an output [B,O,H',W'].
   int64_t output_offset(const PacConv2dSizes& sizes, int64_t channel, int64_t row) const {
     const int64_t plane = strip.image * sizes.out_channels + channel;
@@ -131,6 +132,24 @@ struct StripScratch {
     return sizes.horizontal.stride == 1 && (sizes.kernel_size - 1) * sizes.horizontal.dilation <= 2 * kTile<E>;
   }
 };
+
+// Rows that are needed next: those of the next channel lie so far on that no processor fetches them unasked.
+template <typename T>
+HOST_DEVICE void prefetch(const T* values, int64_t count) {
+  for (int64_t place = 0; place < count; place += kCacheLineBytes / sizeof(T)) __builtin_prefetch(values + place);
+}
+
+// What the taps of one row of the kernel read of a plane for a row of the strip.
+template <typename E, typename T>
+HOST_DEVICE void prefetch_under(const StripTiles<E>& tiles, const PacConv2dSizes& sizes, const T* plane, int64_t row,
+                                int64_t tap_row) {
+  const int64_t input = sizes.vertical.position(tiles.strip.first_row + row, tap_row);
+  if (input < 0 || input >= sizes.vertical.size) return;
+  const int64_t width = sizes.horizontal.size;
+  const int64_t first = std::clamp<int64_t>(sizes.horizontal.position(tiles.strip.first_column, 0), 0, width);
+  const int64_t count = std::min(tiles.strip.columns * sizes.horizontal.stride, width - first);
+  prefetch(plane + input * width + first, count);
+}
 
 // destination[i] = value(first + i · step) for i below count, 0 where that is outside a row of `width` numbers.
 template <typename E, typename Value>
