@@ -271,13 +271,18 @@ def test_any_thread_count():
         assert torch.equal(results[2][name], results[3][name]), name
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_lesser_instruction_sets(isa, tmp_path):
+@pytest.mark.parametrize(
+    ("isa", "dtype"),
+    [("baseline", torch.float32), ("avx2", torch.float32), ("avx512", torch.bfloat16)],
+    ids=["baseline", "avx2", "avx512"],
+)
+def test_lesser_instruction_sets(isa, dtype, tmp_path):
     """What the kernel does on older processors; all other tests run the best that this one has."""
     sample = next(sample for sample in samples(OPERATOR, "odd"))
-    arguments = compare.arguments_for("cpu", sample, torch.float32)
-    if _backend.extension()[0].build_info()["cpu_isa"] == "baseline":
-        pytest.skip("this processor runs one instruction set")
+    arguments = compare.arguments_for("cpu", sample, dtype)
+    best, names = _backend.extension()[0].build_info()["cpu_isa"], ("baseline", "avx2", "avx512", "avx512bf16")
+    if names.index(isa) >= names.index(best):
+        pytest.skip(f"this processor's best is {best}")
     torch.save(arguments, tmp_path / "arguments")
     script = (
         "import compare, torch; from restoration_kernels import _backend; "
