@@ -258,7 +258,7 @@ def save_training(
     }
     save_checkpoint(path, tensors, description)
     for old in sorted(run.glob(CHECKPOINT_PATTERN))[: -config.keep_checkpoints]:
-        old.unlink()
+        old.unlink(missing_ok=True)
     return path
 
 
