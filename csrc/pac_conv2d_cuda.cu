@@ -1,8 +1,8 @@
 // Pixel-adaptive convolution in CUDA, forward: formula in pac_conv2d.h.
-// An implicit product [pixels, K²·C] · [K²·C, O]. A block owns a tile of pixels and one or more tiles of outputs. For
-// a few taps it computes the tile's k_t(p) into shared memory, then walks over the channels: while one buffer is
-// multiplied (pac_conv2d_products.cuh), the next channels of x and weights are copied into the other. Neither k nor
-// columns reach main memory. Read: x and guide K times, but for the first time from the caches; written: y once.
+// An implicit product [pixels, K²·C] · [K²·C, O]. A block owns a tile of pixels and one or more tiles of outputs. It
+// computes the tile's k_t(p) into shared memory and walks over taps and channels: while one buffer is multiplied
+// (pac_conv2d_products.cuh), the next channels of x and weights are copied into the other. Neither k nor columns reach
+// main memory. Read: x and guide K times, but for the first time from the caches; written: y once.
 // Scratch memory: one copy of weight, in the order in which it is multiplied. No atomics: the same bits every run.
 
 #include "pac_conv2d_products.cuh"
@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kWantedBlocks = 4 * 132;
 
 // A kernel up to this size is kept for all tiles of outputs, and both buffers of x are no larger than that where planes
-// can be fewer: four blocks fit into the 100 KB of a multiprocessor of compute capability 8.6, or three if k is kept.
+// can be fewer: two or three blocks then fit into the 100 KB of a multiprocessor of compute capability 8.6.
 constexpr int64_t kKeptKernelBytes = 16 << 10;
 constexpr int64_t kStagedBytes = 18 << 10;
 
@@ -68,8 +68,8 @@ struct Plan {
   int64_t pixel_tiles;
   int output_tiles;
   int output_blocks;  // that share the tiles of outputs of one tile of pixels
-  bool is_usual;        // 3 x 3 taps, whose k are computed at once: neighbours share most of what they read
-  bool keeps_kernel;    // for all tiles of outputs
+  bool is_usual;      // 3 x 3 taps, whose k are computed at once: that reads and addresses the guide least often
+  bool keeps_kernel;  // for all tiles of outputs
 
   explicit Plan(const PacConv2dSizes& sizes) : tiling(sizes, Products::kPixels, Products::kMaximumColumns) {
     // An odd multiple of 4: the planes that the lanes of a fragment read together then lie in different banks.
