@@ -78,12 +78,15 @@ class ReconstructionLoss(nn.Module):
     @torch.no_grad()
     def _constants(self, degraded: Tensor, reference: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Features of the degraded painting and channel statistics of the reference's, in one batch if sizes agree."""
-        if degraded.shape == reference.shape:
-            both = self.features(torch.cat((degraded, reference)))
-            targets, styles = zip(*(feature.chunk(2) for feature in both), strict=True)
-        else:
-            targets, styles = self.features(degraded), self.features(reference)
-        return list(targets), [channel_statistics(feature) for feature in styles]
+        if degraded.shape != reference.shape:
+            return self.features(degraded), [channel_statistics(feature) for feature in self.features(reference)]
+        both, targets, style = self.features(torch.cat((degraded, reference))), [], []
+        while both:
+            # Layer by layer, and copied: else the maps of the reference would live as long as those of the targets.
+            target, other = both.pop(0).chunk(2)
+            targets.append(target.clone())
+            style.append(channel_statistics(other))
+        return targets, style
 
     def _contrastive(self, outputs: list[Tensor], targets: list[Tensor], generator: torch.Generator | None) -> Tensor:
         """L_ccp, with fewer anchors where a small crop has fewer interior places."""

@@ -15,7 +15,7 @@ from restoration.flow import ReversibleNetwork
 from restoration.graph import CapturedUpdate, why_not_captured
 from restoration.losses import ReconstructionLoss
 from restoration.parts import part
-from restoration.whitening import moments, transfer_moments
+from restoration.whitening import Moments, moments, transfer_moments
 
 logger = logging.getLogger(__name__)
 
@@ -48,26 +48,30 @@ class TrainingStep(nn.Module):
         self.losses = losses
 
     def forward(self, degraded: Tensor, reference: Tensor, generator: torch.Generator) -> StepResult:
-        size = degraded.shape[-2:]
         with part("encode"):
             content, style = self.network.encode(degraded), self.network.encode(reference)
         with part("transfer"):
-            own = moments(content)
-            recoloured = transfer_moments(content, own, moments(style))
-        with part("decode"):
-            result = self.network.decode(recoloured.z, size)
+            own, wanted = moments(content), moments(style)
+        result, fallbacks = self._recoloured(content, own, wanted, degraded)
         with part("encode"):
             encoded_result = self.network.encode(result)
         with part("transfer"):
-            returned = transfer_moments(encoded_result, moments(encoded_result), own)
-        with part("decode"):
-            cycled = self.network.decode(returned.z, size)
+            reached = moments(encoded_result)
+        cycled, more_fallbacks = self._recoloured(encoded_result, reached, own, degraded)
+        streams = (content, style, encoded_result)
         return StepResult(
             losses=self.losses(degraded, reference, result, cycled, generator),
             result=result.detach(),
-            ridge_fallbacks=recoloured.fallbacks() + returned.fallbacks(),
-            largest_stream=torch.stack([z.detach().abs().amax() for z in (content, style, encoded_result)]).amax(),
+            ridge_fallbacks=fallbacks + more_fallbacks,
+            largest_stream=torch.stack([torch.linalg.vector_norm(z.detach(), math.inf) for z in streams]).amax(),
         )
+
+    def _recoloured(self, z: Tensor, own: Moments, wanted: Moments, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The picture, in the size of like, that z [B,C,H',W'] becomes, and how many images needed a larger ridge."""
+        with part("transfer"):
+            transfer = transfer_moments(z, own, wanted)
+        with part("decode"):
+            return self.network.decode(transfer.z, like.shape[-2:]), transfer.fallbacks()
 
 
 @dataclass(frozen=True)
