@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 
 from restoration.config import TrainingConfig
-from restoration.data import PairDataset, find_paintings
+from restoration.data import find_paintings
+from restoration.distributed import ALONE
+from restoration.loader import load_batches
 from restoration.parts import measuring, part
 from restoration.step import Optimisation
-from restoration.train import build_step, loss_network
+from restoration.train import build_step, loss_network, training_pairs
 
 MEBIBYTE = 2**20
 
@@ -75,28 +76,20 @@ def profile_training(
     """
     paintings = find_paintings(data, styles=styles, split="train")
     features = loss_network(vgg, paintings)
-    dataset = PairDataset(paintings, config.crop, seed=config.seed, scale_range=(1.0, config.largest_box))
-    loader = DataLoader(
-        dataset,
-        batch_size=config.batch,
-        sampler=range((steps + 1) * config.batch),
-        num_workers=config.workers,
-        pin_memory=device.type == "cuda",
-    )
+    dataset = training_pairs(paintings, config, vgg)
+    batches = load_batches(dataset, ALONE.batches(0, steps + 1, config.batch), config.workers, device)
     memory = PeakMemory(device)
     torch.manual_seed(config.seed)
     optimise = Optimisation(build_step(config, features).to(device), config, device, capture=False)
-    batches = iter(loader)
-    _step(0, batches, optimise, device)
+    _step(0, batches, optimise)
     with measuring(device) as stopwatch:
         for step in range(1, steps + 1):
             with part("everything else"):
-                _step(step, batches, optimise, device)
+                _step(step, batches, optimise)
     return report(stopwatch.seconds, steps, memory.mebibytes())
 
 
-def _step(step: int, batches: Iterator[dict], optimise: Optimisation, device: torch.device) -> None:
+def _step(step: int, batches: Iterator[dict], optimise: Optimisation) -> None:
     with part("loader"):
         batch = next(batches)
-        degraded, reference = (batch[name].to(device, non_blocking=True) for name in ("degraded", "reference"))
-    optimise(step, degraded, reference)
+    optimise(step, batch["degraded"], batch["reference"])

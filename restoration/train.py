@@ -82,7 +82,7 @@ def train(
         checkpoint = world.decide(lambda: load_checkpoint(checkpoint_path))
         start = world.together(lambda: restore(checkpoint, checkpoint_path, step_module, optimise.optimizer))
     batches = world.together(lambda: _batches(run, config, start, world))
-    dataset = world.decide(lambda: _training_pairs(paintings, config, vgg))
+    dataset = world.decide(lambda: training_pairs(paintings, config, vgg))
     with ExitStack() as held:
         world.decide(lambda: held.enter_context(sole_writer(run)))
         world.decide(lambda: save_settings(run, config))
@@ -113,7 +113,8 @@ def _batches(run: Path, config: TrainingConfig, start: int, world: World) -> lis
     return world.batches(start, config.iterations, config.batch)
 
 
-def _training_pairs(paintings: list[Painting], config: TrainingConfig, vgg: Path | None) -> PairDataset:
+def training_pairs(paintings: list[Painting], config: TrainingConfig, vgg: Path | None) -> PairDataset:
+    """The dataset of a run's settings; says which files are damaged."""
     dataset = PairDataset(
         paintings,
         config.crop,

@@ -2,9 +2,11 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import simt_build
 import torch
+from PIL import Image
 
 from restoration_kernels import _backend
 
@@ -32,3 +34,16 @@ def simulated_gpu(monkeypatch):
     monkeypatch.setattr(_backend, "extension", lambda: (module, None))
     monkeypatch.setattr(_backend, "why_not_on", lambda backend, device: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+
+
+@pytest.fixture(scope="session")
+def paintings(tmp_path_factory):
+    """Two styles of three smooth pictures."""
+    root = tmp_path_factory.mktemp("paintings")
+    generator = np.random.default_rng(0)
+    for style in ("ink", "green"):
+        (root / style).mkdir()
+        for number in range(3):
+            coarse = Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+            coarse.resize((80, 60), Image.Resampling.BICUBIC).save(root / style / f"{number}.png")
+    return root

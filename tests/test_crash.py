@@ -10,10 +10,8 @@ import time
 from contextlib import redirect_stderr
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from restoration.checkpoints import load_checkpoint, load_network, save_checkpoint
 from restoration.config import make_config
@@ -88,17 +86,6 @@ def test_a_full_disk_is_reported_and_keeps_the_old_file(tmp_path):
     writer.join()
     assert str(path) in message and "File too large" in message and "\n" not in message
     assert path.read_bytes() == before and names(tmp_path) == [path.name]
-
-
-@pytest.fixture
-def paintings(tmp_path):
-    """One style of three smooth pictures."""
-    generator = np.random.default_rng(0)
-    (tmp_path / "paintings").mkdir()
-    for number in range(3):
-        coarse = Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8))
-        coarse.resize((80, 60), Image.Resampling.BICUBIC).save(tmp_path / "paintings" / f"{number}.png")
-    return tmp_path / "paintings"
 
 
 def train_to(answer, run, paintings, iterations, largest_file=resource.RLIM_INFINITY, checkpoint_every=1):

@@ -20,9 +20,7 @@ from restoration.data import (
 )
 from restoration.errors import UserError
 from restoration.imaging import read_image
-from restoration.loader import load_batches
 
-CPU = torch.device("cpu")
 PAINTINGS = os.environ.get("RESTORATION_PAINTINGS")
 needs_paintings = pytest.mark.skipif(not PAINTINGS, reason="RESTORATION_PAINTINGS names no folder of paintings")
 
@@ -236,36 +234,6 @@ class TestPairDataset:
         assert not any(same_samples(other[index], in_order[index]) for index in range(12))
         assert not any(same_samples(in_order[0], in_order[index]) for index in range(1, 12))
 
-    def test_resuming_with_other_workers_gives_the_same_batches(self, folders):
-        dataset = PairDataset(find_paintings(folders), 8, cache_bytes=2**20)
-        numbers = [range(start, start + 2) for start in range(0, 12, 2)]
-        whole = list(load_batches(dataset, numbers, 0, CPU))
-        resumed = list(load_batches(dataset, numbers[3:], 2, CPU))
-        assert len(whole) == 6
-        for expected, batch in zip(whole[3:], resumed, strict=True):
-            assert torch.equal(batch["degraded"], expected["degraded"])
-            assert batch["reference_file"] == expected["reference_file"]
-
-    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-    def test_batches_arrive_whole_on_a_gpu(self, folders):
-        dataset = PairDataset(find_paintings(folders), 256)
-        numbers = [range(start, start + 4) for start in range(0, 40, 4)]
-        for expected, batch in zip(
-            load_batches(dataset, numbers, 0, CPU), load_batches(dataset, numbers, 1, torch.device("cuda")), strict=True
-        ):
-            torch.cuda._sleep(10_000_000)  # the batch is used much later than the next one is copied
-            found = batch["degraded"] + 0
-            assert torch.equal(found.cpu(), expected["degraded"])
-
-    @pytest.mark.parametrize("workers", [0, 1])
-    def test_a_file_that_is_lost_while_training_is_named_in_one_line(self, folders, workers):
-        dataset = PairDataset(find_paintings(folders, styles=["blue"]), 4)
-        for path in (folders / "blue").iterdir():
-            path.unlink()
-        with pytest.raises(UserError) as caught:
-            list(load_batches(dataset, [range(1)], workers, CPU))
-        assert str(caught.value) in [f"{folders}/blue/{number}.png: no such file" for number in (1, 2)]
-
     def test_styles_are_drawn_evenly_and_images_within(self, folders):
         dataset = PairDataset(find_paintings(folders), 4)
         drawn = [dataset[index]["degraded_file"] for index in range(600)]
@@ -390,17 +358,6 @@ class TestPairDataset:
         paint(tmp_path / "small.png", (20, 10))
         assert small_picture(tmp_path / "wide.png").shape == (3, 50, DESCRIBED_SIDE)
         assert small_picture(tmp_path / "small.png").shape == (3, 10, 20)
-
-    def test_cache_forgets_the_least_recently_used(self, folders, monkeypatch):
-        read = []
-        monkeypatch.setattr(
-            "restoration.loader.read_rgb", lambda path: read.append(path.name) or Image.new("RGB", (8, 8))
-        )
-        paintings = find_paintings(folders, styles=["ink"])
-        dataset = PairDataset(paintings, 4, verify=False, cache_bytes=2 * 4 * 8 * 8)
-        for number in (1, 2, 1, 3, 1, 2):
-            dataset._pictures.read(folders / f"ink/{number}.png")
-        assert read == ["1.png", "2.png", "3.png", "2.png"]
 
 
 @needs_paintings

@@ -41,17 +41,6 @@ def config(**overrides):
     return make_config("small", **{**tiny, **overrides})
 
 
-@pytest.fixture(scope="module")
-def paintings(tmp_path_factory):
-    """One style of four smooth pictures."""
-    root = tmp_path_factory.mktemp("paintings")
-    generator = np.random.default_rng(0)
-    for number in range(4):
-        coarse = Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8))
-        coarse.resize((80, 60), Image.Resampling.BICUBIC).save(root / f"{number}.png")
-    return root
-
-
 def _answer(rank: int, size: int, port: int, work: Callable, arguments: tuple, answer: Connection) -> None:
     # What torchrun tells its processes; the store that they meet at is the test's.
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}

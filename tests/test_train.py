@@ -9,10 +9,8 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from restoration.checkpoints import load_checkpoint, load_network
@@ -27,19 +25,6 @@ from restoration.train import build_step, newest_checkpoint, resumed_config, tra
 from restoration.vgg import loss_features
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def paintings(tmp_path_factory):
-    """Two styles of three smooth pictures."""
-    root = tmp_path_factory.mktemp("paintings")
-    generator = np.random.default_rng(0)
-    for style in ("ink", "green"):
-        (root / style).mkdir()
-        for number in range(3):
-            coarse = Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8))
-            coarse.resize((80, 60), Image.Resampling.BICUBIC).save(root / style / f"{number}.png")
-    return root
 
 
 def config(**overrides):

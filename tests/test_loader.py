@@ -1,0 +1,64 @@
+"""Batches on their way to the device: the same with any workers and any cache, and plain errors."""
+
+import pytest
+import torch
+from PIL import Image
+from test_data import paint
+
+from restoration.data import PairDataset, find_paintings
+from restoration.errors import UserError
+from restoration.loader import load_batches
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two styles of three pictures of 40 x 30 pixels."""
+    for number in (1, 2, 3):
+        paint(tmp_path / f"blue/{number}.png", seed=number)
+        paint(tmp_path / f"ink/{number}.png", seed=10 + number)
+    return tmp_path
+
+
+def test_resuming_with_other_workers_gives_the_same_batches(folders):
+    dataset = PairDataset(find_paintings(folders), 8, cache_bytes=2**20)
+    numbers = [range(start, start + 2) for start in range(0, 12, 2)]
+    whole = list(load_batches(dataset, numbers, 0, CPU))
+    resumed = list(load_batches(dataset, numbers[3:], 2, CPU))
+    assert len(whole) == 6
+    for expected, batch in zip(whole[3:], resumed, strict=True):
+        assert torch.equal(batch["degraded"], expected["degraded"])
+        assert batch["reference_file"] == expected["reference_file"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_batches_arrive_whole_on_a_gpu(folders):
+    dataset = PairDataset(find_paintings(folders), 256)
+    numbers = [range(start, start + 4) for start in range(0, 40, 4)]
+    for expected, batch in zip(
+        load_batches(dataset, numbers, 0, CPU), load_batches(dataset, numbers, 1, torch.device("cuda")), strict=True
+    ):
+        torch.cuda._sleep(10_000_000)  # the batch is used much later than the next one is copied
+        found = batch["degraded"] + 0
+        assert torch.equal(found.cpu(), expected["degraded"])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_is_lost_while_training_is_named_in_one_line(folders, workers):
+    dataset = PairDataset(find_paintings(folders, styles=["blue"]), 4)
+    for path in (folders / "blue").iterdir():
+        path.unlink()
+    with pytest.raises(UserError) as caught:
+        list(load_batches(dataset, [range(1)], workers, CPU))
+    assert str(caught.value) in [f"{folders}/blue/{number}.png: no such file" for number in (1, 2, 3)]
+
+
+def test_cache_forgets_the_least_recently_used(folders, monkeypatch):
+    read = []
+    monkeypatch.setattr("restoration.loader.read_rgb", lambda path: read.append(path.name) or Image.new("RGB", (8, 8)))
+    paintings = find_paintings(folders, styles=["ink"])
+    dataset = PairDataset(paintings, 4, verify=False, cache_bytes=2 * 4 * 8 * 8)
+    for number in (1, 2, 1, 3, 1, 2):
+        dataset._pictures.read(folders / f"ink/{number}.png")
+    assert read == ["1.png", "2.png", "3.png", "2.png"]
