@@ -20,6 +20,9 @@ namespace {
 // Columns and grad_y of a strip: with the weights in passing, they stay in a second-level cache of 1 MB.
 constexpr int64_t kOperandBytes = int64_t{512} << 10;
 
+// Half as long as forward's: a strip has both k and its slope.
+constexpr int64_t kMostBackwardPlaces = kMostPlaces / 2;
+
 // Low bands share small images among threads; each is at least this high, as turns between bands cost time.
 constexpr int64_t kLeastBandRows = 8;
 
@@ -358,7 +361,7 @@ void backward(const PacConv2dBackward& arguments, const PacConv2dSizes& sizes, i
   SummedGradient<T> grad_x(arguments.grad_x, sizes.batch * sizes.channels * sizes.pixels(), workers);
   SummedGradient<T> grad_guide(arguments.grad_guide, sizes.batch * sizes.guide_channels * sizes.pixels(), workers);
 
-  const int64_t places = std::min(kOperandBytes / BackwardScratch<E>::bytes_per_place(sizes), kMostPlaces);
+  const int64_t places = std::min(kOperandBytes / BackwardScratch<E>::bytes_per_place(sizes), kMostBackwardPlaces);
   const StripShape<E> shape(sizes, places, places);
   auto worker = [&](char* memory) {
     return Worker<T, R>(arguments, sizes, shape, panels.data(), grad_x.wanted() ? grad_x.sums() : nullptr,

@@ -14,7 +14,7 @@
 namespace restoration::CPU_ISA {
 
 // Longer strips save nothing more, and images of few pixels would give too few strips to share among threads.
-constexpr int64_t kMostPlaces = 1024;
+constexpr int64_t kMostPlaces = 2048;
 
 // A call of fewer products takes less time than waking the threads.
 constexpr int64_t kParallelProducts = int64_t{1} << 18;
@@ -268,6 +268,28 @@ HOST_DEVICE void add_squares(A* distance, const A* const* centres, const A* cons
   }
 }
 
+// Whether k_t(p) of a row of the strip is copied: it is k_-t(p+t), where places and pixels are the same and p + t lies in
+// this row or in one further down, which are done before.
+template <typename E>
+bool is_mirrored(const StripTiles<E>& tiles, const PacConv2dSizes& sizes, int64_t row, int64_t tap) {
+  const int64_t middle = sizes.kernel_size / 2;
+  const bool same_places = sizes.vertical.stride == 1 && sizes.vertical.position(0, middle) == 0 &&
+                           sizes.horizontal.stride == 1 && sizes.horizontal.position(0, middle) == 0;
+  return same_places && !sizes.normalize && tiles.strip.columns == sizes.horizontal.size && tap > sizes.taps() / 2 &&
+         row + (tap / sizes.kernel_size - middle) * sizes.vertical.dilation < tiles.strip.rows;
+}
+
+// Copies it. Beyond the image's edge x is 0, and k need not be known.
+template <typename E, typename A>
+void mirror_kernel(const StripTiles<E>& tiles, const PacConv2dSizes& sizes, int64_t row, int64_t tap, A* kernel) {
+  const int64_t middle = sizes.kernel_size / 2, pitch = tiles.places_per_row();
+  const int64_t down = (tap / sizes.kernel_size - middle) * sizes.vertical.dilation;
+  const int64_t right = (tap % sizes.kernel_size - middle) * sizes.horizontal.dilation;
+  const A* opposite = kernel + (sizes.taps() - 1 - tap) * tiles.places() + (row + down) * pitch;
+  copy_row(kernel + tap * tiles.places() + row * pitch, tiles.strip.columns, right, 1, pitch,
+           [=](int64_t place) { return opposite[place]; });
+}
+
 // Adds what kChannels channels of the guide, the first of them in `planes`, contribute to all distances of a row.
 template <int kChannels, typename E, typename T>
 void add_distances(const StripTiles<E>& tiles, const PacConv2dSizes& sizes, const T* planes, int64_t row,
@@ -285,6 +307,7 @@ void add_distances(const StripTiles<E>& tiles, const PacConv2dSizes& sizes, cons
                                   scratch.centre + channel * tiles.places_per_row());
   }
   for (int64_t tap = 0; tap < sizes.taps(); ++tap) {
+    if (is_mirrored(tiles, sizes, row, tap)) continue;
     const int64_t tap_column = tap % sizes.kernel_size;
     if (!shared || tap_column == 0) {
       const int64_t input = sizes.vertical.position(tiles.strip.first_row + row, tap / sizes.kernel_size);
@@ -301,14 +324,14 @@ void add_distances(const StripTiles<E>& tiles, const PacConv2dSizes& sizes, cons
   }
 }
 
-// Fills scratch.kernel.
+// Fills scratch.kernel, half of it by symmetry where there is one.
 template <typename E, typename T>
 void pack_kernel(const StripTiles<E>& tiles, const PacConv2dSizes& sizes, const T* guide,
                  const StripScratch<E>& scratch) {
   using A = AccumulateType<E>;
   const int64_t count = tiles.places_per_row(), stride = tiles.places();
   const T* image = guide + tiles.strip.image * sizes.guide_channels * sizes.pixels();
-  for (int64_t row = 0; row < tiles.strip.rows; ++row) {
+  for (int64_t row = tiles.strip.rows - 1; row >= 0; --row) {
     A* kernel = scratch.kernel + row * tiles.places_per_row();
     for (int64_t tap = 0; tap < sizes.taps(); ++tap) std::memset(kernel + tap * stride, 0, count * sizeof(A));
     int64_t channel = 0;
@@ -319,6 +342,10 @@ void pack_kernel(const StripTiles<E>& tiles, const PacConv2dSizes& sizes, const 
       add_distances<1>(tiles, sizes, image + channel * sizes.pixels(), row, scratch, kernel);
     }
     for (int64_t tap = 0; tap < sizes.taps(); ++tap) {
+      if (is_mirrored(tiles, sizes, row, tap)) {
+        mirror_kernel(tiles, sizes, row, tap, scratch.kernel);
+        continue;
+      }
       A* values = kernel + tap * stride;
       for (int64_t place = 0; place < count; place += kLanes<A>) {
         store(values + place, exp_nonpositive<A>(load(values + place) * A(-0.5)));
