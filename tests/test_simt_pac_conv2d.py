@@ -14,13 +14,10 @@ pytestmark = [needs_compiler, pytest.mark.usefixtures("simulated_gpu")]
 OPERATOR = "pac_conv2d"
 
 
-@pytest.fixture(autouse=True)
-def allow_tf32(request, monkeypatch):
-    """Whether float32 products may be rounded to tf32: not, unless a test says so."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", getattr(request, "param", False))
-
-
-with_tf32 = pytest.mark.parametrize("allow_tf32", [True], ids=["tf32"], indirect=True)
+@pytest.fixture
+def tf32(monkeypatch):
+    """Lets float32 factors be rounded to tf32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
 
 
 def example(channels, outputs, guides, size, taps, *, dtype=torch.float32, batch=1, shared=False, **options):
@@ -94,9 +91,8 @@ def test_examples(arguments, dtype, order):  # noqa: F811
 
 
 @both_orders
-@with_tf32
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if "shared" not in name or name == "large_shared"])
-def test_tf32(name, order):  # noqa: F811
+def test_tf32(name, tf32, order):  # noqa: F811
     judge(EXAMPLES[name], pac_conv2d_in_tf32)
 
 
