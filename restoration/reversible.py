@@ -62,9 +62,11 @@ class Coupling:
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         with torch.enable_grad():
             rebuilt = self.block.add(changed, x, -alpha)
-        # rebuilt = changed - alpha F(x) where forward had + alpha F(x): the same derivative but for its sign.
-        grad_x, *found = torch.autograd.grad(rebuilt, (x, *trained), -grad_changed)
-        grad_x += grad_kept
+        # rebuilt = changed - alpha F(x) where forward had + alpha F(x): the same derivatives but for their sign.
+        grad_x, *found = torch.autograd.grad(rebuilt, (x, *trained), grad_changed)
+        torch.sub(grad_kept, grad_x, out=grad_x)
+        if found:
+            torch._foreach_neg_(found)
         before, grad_before = (rebuilt.detach(), kept), (grad_changed, grad_x)
         if self.inverse:
             before, grad_before = before[::-1], grad_before[::-1]
