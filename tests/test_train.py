@@ -90,7 +90,7 @@ def test_a_profile_names_all_parts_and_keeps_nothing(paintings, tmp_path):
     passes = {"loader", "encode", "transfer", "decode", "loss network", "backward", "optimiser", "everything else"}
     assert parts.keys() == losses | passes | {"step"}
     assert sum(map(float, parts.values())) == pytest.approx(2 * float(parts["step"]), rel=0.02, abs=1)
-    assert int(re.search(r"peak memory: (\d+) MiB", table)[1]) > 0
+    assert re.search(r"peak memory: (\d+ MiB|unknown)", table)
 
 
 def test_parts_within_parts_count_once(monkeypatch):
