@@ -114,18 +114,24 @@ HOST_DEVICE constexpr int64_t round_up(int64_t count, int64_t multiple) {
   return ceil_divide(count, multiple) * multiple;
 }
 
+// Threads take longer to wake than one takes to pack fewer numbers.
+constexpr int64_t kParallelNumbers = int64_t{1} << 15;
+
 // panels [ceil(rows / kPanelRows), ceil(depth / kSteps), kPanelRows] of the matrix value(row, step), zero below its
 // last row.
 template <typename E, typename Value>
-void pack_panels(E* panels, int64_t rows, int64_t depth, Value value) {
+void pack_panels(E* panels, int64_t rows, int64_t depth, int threads, Value value) {
+  const int64_t panel_size = ceil_divide(depth, kSteps<E>) * kPanelRows;
+#pragma omp parallel for num_threads(threads) if (rows * depth >= kParallelNumbers)
   for (int64_t first = 0; first < rows; first += kPanelRows) {
+    E* packed = panels + first / kPanelRows * panel_size;
     for (int64_t step = 0; step < depth; step += kSteps<E>) {
       for (int64_t row = first; row < first + kPanelRows; ++row) {
         auto number = [&](int64_t index) { return row < rows && index < depth ? value(row, index) : 0; };
         if constexpr (kSteps<E> == 2) {
-          *panels++ = {BFloat16(number(step)), BFloat16(number(step + 1))};
+          *packed++ = {BFloat16(number(step)), BFloat16(number(step + 1))};
         } else {
-          *panels++ = number(step);
+          *packed++ = number(step);
         }
       }
     }

@@ -330,8 +330,8 @@ class Worker {
 
 // [C·K², O]: the transpose of what forward multiplies with.
 template <typename E, typename T>
-void pack_transposed_weight(E* panels, const PacConv2dSizes& sizes, const T* weight) {
-  pack_panels<E>(panels, sizes.depth(), sizes.out_channels, [&](int64_t row, int64_t step) {
+void pack_transposed_weight(E* panels, const PacConv2dSizes& sizes, const T* weight, int threads) {
+  pack_panels<E>(panels, sizes.depth(), sizes.out_channels, threads, [&](int64_t row, int64_t step) {
     return static_cast<AccumulateType<T>>(
         weight[step * sizes.depth() + row % sizes.channels * sizes.taps() + row / sizes.channels]);
   });
@@ -357,7 +357,7 @@ void backward(const PacConv2dBackward& arguments, const PacConv2dSizes& sizes, i
 
   Buffer<E> panels(sizes.shared ? 0
                                 : round_up(sizes.depth(), kPanelRows) * ceil_divide(sizes.out_channels, kSteps<E>));
-  if (!sizes.shared) pack_transposed_weight(panels.data(), sizes, weight);
+  if (!sizes.shared) pack_transposed_weight(panels.data(), sizes, weight, workers);
   SummedGradient<T> grad_x(arguments.grad_x, sizes.batch * sizes.channels * sizes.pixels(), workers);
   SummedGradient<T> grad_guide(arguments.grad_guide, sizes.batch * sizes.guide_channels * sizes.pixels(), workers);
 
