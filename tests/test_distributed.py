@@ -301,38 +301,38 @@ def torchrun(paintings, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["-m", "restoration", "train", "--preset", "small", "--crop", "24", "--blocks", "1", "--device", "cpu"]
     command += ["--data", str(paintings), "--out", str(tmp_path / "run"), "--checkpoint-every", "1000"]
-    agent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not list((tmp_path / "run").glob("events*")) and agent.poll() is None and time.monotonic() < deadline:
+    while not list((tmp_path / "run").glob("events*")) and launcher.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
-    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     ranks = {}
     for child in map(int, children):
         variables = dict(entry.partition("=")[::2] for entry in Path(f"/proc/{child}/environ").read_text().split("\0"))
         ranks[int(variables["RANK"])] = child
-    yield agent, ranks
-    for process in (agent.pid, *ranks.values()):
+    yield launcher, ranks
+    for process in (launcher.pid, *ranks.values()):
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
-    agent.wait()
+    launcher.wait()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_torchrun_ends_in_seconds_when_one_process_is_killed(torchrun, victim):
-    agent, ranks = torchrun
+    launcher, ranks = torchrun
     os.kill(ranks[victim], signal.SIGKILL)
-    _, errors = agent.communicate(timeout=60)
-    assert agent.returncode != 0
+    _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode != 0
     assert not any(Path(f"/proc/{process}").exists() for process in ranks.values())
     assert "forcefully" not in errors  # what torchrun says when it kills a process that has not left by itself
 
 
 @pytest.mark.slow
 def test_torchrun_passes_on_a_request_to_stop(torchrun, tmp_path):
-    agent, ranks = torchrun
-    agent.send_signal(signal.SIGINT)
-    _, errors = agent.communicate(timeout=60)
+    launcher, ranks = torchrun
+    launcher.send_signal(signal.SIGINT)
+    _, errors = launcher.communicate(timeout=60)
     assert errors.count("stopped by signal") == 1
     assert not any(Path(f"/proc/{process}").exists() for process in ranks.values())
     assert load_checkpoint(newest_checkpoint(tmp_path / "run")).description["step"] >= 1
