@@ -19,6 +19,9 @@ _CHANNELS = 64
 _TILE, _WIDE_TILE = (64, 64, 64, 4), (32, 16, 16, 4)
 # tl.dot takes no less.
 _LEAST_WIDTH = 16
+# Probabilities are multiplied by this, as float16 knows nothing between 0 and 6e-8. The largest is then a quarter of
+# what it can hold.
+_PROBABILITY_SCALE = tl.constexpr(2.0**14)
 
 
 def neighbor_difference_forward(x, places, y, batch, channels, map_places, anchors, channel_stride, place_stride):
@@ -274,9 +277,10 @@ def info_nce_backward_kernel(
         weights = tl.exp(logits - shift[:, None]) - (row[:, None] == column[None, :]).to(ACCUMULATE)
         inside = (column[:, None] < rows) & (place[None, :] < width)
         keys = tl.load(key + column[:, None] * width + place[None, :], mask=inside, other=0).to(OPERAND)
-        total = tl.dot(weights.to(OPERAND), keys, total, input_precision="ieee", out_dtype=ACCUMULATE)
+        weights = (weights * _PROBABILITY_SCALE).to(OPERAND)
+        total = tl.dot(weights, keys, total, input_precision="ieee", out_dtype=ACCUMULATE)
     factor = tl.load(grad_loss + image * rows + row, mask=row < rows, other=0) * tl.full(
-        [], INVERSE_TEMPERATURE, ACCUMULATE
+        [], INVERSE_TEMPERATURE / _PROBABILITY_SCALE, ACCUMULATE
     )
     inside = (row[:, None] < rows) & (place[None, :] < width)
     tl.store(
