@@ -7,20 +7,15 @@
 
 #include <cmath>
 
-#include "common_cpu.h"
 #include "matting_laplacian.h"
+#include "vectors_cpu.h"
 
 namespace restoration::CPU_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 8;
-#elif defined(__AVX__)
-constexpr int kLanes = 4;
-#else
-constexpr int kLanes = 2;
-#endif
-typedef double Lanes __attribute__((vector_size(kLanes * sizeof(double))));
+// Neighbouring windows are in the lanes of one vector.
+using Lanes = Vector<double>;
+constexpr int kVectorWindows = kLanes<double>;
 
 // Windows of a row whose residuals wait for being summed by pixel: few enough for the first-level cache (9 residuals of
 // 3 channels take 14 KB), and many enough that no vector is read back while it is still being written.
@@ -32,14 +27,6 @@ constexpr int64_t kStripRows = 32;
 
 // Images below this size take less time than waking the threads.
 constexpr int64_t kParallelPixels = int64_t{1} << 11;
-
-HOST_DEVICE Lanes load(const double* values) {
-  Lanes lanes;
-  std::memcpy(&lanes, values, sizeof(lanes));
-  return lanes;
-}
-
-HOST_DEVICE void store(double* values, Lanes lanes) { std::memcpy(values, &lanes, sizeof(lanes)); }
 
 // As many rows of several planes as a window has, in float64; a row gives its place to the one `side` below.
 class RowRing {
@@ -68,7 +55,7 @@ class Strip {
       : arguments_(arguments),
         sizes_(sizes),
         // Windows come in whole vectors; the columns that the last ones reach beyond the image stay zero.
-        stride_(ceil_divide(sizes.width, kLanes) * kLanes + kSide - 1),
+        stride_(ceil_divide(sizes.width, kVectorWindows) * kVectorWindows + kSide - 1),
         guide_(3, kSide, stride_),
         image_(sizes.channels, kSide, stride_),
         product_(sizes.channels, kSide, stride_),
@@ -139,13 +126,14 @@ class Strip {
     Lanes energy = {};
     for (int64_t block = 0; block < windows; block += kBlock) {
       const int64_t count = std::min(kBlock, windows - block);
-      for (int64_t start = 0; start < count; start += kLanes) {
-        energy += fit_windows(row, block + start, std::min<int64_t>(kLanes, count - start), residuals_.data() + start);
+      for (int64_t start = 0; start < count; start += kVectorWindows) {
+        const int64_t inside = std::min<int64_t>(kVectorWindows, count - start);
+        energy += fit_windows(row, block + start, inside, residuals_.data() + start);
       }
-      if (arguments_.product != nullptr) add_residuals(row, block, ceil_divide(count, kLanes) * kLanes);
+      if (arguments_.product != nullptr) add_residuals(row, block, ceil_divide(count, kVectorWindows) * kVectorWindows);
     }
     double sum = 0;
-    for (int lane = 0; lane < kLanes; ++lane) sum += energy[lane];
+    for (int lane = 0; lane < kVectorWindows; ++lane) sum += energy[lane];
     return sum;
   }
 
@@ -155,7 +143,7 @@ class Strip {
     for (int channel = 0; channel < 3; ++channel) load_windows(guide_, channel, row, column, basis.colours[channel]);
     basis.orthogonalise(root_eps_);
     Lanes inside;
-    for (int lane = 0; lane < kLanes; ++lane) inside[lane] = lane < count;
+    for (int lane = 0; lane < kVectorWindows; ++lane) inside[lane] = lane < count;
     Lanes energy = {};
     for (int64_t channel = 0; channel < sizes_.channels; ++channel) {
       Lanes values[kPixels];
@@ -181,7 +169,7 @@ class Strip {
       for (int i = 0; i < kSide; ++i) {
         double* sums = product_.row(channel, row + i) + column;
         for (int j = 0; j < kSide; ++j, residuals += kBlock) {
-          for (int64_t start = 0; start < count; start += kLanes) {
+          for (int64_t start = 0; start < count; start += kVectorWindows) {
             store(sums + start + j, load(sums + start + j) + load(residuals + start));
           }
         }
