@@ -39,16 +39,14 @@ class Rearrangement:
 class Coupling:
     """A reversible block as a step: (a, b) -> (b, a + F(b)), or with inverse=True its inverse (a, b) -> (b - F(a), a).
 
-    block.add(residual, x, alpha) returns residual + alpha · F(x), and block.parameters() are those of F.
+    block is a blocks.ReversibleBlock: both directions, and add(residual, x, alpha), which is residual + alpha · F(x).
     """
 
     block: nn.Module
     inverse: bool = False
 
-    def run(self, first: Tensor, second: Tensor) -> Streams:
-        if self.inverse:
-            return self.block.add(second, first, -1.0), first
-        return second, self.block.add(first, second, 1.0)
+    def run(self, *streams: Tensor) -> Streams:
+        return self.block.inverse(*streams) if self.inverse else self.block(*streams)
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.block.parameters())
