@@ -20,7 +20,7 @@ from restoration.checkpoints import load_checkpoint, load_network
 from restoration.config import TrainingConfig, make_config
 from restoration.data import Pair
 from restoration.errors import UserError
-from restoration.evaluate import NETWORK, choose_methods, evaluate, pair_cases
+from restoration.evaluate import NETWORK, choose_methods, evaluate, pair_cases, pair_name
 from restoration.evaluation_report import aligned_table, summarise
 from restoration.files import write_whole
 from restoration.train import newest_checkpoint, train
@@ -108,7 +108,7 @@ def _evaluated(folder: Path, pairs: list[Pair], features: VGG19Features, size: i
     subject = {
         "checkpoint": checkpoint.name,
         "size": size,
-        "pairs": [f"{pair.style}: {pair.degraded.name} after {pair.reference.name}" for pair in pairs],
+        "pairs": [f"{pair.style}: {pair_name(pair)}" for pair in pairs],
     }
     scores = folder / SCORES_FILE
     if scores.is_file():

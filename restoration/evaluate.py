@@ -80,7 +80,7 @@ def pair_cases(pairs: list[Pair], size: int) -> Iterator[Case]:
     """Pairs of paintings as they are, longer sides reduced to size."""
     for pair in pairs:
         degraded, reference = (_read(path, size) for path in (pair.degraded, pair.reference))
-        yield Case(pair.style, _name(pair), degraded, reference)
+        yield Case(pair.style, pair_name(pair), degraded, reference)
 
 
 def faded_cases(pairs: list[Pair], size: int) -> Iterator[Case]:
@@ -89,7 +89,7 @@ def faded_cases(pairs: list[Pair], size: int) -> Iterator[Case]:
         original = to_pillow(_read(pair.degraded, size))
         # By its name, so that a painting ages the same way whatever others are evaluated.
         faded = fade(np.asarray(original), zlib.crc32(pair.degraded.name.encode()))
-        yield Case(pair.style, _name(pair), _tensor(faded), _read(pair.reference, size), from_pillow(original))
+        yield Case(pair.style, pair_name(pair), _tensor(faded), _read(pair.reference, size), from_pillow(original))
 
 
 def drawn_cases(size: int) -> Iterator[Case]:
@@ -109,7 +109,7 @@ def _tensor(painting: np.ndarray) -> Tensor:
     return from_pillow(Image.fromarray(painting))
 
 
-def _name(pair: Pair) -> str:
+def pair_name(pair: Pair) -> str:
     return f"{pair.degraded.name} after {pair.reference.name}"
 
 
