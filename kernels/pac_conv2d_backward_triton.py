@@ -25,6 +25,7 @@ from .pac_conv2d_triton import (
     locate,
     multiplied_at_once,
     pixel_count,
+    places_of_tile,
     power_of_two,
     product_form,
     start,
@@ -173,11 +174,7 @@ def pac_conv2d_backward_kernels_kernel(
 ):
     """k of all taps at ROWS x COLUMNS places."""
     ACCUMULATE: tl.constexpr = kernels.dtype.element_ty
-    program = tl.program_id(0)
-    tiles = tl.cdiv(out_height, ROWS) * tl.cdiv(out_width, COLUMNS)
-    image = (program // tiles).to(tl.int64)
-    row, column = tile_places(program % tiles, out_height, out_width, ROWS, COLUMNS)
-    place, exists = locate(row, column, out_height, out_width)
+    image, row, column, place, exists = places_of_tile(tl.program_id(0), out_height, out_width, ROWS, COLUMNS)
     out_pixels = pixel_count(out_height, out_width)
     guide += image * G * pixel_count(height, width)
     kernels += image * K * K * out_pixels
@@ -331,10 +328,7 @@ def pac_conv2d_backward_guide_kernel(
     ACCUMULATE: tl.constexpr = slopes.dtype.element_ty
     program = tl.program_id(0)
     chunks: tl.constexpr = (G + GUIDES - 1) // GUIDES
-    tiles = tl.cdiv(height, ROWS) * tl.cdiv(width, COLUMNS)
-    image = (program // chunks // tiles).to(tl.int64)
-    row, column = tile_places(program // chunks % tiles, height, width, ROWS, COLUMNS)
-    pixel, exists = locate(row, column, height, width)
+    image, row, column, pixel, exists = places_of_tile(program // chunks, height, width, ROWS, COLUMNS)
     channel = program % chunks * GUIDES + tl.arange(0, GUIDES)
     planes = guide + (image * G + channel)[:, None] * pixel_count(height, width)
     out_pixels = pixel_count(out_height, out_width)

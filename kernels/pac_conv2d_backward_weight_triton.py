@@ -13,13 +13,12 @@ from .pac_conv2d_triton import (
     LEAST_DOT,
     arithmetic,
     as_operand,
-    locate,
     on_tensor_cores,
     pixel_count,
+    places_of_tile,
     power_of_two,
     reached,
     start,
-    tile_places,
     tuner,
 )
 
@@ -116,9 +115,7 @@ def pac_conv2d_backward_weight_kernel(
     share_tiles = tl.cdiv(batch * tiles, shares)
     sums = tl.zeros([OUTPUTS, ENTRIES], ACCUMULATE)
     for tile in range(share * share_tiles, tl.minimum((share + 1) * share_tiles, batch * tiles)):
-        image = (tile // tiles).to(tl.int64)
-        row, column = tile_places(tile % tiles, out_height, out_width, ROWS, COLUMNS)
-        place, exists = locate(row, column, out_height, out_width)
+        image, row, column, place, exists = places_of_tile(tile, out_height, out_width, ROWS, COLUMNS)
         gradients = tl.load(
             grad_y + (image * O + output)[:, None] * out_pixels + place[None, :],
             mask=(output < O)[:, None] & exists[None, :],

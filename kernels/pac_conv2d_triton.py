@@ -184,6 +184,15 @@ def locate(row, column, height, width):
 
 
 @triton.jit
+def places_of_tile(tile, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Image, rows, columns and offsets of a tile's places, and which exist; the tiles of images follow each other."""
+    tiles = tl.cdiv(height, ROWS) * tl.cdiv(width, COLUMNS)
+    row, column = tile_places(tile % tiles, height, width, ROWS, COLUMNS)
+    place, exists = locate(row, column, height, width)
+    return (tile // tiles).to(tl.int64), row, column, place, exists
+
+
+@triton.jit
 def reached(row, column, tap, steps, height, width, K: tl.constexpr):
     """Offsets of the pixels that a tap of output places reaches, and which of them lie inside the image."""
     return locate(
@@ -327,10 +336,7 @@ def pac_conv2d_forward_kernel(
     output = program % tl.cdiv(O, OUTPUTS) * OUTPUTS + tl.arange(0, OUTPUTS)
     is_output = output < O
     tile = program // tl.cdiv(O, OUTPUTS)
-    tiles = tl.cdiv(out_height, ROWS) * tl.cdiv(out_width, COLUMNS)
-    image = (tile // tiles).to(tl.int64)
-    row, column = tile_places(tile % tiles, out_height, out_width, ROWS, COLUMNS)
-    place, exists = locate(row, column, out_height, out_width)
+    image, row, column, place, exists = places_of_tile(tile, out_height, out_width, ROWS, COLUMNS)
     pixels = pixel_count(height, width)
     x += image * C * pixels
     guide += image * G * pixels
