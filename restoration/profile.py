@@ -39,7 +39,10 @@ class PeakMemory:
         if self._device.type == "cuda":
             return (torch.cuda.max_memory_allocated(self._device) - self._idle) / MEBIBYTE
         peak = _resident("VmHWM")
-        return None if peak is None or self._idle is None else (peak - self._idle) / MEBIBYTE
+        if peak is None or self._idle is None:
+            return None
+        # Linux adds up the pages of several processors late: its peak can lie some pages below what it said before.
+        return max(0, peak - self._idle) / MEBIBYTE
 
 
 def _resident(field: str) -> int | None:
