@@ -6,8 +6,6 @@
 #include <pybind11/stl.h>
 
 #include <array>
-#include <cstdlib>
-#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -16,6 +14,7 @@
 #endif
 
 #include "ccpl.h"
+#include "cpu_isa.h"
 #include "dual_pool_attention.h"
 #include "matting_laplacian.h"
 #include "pac_conv2d.h"
@@ -42,55 +41,6 @@ using Unlocked = py::call_guard<py::gil_scoped_release>;
 
 void* pointer(Address address) { return reinterpret_cast<void*>(address); }
 const int64_t* integers(Address address) { return reinterpret_cast<const int64_t*>(address); }
-
-const char* const kIsaNames[] = {
-#define NAME(isa) #isa,
-    FOR_EACH_CPU_ISA(NAME)
-#undef NAME
-};
-
-// Index into the instruction sets that the CPU kernels are compiled for: the best of this processor, or the one that
-// the environment variable RESTORATION_CPU_ISA asks for, with which tests run every copy on one machine.
-int choose_cpu_isa() {
-  int best = 0;
-#if defined(RESTORATION_X86)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    best = 1;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl")) {
-      best = 2;
-#if defined(RESTORATION_AVX512BF16)
-      if (__builtin_cpu_supports("avx512bf16")) best = 3;
-#endif
-    }
-  }
-#endif
-  const char* wish = std::getenv("RESTORATION_CPU_ISA");
-  if (wish == nullptr) return best;
-  std::string known;
-  for (int isa = 0; isa <= best; ++isa) {
-    if (std::string(wish) == kIsaNames[isa]) return isa;
-    known += std::string(isa == 0 ? "" : ", ") + kIsaNames[isa];
-  }
-  throw py::import_error("RESTORATION_CPU_ISA must be one that this processor runs (" + known + "), got " + wish);
-}
-
-int cpu_isa = 0;
-
-// The copy of a CPU kernel for this processor.
-template <typename Function>
-Function best_copy(std::initializer_list<Function> copies) {
-  return copies.begin()[cpu_isa];
-}
-#if defined(RESTORATION_AVX512BF16)
-#define CPU_KERNEL(function) \
-  best_copy({&baseline::function, &avx2::function, &avx512::function, &avx512bf16::function})
-#elif defined(RESTORATION_X86)
-#define CPU_KERNEL(function) best_copy({&baseline::function, &avx2::function, &avx512::function})
-#else
-#define CPU_KERNEL(function) best_copy({&baseline::function})
-#endif
 
 // A fork copies only the calling thread: OpenMP's pool in the child is a list of threads that do not exist, and a
 // parallel region would wait for them for ever (torch's own operators do). So a forked child computes in one thread.
@@ -420,14 +370,18 @@ py::dict build_info() {
 #else
   info["openmp"] = py::none();
 #endif
-  info["cpu_isa"] = kIsaNames[cpu_isa];
+  info["cpu_isa"] = kCpuIsaNames[cpu_isa];
   return info;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(RESTORATION_MODULE, module) {
-  cpu_isa = choose_cpu_isa();
+  try {
+    cpu_isa = choose_cpu_isa();
+  } catch (const std::invalid_argument& error) {
+    throw py::import_error(error.what());
+  }
 #if !defined(_WIN32)
   pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif

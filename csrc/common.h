@@ -15,7 +15,9 @@
 #endif
 
 // The namespaces that the CPU kernels are compiled into, slowest first; CMakeLists.txt says with which flags.
-#if defined(RESTORATION_AVX512BF16)
+#if defined(RESTORATION_AMX)
+#define FOR_EACH_CPU_ISA(declare) declare(baseline) declare(avx2) declare(avx512) declare(avx512bf16) declare(amx)
+#elif defined(RESTORATION_AVX512BF16)
 #define FOR_EACH_CPU_ISA(declare) declare(baseline) declare(avx2) declare(avx512) declare(avx512bf16)
 #elif defined(RESTORATION_X86)
 #define FOR_EACH_CPU_ISA(declare) declare(baseline) declare(avx2) declare(avx512)

@@ -97,6 +97,13 @@ class Worker {
         }
       }
     }
+    if constexpr (kHasMatrixUnit<E>) {
+      // With one filter for all, no matrix is multiplied.
+      if (sizes_.shared || !wants_weight_) return;
+      for (int64_t block = 0; block < tiles.blocks(); ++block) {
+        transpose_tiles(own_.grad_y + block * grad_y_stride(), BackwardScratch<E>::output_rows(sizes_));
+      }
+    }
   }
 
   // One row of one channel of alpha · grad_y, zero beyond its pixels and channels.
@@ -167,8 +174,8 @@ class Worker {
   void add_weight_gradient(const StripTiles<E>& tiles) {
     const int64_t rows = BackwardScratch<E>::output_rows(sizes_), columns = BackwardScratch<E>::column_rows(sizes_);
     A* sums = own_.grad_weight;
-    for (int64_t column = 0; column < columns; column += kBlockColumns) {
-      for (int64_t row = 0; row < rows; row += kBlockRows, sums += kBlockSums) {
+    for (int64_t column = 0; column < columns; column += kBlockColumns<E>) {
+      for (int64_t row = 0; row < rows; row += kBlockRows<E>, sums += kBlockSums<E>) {
         add_block_products(own_.grad_y + row * kLanes<E>, grad_y_stride(), own_.columns + column * kLanes<E>,
                            column_stride(), tiles.blocks(), sums);
       }
@@ -187,25 +194,25 @@ class Worker {
   }
 
   void multiply_grad_y(const StripTiles<E>& tiles) {
-    const int64_t elements = ceil_divide(sizes_.out_channels, kSteps<E>), stride = grad_y_steps_stride();
-    alignas(kCacheLineBytes) A product[kPanelRows * kTile<A>];
-    for (int64_t first = 0; first < sizes_.depth(); first += kPanelRows) {
+    const int64_t elements = panel_elements<E>(1, sizes_.out_channels), stride = grad_y_steps_stride();
+    alignas(kCacheLineBytes) A product[kPanelRows<E> * kTile<E>];
+    for (int64_t first = 0; first < sizes_.depth(); first += kPanelRows<E>) {
       const E* panel = panels_ + first * elements;
-      const int64_t last = std::min<int64_t>(first + kPanelRows, sizes_.depth());
+      const int64_t last = std::min<int64_t>(first + kPanelRows<E>, sizes_.depth());
       for_each_tile(tiles, [&](int64_t row, int64_t place, int64_t pixels) {
         const E* tile = own_.grad_y_steps + (row * tiles.places_per_row() + place) / kLanes<A> * stride;
-        for_tile_of<A>(pixels, [&](auto vectors) {
+        for_tile_of<E>(pixels, [&](auto vectors) {
           panel_times_tile<decltype(vectors)::value>(panel, tile, elements, kLanes<E>, stride, product);
         });
         for (int64_t column = first; column < last; ++column) {
-          use_product(tiles, row, place, pixels, column, product + (column - first) * kTile<A>);
+          use_product(tiles, row, place, pixels, column, product + (column - first) * kTile<E>);
         }
       });
     }
   }
 
   void filter_grad_y(const StripTiles<E>& tiles) {
-    alignas(kCacheLineBytes) A product[kTile<A>];
+    alignas(kCacheLineBytes) A product[kTile<E>];
     for (int64_t column = 0; column < sizes_.depth(); ++column) {
       const Vector<A> factor = Vector<A>{} + static_cast<A>(weight_[column / sizes_.channels]);
       const E* grad_y = own_.grad_y + column % sizes_.channels * kLanes<E>;
@@ -223,8 +230,8 @@ class Worker {
   template <typename Call>
   HOST_DEVICE void for_each_tile(const StripTiles<E>& tiles, Call call) {
     for (int64_t row = 0; row < tiles.strip.rows; ++row) {
-      for (int64_t place = 0; place < tiles.strip.columns; place += kTile<A>) {
-        call(row, place, std::min<int64_t>(kTile<A>, tiles.strip.columns - place));
+      for (int64_t place = 0; place < tiles.strip.columns; place += kTile<E>) {
+        call(row, place, std::min<int64_t>(kTile<E>, tiles.strip.columns - place));
       }
     }
   }
@@ -331,9 +338,11 @@ class Worker {
 // [C·K², O]: the transpose of what forward multiplies with.
 template <typename E, typename T>
 void pack_transposed_weight(E* panels, const PacConv2dSizes& sizes, const T* weight, int threads) {
-  pack_panels<E>(panels, sizes.depth(), sizes.out_channels, threads, [&](int64_t row, int64_t step) {
-    return static_cast<AccumulateType<T>>(
-        weight[step * sizes.depth() + row % sizes.channels * sizes.taps() + row / sizes.channels]);
+  pack_panels<E>(panels, sizes.depth(), 1, sizes.out_channels, threads, [&](int64_t row) {
+    const T* column = weight + row % sizes.channels * sizes.taps() + row / sizes.channels;
+    return [column, depth = sizes.depth()](int64_t, int64_t output) {
+      return static_cast<AccumulateType<T>>(column[output * depth]);
+    };
   });
 }
 
@@ -343,8 +352,8 @@ int64_t weight_sum(const PacConv2dSizes& sizes, int64_t output, int64_t channel,
   if (sizes.shared) return tap;
   const int64_t column = tap * sizes.channels + channel;
   const int64_t block =
-      column / kBlockColumns * (BackwardScratch<E>::output_rows(sizes) / kBlockRows) + output / kBlockRows;
-  return block * kBlockSums + output % kBlockRows * kBlockColumns + column % kBlockColumns;
+      column / kBlockColumns<E> * (BackwardScratch<E>::output_rows(sizes) / kBlockRows<E>) + output / kBlockRows<E>;
+  return block * kBlockSums<E> + Blocks<E>::sum_place(output % kBlockRows<E>, column % kBlockColumns<E>);
 }
 
 template <typename T, typename R>
@@ -356,7 +365,7 @@ void backward(const PacConv2dBackward& arguments, const PacConv2dSizes& sizes, i
   const int workers = work < kParallelProducts ? 1 : threads;
 
   Buffer<E> panels(sizes.shared ? 0
-                                : round_up(sizes.depth(), kPanelRows) * ceil_divide(sizes.out_channels, kSteps<E>));
+                                : round_up(sizes.depth(), kPanelRows<E>) * panel_elements<E>(1, sizes.out_channels));
   if (!sizes.shared) pack_transposed_weight(panels.data(), sizes, weight, workers);
   SummedGradient<T> grad_x(arguments.grad_x, sizes.batch * sizes.channels * sizes.pixels(), workers);
   SummedGradient<T> grad_guide(arguments.grad_guide, sizes.batch * sizes.guide_channels * sizes.pixels(), workers);
@@ -377,6 +386,7 @@ void backward(const PacConv2dBackward& arguments, const PacConv2dSizes& sizes, i
   const int64_t bands = ceil_divide(sizes.out_height(), band_rows);
 #pragma omp parallel num_threads(workers) if (workers > 1)
   {
+    [[maybe_unused]] const MatrixUnit<E> matrix_unit;
     Worker<T, R> own = worker(memory.data() + thread_number() * worker_memory);
     for (int64_t turn = 0; turn < 2; ++turn) {
       const int64_t turn_bands = (bands + 1 - turn) / 2;

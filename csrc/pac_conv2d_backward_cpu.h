@@ -75,7 +75,7 @@ struct BackwardScratch {
   using A = AccumulateType<E>;
 
   E* columns;       // [blocks, column_rows, kLanes], for sums over pixels, zero where there is no pixel
-  E* grad_y;        // [blocks, output_rows, kLanes]: alpha · grad_y, likewise
+  E* grad_y;        // [blocks, output_rows, kLanes]: alpha · grad_y, likewise; for a matrix unit transposed in tiles
   E* grad_y_steps;  // [vectors, output_rows / kSteps, kLanes]: the same for sums over outputs; if it serves, grad_y
   A* grad_y_row;    // [kSteps, places of a row]
   A* guide_slope;   // [K², places]: m_t(p)
@@ -83,8 +83,8 @@ struct BackwardScratch {
   A* grad_bias;     // [O]
   A* grad_weight;   // in blocks as add_block_products makes them; with shared filters [K²]
 
-  static int64_t column_rows(const PacConv2dSizes& sizes) { return round_up(sizes.depth(), kBlockColumns); }
-  static int64_t output_rows(const PacConv2dSizes& sizes) { return round_up(sizes.out_channels, kBlockRows); }
+  static int64_t column_rows(const PacConv2dSizes& sizes) { return round_up(sizes.depth(), kBlockColumns<E>); }
+  static int64_t output_rows(const PacConv2dSizes& sizes) { return round_up(sizes.out_channels, kBlockRows<E>); }
   // Between vectors of the same row: an odd count of cache lines, so that they share no set of the caches.
   static int64_t column_stride(const PacConv2dSizes& sizes) { return (column_rows(sizes) | 1) * kLanes<E>; }
   static int64_t grad_y_stride(const PacConv2dSizes& sizes) { return (output_rows(sizes) | 1) * kLanes<E>; }

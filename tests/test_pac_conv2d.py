@@ -273,14 +273,20 @@ def test_any_thread_count():
 
 @pytest.mark.parametrize(
     ("isa", "dtype"),
-    [("baseline", torch.float32), ("avx2", torch.float32), ("avx512", torch.bfloat16)],
-    ids=["baseline", "avx2", "avx512"],
+    [
+        ("baseline", torch.float32),
+        ("avx2", torch.float32),
+        ("avx512", torch.bfloat16),
+        ("avx512bf16", torch.bfloat16),
+    ],
+    ids=["baseline", "avx2", "avx512", "avx512bf16"],
 )
 def test_lesser_instruction_sets(isa, dtype, tmp_path):
     """What the kernel does on older processors; all other tests run the best that this one has."""
     sample = next(sample for sample in samples(OPERATOR, "odd"))
     arguments = compare.arguments_for("cpu", sample, dtype)
-    best, names = _backend.extension()[0].build_info()["cpu_isa"], ("baseline", "avx2", "avx512", "avx512bf16")
+    names = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
+    best = _backend.extension()[0].build_info()["cpu_isa"]
     if names.index(isa) >= names.index(best):
         pytest.skip(f"this processor's best is {best}")
     torch.save(arguments, tmp_path / "arguments")

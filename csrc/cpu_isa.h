@@ -1,0 +1,89 @@
+// Which copy of the CPU kernels runs (FOR_EACH_CPU_ISA in common.h): chosen once, when the module is loaded.
+#pragma once
+
+#include <cstdlib>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
+#if defined(RESTORATION_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include "common.h"
+
+namespace restoration {
+namespace {
+
+const char* const kCpuIsaNames[] = {
+#define NAME(isa) #isa,
+    FOR_EACH_CPU_ISA(NAME)
+#undef NAME
+};
+
+#if defined(RESTORATION_AMX)
+// Whether there is one for bfloat16 (AMX), and Linux lets this process use it, which has to be asked for once.
+bool may_use_matrix_unit() {
+  constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;  // in edx of leaf 7
+  constexpr int kRequestPermission = 0x1023;                    // ARCH_REQ_XCOMP_PERM
+  constexpr int kTileData = 18;                                 // XFEATURE_XTILEDATA
+  unsigned eax, ebx, ecx, edx;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  if ((edx & kBFloat16) == 0 || (edx & kTiles) == 0) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
+// Index into the instruction sets that the CPU kernels are compiled for: the best of this processor, or the one that
+// the environment variable RESTORATION_CPU_ISA asks for, with which tests run every copy on one machine.
+int choose_cpu_isa() {
+  int best = 0;
+#if defined(RESTORATION_X86)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    best = 1;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
+      best = 2;
+#if defined(RESTORATION_AVX512BF16)
+      if (__builtin_cpu_supports("avx512bf16")) best = 3;
+#endif
+#if defined(RESTORATION_AMX)
+      if (best == 3 && may_use_matrix_unit()) best = 4;
+#endif
+    }
+  }
+#endif
+  const char* wish = std::getenv("RESTORATION_CPU_ISA");
+  if (wish == nullptr) return best;
+  std::string known;
+  for (int isa = 0; isa <= best; ++isa) {
+    if (std::string(wish) == kCpuIsaNames[isa]) return isa;
+    known += std::string(isa == 0 ? "" : ", ") + kCpuIsaNames[isa];
+  }
+  throw std::invalid_argument("RESTORATION_CPU_ISA must be one that this processor runs (" + known + "), got " + wish);
+}
+
+int cpu_isa = 0;
+
+// The copy of a CPU kernel for this processor.
+template <typename Function>
+Function best_copy(std::initializer_list<Function> copies) {
+  return copies.begin()[cpu_isa];
+}
+#if defined(RESTORATION_AMX)
+#define CPU_KERNEL(function) \
+  best_copy({&baseline::function, &avx2::function, &avx512::function, &avx512bf16::function, &amx::function})
+#elif defined(RESTORATION_AVX512BF16)
+#define CPU_KERNEL(function) \
+  best_copy({&baseline::function, &avx2::function, &avx512::function, &avx512bf16::function})
+#elif defined(RESTORATION_X86)
+#define CPU_KERNEL(function) best_copy({&baseline::function, &avx2::function, &avx512::function})
+#else
+#define CPU_KERNEL(function) best_copy({&baseline::function})
+#endif
+
+}  // namespace
+}  // namespace restoration
