@@ -204,8 +204,9 @@ class Worker {
         for_tile_of<E>(pixels, [&](auto vectors) {
           panel_times_tile<decltype(vectors)::value>(panel, tile, elements, kLanes<E>, stride, product);
         });
-        for (int64_t column = first; column < last; ++column) {
-          use_product(tiles, row, place, pixels, column, product + (column - first) * kTile<E>);
+        for (int64_t column = first, next; column < last; column = next) {
+          next = std::min(last, (column / sizes_.channels + 1) * sizes_.channels);
+          use_products(tiles, row, place, pixels, column, next - column, product + (column - first) * kTile<E>);
         }
       });
     }
@@ -221,7 +222,7 @@ class Worker {
         for (int64_t offset = 0; offset < pixels; offset += kLanes<A>) {
           store(product + offset, factor * unpack_pixels(grad_y, grad_y_stride(), (first + offset) / kLanes<A>));
         }
-        use_product(tiles, row, place, pixels, column, product);
+        use_products(tiles, row, place, pixels, column, 1, product);
       });
     }
   }
@@ -236,23 +237,59 @@ class Worker {
     }
   }
 
-  // What row `column` of u, for the pixels of one tile, adds to grad_x and to the slope of the guide.
-  HOST_DEVICE void use_product(const StripTiles<E>& tiles, int64_t row, int64_t place, int64_t pixels, int64_t column,
-                               const A* product) {
+  // What `count` rows of u from `column` on, all of one tap, add to grad_x and to the slope of the guide for the pixels of
+  // one tile.
+  HOST_DEVICE void use_products(const StripTiles<E>& tiles, int64_t row, int64_t place, int64_t pixels, int64_t column,
+                                int64_t count, const A* products) {
     const int64_t tap = column / sizes_.channels, channel = column % sizes_.channels;
     const int64_t first = row * tiles.places_per_row() + place;
+    const E* columns = own_.columns + column * kLanes<E>;
+    const A* kernel = strip_.kernel + tap * tiles.places() + first;
+    A* slope = nullptr;
     if (grad_guide_ != nullptr && (sizes_.normalize || tap != sizes_.taps() / 2)) {
-      const E* columns = own_.columns + column * kLanes<E>;
-      A* slope = own_.guide_slope + tap * tiles.places() + first;
-      for (int64_t offset = 0; offset < pixels; offset += kLanes<A>) {
-        const Vector<A> values = unpack_pixels(columns, column_stride(), (first + offset) / kLanes<A>);
-        store(slope + offset, load(slope + offset) + values * load(product + offset));
+      slope = own_.guide_slope + tap * tiles.places() + first;
+    }
+    InsideRange range{};
+    A* plane = nullptr;
+    if (grad_x_ != nullptr) {
+      range = inside(tiles, sizes_, row, tap);
+      plane = grad_x_ + (tiles.strip.image * sizes_.channels + channel) * sizes_.pixels() +
+              range.input_row * sizes_.horizontal.size + range.first_column;
+    }
+    for (int64_t offset = 0; offset < pixels; offset += kLanes<A>) {
+      if (slope != nullptr) {
+        Vector<A> sum = load(slope + offset);
+        for (int64_t index = 0; index < count; ++index) {
+          sum += unpack_pixels(columns + index * kLanes<E>, column_stride(), (first + offset) / kLanes<A>) *
+                 load(products + index * kTile<E> + offset);
+        }
+        store(slope + offset, sum);
+      }
+      const int64_t begin = std::max(range.begin, place + offset);
+      const int64_t end = std::min({range.end, place + offset + kLanes<A>, place + pixels});
+      if (begin >= end) continue;
+      const A* values = products + begin - place;
+      const A* factors = kernel + begin - place;
+      if (sizes_.horizontal.stride > 1) {
+        const int64_t step = sizes_.horizontal.stride;
+        add_rows(plane + begin * step, step, factors, values, count, end - begin);
+      } else if (end - begin < kLanes<A>) {
+        add_rows(plane + begin, 1, factors, values, count, end - begin);
+      } else {
+        const Vector<A> factor = load(factors);
+        for (int64_t index = 0; index < count; ++index) {
+          A* sums = plane + index * sizes_.pixels() + begin;
+          store(sums, load(sums) + factor * load(values + index * kTile<E>));
+        }
       }
     }
-    if (grad_x_ != nullptr) {
-      const A* kernel = strip_.kernel + tap * tiles.places() + first;
-      A* plane = grad_x_ + (tiles.strip.image * sizes_.channels + channel) * sizes_.pixels();
-      add_inside(tiles, row, tap, place, pixels, plane, [=](int64_t index) { return kernel[index] * product[index]; });
+  }
+
+  // sums [count, places] += factors [places] · values [count, places], where sums lie `step` apart.
+  HOST_DEVICE void add_rows(A* sums, int64_t step, const A* factors, const A* values, int64_t count,
+                            int64_t places) const {
+    for (int64_t index = 0; index < count; ++index, sums += sizes_.pixels(), values += kTile<E>) {
+      for (int64_t place = 0; place < places; ++place) sums[place * step] += factors[place] * values[place];
     }
   }
 
