@@ -51,8 +51,8 @@ class Worker {
         own_(carver_, sizes, shape.largest()) {}
 
   int64_t memory_used() const { return carver_.used(); }
-  const A* grad_weight() const { return own_.grad_weight; }
-  const A* grad_bias() const { return own_.grad_bias; }
+  A* grad_weight() const { return own_.grad_weight; }
+  A* grad_bias() const { return own_.grad_bias; }
 
   void clear() {
     std::memset(own_.grad_bias, 0, sizes_.out_channels * sizeof(A));
@@ -439,28 +439,35 @@ void backward(const PacConv2dBackward& arguments, const PacConv2dSizes& sizes, i
 
   grad_x.finish();
   grad_guide.finish();
-  auto sum_of_workers = [&](auto value) {
-    A sum = 0;
-    for (int number = 0; number < workers; ++number) sum += value(worker(memory.data() + number * worker_memory));
-    return T(sum);
+  // Sums of all threads in the first one's memory, in their order.
+  auto sum_of_workers = [&](auto sums_of, int64_t count) {
+    A* totals = sums_of(worker(memory.data()));
+    for (int number = 1; number < workers; ++number) {
+      const A* sums = sums_of(worker(memory.data() + number * worker_memory));
+#pragma omp simd
+      for (int64_t index = 0; index < count; ++index) totals[index] += sums[index];
+    }
+    return totals;
   };
   if (arguments.grad_weight != nullptr) {
+    const A* sums = sum_of_workers([](const auto& worker) { return worker.grad_weight(); },
+                                   BackwardScratch<E>::weight_sums(sizes));
     const int64_t outputs = sizes.shared ? 1 : sizes.out_channels, channels = sizes.shared ? 1 : sizes.channels;
     T* grad_weight = static_cast<T*>(arguments.grad_weight);
+#pragma omp parallel for num_threads(workers) if (outputs * channels * sizes.taps() >= kParallelNumbers)
     for (int64_t output = 0; output < outputs; ++output) {
       for (int64_t channel = 0; channel < channels; ++channel) {
+        T* filter = grad_weight + (output * channels + channel) * sizes.taps();
         for (int64_t tap = 0; tap < sizes.taps(); ++tap) {
-          const int64_t place = weight_sum<E>(sizes, output, channel, tap);
-          *grad_weight++ = sum_of_workers([=](const auto& worker) { return worker.grad_weight()[place]; });
+          filter[tap] = T(sums[weight_sum<E>(sizes, output, channel, tap)]);
         }
       }
     }
   }
   if (arguments.grad_bias != nullptr) {
+    const A* sums = sum_of_workers([](const auto& worker) { return worker.grad_bias(); }, sizes.out_channels);
     T* grad_bias = static_cast<T*>(arguments.grad_bias);
-    for (int64_t output = 0; output < sizes.out_channels; ++output) {
-      grad_bias[output] = sum_of_workers([=](const auto& worker) { return worker.grad_bias()[output]; });
-    }
+    for (int64_t output = 0; output < sizes.out_channels; ++output) grad_bias[output] = T(sums[output]);
   }
 }
 
