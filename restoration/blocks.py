@@ -93,7 +93,9 @@ class PixelAdaptiveFeatureExtraction(nn.Module):
         layers = [layer for layer in (self.value, self.guide) if layer is not None]
         weight = torch.cat([layer.weight for layer in layers])
         bias = torch.cat([layer.bias for layer in layers])
-        padded = F.pad(x.contiguous(memory_format=torch.channels_last), (1, 1, 1, 1), mode="reflect")
+        # Without autocast, which pads in float32 on a CPU: two more copies of x, and two of its gradient.
+        with torch.autocast(x.device.type, enabled=False):
+            padded = F.pad(x.contiguous(memory_format=torch.channels_last), (1, 1, 1, 1), mode="reflect")
         both = F.conv2d(padded, weight, bias)
         value, *guide = (part.contiguous() for part in both.split([layer.out_channels for layer in layers], 1))
         return value, guide[0] if guide else None
