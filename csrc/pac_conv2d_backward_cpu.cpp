@@ -23,8 +23,10 @@ constexpr int64_t kOperandBytes = int64_t{512} << 10;
 // Half as long as forward's: a strip has both k and its slope.
 constexpr int64_t kMostBackwardPlaces = kMostPlaces / 2;
 
-// Low bands share small images among threads; each is at least this high, as turns between bands cost time.
+// Low bands share small images among threads; each is about this high at least, as turns between bands cost time. In each
+// of the two turns an even number of them is to be done.
 constexpr int64_t kLeastBandRows = 8;
+constexpr int64_t kBandsInStep = 4;
 
 // The work of one thread.
 template <typename T, typename R>
@@ -419,7 +421,9 @@ void backward(const PacConv2dBackward& arguments, const PacConv2dSizes& sizes, i
 
   // Rows that the taps of one output row reach over, in output rows: bands two apart then have no input row in common.
   const int64_t reach = ceil_divide((sizes.kernel_size - 1) * sizes.vertical.dilation, sizes.vertical.stride);
-  const int64_t band_rows = std::max({reach, shape.rows, kLeastBandRows});
+  const int64_t wished = sizes.out_height() / std::max({reach, shape.rows, kLeastBandRows});
+  const int64_t even = wished > 2 ? round_up(wished, kBandsInStep) : std::max<int64_t>(wished, 1);
+  const int64_t band_rows = std::max(reach, ceil_divide(sizes.out_height(), even));
   const int64_t bands = ceil_divide(sizes.out_height(), band_rows);
 #pragma omp parallel num_threads(workers) if (workers > 1)
   {
