@@ -21,13 +21,13 @@ QUICK_SIZES = ((32, 1),)
 TOLERANCE = 1e-2
 
 
-def _step_of(reversible, backend=None):
+def _step_of(reversible, backend=None, precision="fp32"):
     """Function of (optimisation settings and crops) that makes one step, the parameters' update included."""
 
     def prepare(arguments):
         degraded, reference = arguments["degraded"], arguments["reference"]
         settings = {"crop": degraded.shape[-1], "batch": len(degraded), "blocks": arguments["blocks"]}
-        config = make_config("paper", reversible=reversible, **settings)
+        config = make_config("paper", reversible=reversible, precision=precision, **settings)
         torch.manual_seed(0)
         module = build_step(config, loss_features()).to(degraded.device)
         optimise = Optimisation(module, config, degraded.device)
@@ -43,6 +43,8 @@ def _step_of(reversible, backend=None):
 # None is judged by numbers of an operator: what they find is compared by `_gate`, and in tests/test_reversible.py.
 OURS = Rival("ours", **_step_of(True), floor=True)
 PLAIN = Rival("plain autograd", **_step_of(False), floor=True)
+# Other numbers than the three in float32, and judged by none; it is here for its time and memory.
+BFLOAT16 = Rival("ours, bfloat16", **_step_of(True, precision="bf16"), floor=True)
 REFERENCE = Rival("plain autograd, reference operators", **_step_of(False, "reference"), floor=True)
 
 
@@ -115,7 +117,7 @@ class StepContest:
     def entries(self, device, quick):
         sizes, blocks = (QUICK_SIZES, 1) if quick else (SIZES, 10)
         return [
-            StepEntry(rival, side, batch, blocks, device) for side, batch in sizes for rival in (OURS, PLAIN, REFERENCE)
+            StepEntry(rival, side, batch, blocks, device) for side, batch in sizes for rival in (OURS, PLAIN, REFERENCE, BFLOAT16)
         ]
 
 
