@@ -27,8 +27,8 @@ const char* const kCpuIsaNames[] = {
 // Whether there is one for bfloat16 (AMX), and Linux lets this process use it, which has to be asked for once.
 bool may_use_matrix_unit() {
   constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;  // in edx of leaf 7
-  constexpr int kRequestPermission = 0x1023;                    // ARCH_REQ_XCOMP_PERM
-  constexpr int kTileData = 18;                                 // XFEATURE_XTILEDATA
+  constexpr int kRequestPermission = 0x1023;                   // ARCH_REQ_XCOMP_PERM
+  constexpr int kTileData = 18;                                // XFEATURE_XTILEDATA
   unsigned eax, ebx, ecx, edx;
   if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
   if ((edx & kBFloat16) == 0 || (edx & kTiles) == 0) return false;
@@ -77,8 +77,7 @@ Function best_copy(std::initializer_list<Function> copies) {
 #define CPU_KERNEL(function) \
   best_copy({&baseline::function, &avx2::function, &avx512::function, &avx512bf16::function, &amx::function})
 #elif defined(RESTORATION_AVX512BF16)
-#define CPU_KERNEL(function) \
-  best_copy({&baseline::function, &avx2::function, &avx512::function, &avx512bf16::function})
+#define CPU_KERNEL(function) best_copy({&baseline::function, &avx2::function, &avx512::function, &avx512bf16::function})
 #elif defined(RESTORATION_X86)
 #define CPU_KERNEL(function) best_copy({&baseline::function, &avx2::function, &avx512::function})
 #else

@@ -1,6 +1,6 @@
-// Products of bfloat16 matrices on the matrix unit of the processor (AMX): C [16, 16] += A · B, where A is 16 rows of 16
-// pairs, B 16 rows of 16 pairs, each pair two steps of the sum, and C is in float32; denormal numbers count as zero. Two
-// tiles of A and two of B make four of C, which are the eight that the unit has.
+// Products of bfloat16 matrices on the matrix unit of the processor (AMX): C [16, 16] += A · B, where A is 16 rows of
+// 16 pairs, B 16 rows of 16 pairs, each pair two steps of the sum, and C is in float32; denormal numbers count as zero.
+// Two tiles of A and two of B make four of C, which are the eight that the unit has.
 #pragma once
 
 #include "operands_cpu.h"
@@ -89,8 +89,8 @@ SEPARATE void panel_times_tile(const BFloat16Pair* panel, const BFloat16Pair* ti
   }
 }
 
-// sums, at the places of Blocks, += the products of 32 rows of one operand, transposed in tiles by `transpose_tiles`, and
-// 32 of another over all pixels.
+// sums, at the places of Blocks, += the products of 32 rows of one operand, transposed in tiles by `transpose_tiles`,
+// and 32 of another over all pixels.
 SEPARATE inline void add_block_products(const BFloat16Pair* left, int64_t left_stride, const BFloat16Pair* right,
                                         int64_t right_stride, int64_t vectors, float* sums) {
   _tile_loadd(0, sums, kUnitRowBytes);

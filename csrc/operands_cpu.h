@@ -96,8 +96,8 @@ HOST_DEVICE Vector<AccumulateType<E>> unpack_pixels(const E* packed, int64_t str
   }
 }
 
-// The sizes of products that stay in registers, by element of the operands, and where their numbers lie. A panel is some
-// rows of one operand, a tile some pixels of another; and, for sums over pixels, a block is some rows of both.
+// The sizes of products that stay in registers, by element of the operands, and where their numbers lie. A panel is
+// some rows of one operand, a tile some pixels of another; and, for sums over pixels, a block is some rows of both.
 template <typename E>
 struct Blocks {
 #if defined(__AVX512F__) || defined(__aarch64__)

@@ -12,7 +12,7 @@
 // even ones and odd ones. So grad_x and grad_guide do not depend on the thread count; grad_weight and grad_bias are
 // summed in each thread and then in order, to the same bits for the same number of threads.
 
-#include "pac_conv2d_backward_cpu.h"
+#include "pac_conv2d_backward_operands_cpu.h"
 
 namespace restoration::CPU_ISA {
 namespace {
@@ -23,8 +23,8 @@ constexpr int64_t kOperandBytes = int64_t{512} << 10;
 // Half as long as forward's: a strip has both k and its slope.
 constexpr int64_t kMostBackwardPlaces = kMostPlaces / 2;
 
-// Low bands share small images among threads; each is about this high at least, as turns between bands cost time. In each
-// of the two turns an even number of them is to be done.
+// Low bands share small images among threads; each is about this high at least, as turns between bands cost time. In
+// each of the two turns an even number of them is to be done.
 constexpr int64_t kLeastBandRows = 8;
 constexpr int64_t kBandsInStep = 4;
 
@@ -38,19 +38,15 @@ class Worker {
   Worker(const PacConv2dBackward& arguments, const PacConv2dSizes& sizes, const StripShape<E>& shape, const E* panels,
          A* grad_x, A* grad_guide, char* memory)
       : sizes_(sizes),
-        x_(static_cast<const T*>(arguments.x)),
         guide_(static_cast<const T*>(arguments.guide)),
         weight_(static_cast<const T*>(arguments.weight)),
-        grad_y_(static_cast<const R*>(arguments.grad_y)),
         panels_(panels),
         grad_x_(grad_x),
         grad_guide_(grad_guide),
         wants_weight_(arguments.grad_weight != nullptr),
-        wants_bias_(arguments.grad_bias != nullptr),
-        alpha_(A(arguments.alpha)),
         carver_(memory),
         strip_(carver_, sizes, shape.largest()),
-        own_(carver_, sizes, shape.largest()) {}
+        own_(carver_, arguments, sizes, shape.largest()) {}
 
   int64_t memory_used() const { return carver_.used(); }
   A* grad_weight() const { return own_.grad_weight; }
@@ -63,11 +59,11 @@ class Worker {
 
   void run(const Strip& strip) {
     const StripTiles<E> tiles{strip};
-    pack_grad_y(tiles);
+    own_.pack_grad_y(tiles);
     const bool wants_columns = wants_weight_ || grad_guide_ != nullptr;
     const bool wants_products = grad_x_ != nullptr || grad_guide_ != nullptr;
     if (wants_columns || wants_products) pack_kernel(tiles, sizes_, guide_, strip_);
-    if (wants_columns) pack_columns(tiles);
+    if (wants_columns) own_.pack_columns(tiles, strip_);
     if (wants_weight_) sizes_.shared ? add_filter_gradient(tiles) : add_weight_gradient(tiles);
     if (grad_guide_ != nullptr) std::memset(own_.guide_slope, 0, sizes_.taps() * tiles.places() * sizeof(A));
     if (wants_products) sizes_.shared ? filter_grad_y(tiles) : multiply_grad_y(tiles);
@@ -75,111 +71,13 @@ class Worker {
   }
 
  private:
-  // Between vectors of the same row of an operand.
-  int64_t column_stride() const { return BackwardScratch<E>::column_stride(sizes_); }
-  int64_t grad_y_stride() const { return BackwardScratch<E>::grad_y_stride(sizes_); }
-  int64_t grad_y_steps_stride() const { return BackwardScratch<E>::grad_y_steps_stride(sizes_); }
-
-  void pack_grad_y(const StripTiles<E>& tiles) {
-    const int64_t places = tiles.places_per_row();
-    for (int64_t row = 0; row < tiles.strip.rows; ++row) {
-      for (int64_t channel = 0; channel < BackwardScratch<E>::output_rows(sizes_); ++channel) {
-        A* values = own_.grad_y_row + channel % kSteps<E> * places;
-        copy_grad_y(tiles, row, channel, values);
-        for (int64_t block = 0; block < tiles.blocks_per_row(); ++block) {
-          Vector<A> pixels[kSteps<E>];
-          for (int part = 0; part < kSteps<E>; ++part) {
-            pixels[part] = load(values + (block * kSteps<E> + part) * kLanes<A>);
-          }
-          store(own_.grad_y + (row * tiles.blocks_per_row() + block) * grad_y_stride() + channel * kLanes<E>,
-                pack_pixels<E>(pixels));
-        }
-        if constexpr (kSteps<E> == 2) {
-          if (channel % 2 == 1) pack_grad_y_steps(tiles, row, channel / 2);
-        }
-      }
-    }
-    if constexpr (kHasMatrixUnit<E>) {
-      // With one filter for all, no matrix is multiplied.
-      if (sizes_.shared || !wants_weight_) return;
-      for (int64_t block = 0; block < tiles.blocks(); ++block) {
-        transpose_tiles(own_.grad_y + block * grad_y_stride(), BackwardScratch<E>::output_rows(sizes_));
-      }
-    }
-  }
-
-  // One row of one channel of alpha · grad_y, zero beyond its pixels and channels.
-  void copy_grad_y(const StripTiles<E>& tiles, int64_t row, int64_t channel, A* copy) {
-    const int64_t pixels = channel < sizes_.out_channels ? tiles.strip.columns : 0;
-    const R* values = grad_y_ + tiles.output_offset(sizes_, channel, row);
-    const A alpha = alpha_;
-    if (channel + 1 < sizes_.out_channels) prefetch(values + sizes_.out_pixels(), pixels);
-    A sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t place = 0; place < pixels; ++place) {
-      copy[place] = alpha * static_cast<A>(values[place]);
-      sum += copy[place];
-    }
-    for (int64_t place = pixels; place < tiles.places_per_row(); ++place) copy[place] = 0;
-    if (wants_bias_ && pixels > 0) own_.grad_bias[channel] += sum;
-  }
-
-  // Two channels of a row, lane by lane.
-  void pack_grad_y_steps(const StripTiles<E>& tiles, int64_t row, int64_t element) {
-    const int64_t places = tiles.places_per_row(), vectors = places / kLanes<A>;
-    const A* values = own_.grad_y_row;
-    E* packed = own_.grad_y_steps + row * vectors * grad_y_steps_stride() + element * kLanes<E>;
-    for (int64_t vector = 0; vector < vectors; ++vector, values += kLanes<A>, packed += grad_y_steps_stride()) {
-      store(packed, pack_pairs<E>(load(values), load(values + places)));
-    }
-  }
-
-  // Scales what lies under the taps, row t·C + c: neighbouring rows are of different channels.
-  void pack_columns(const StripTiles<E>& tiles) {
-    const int64_t filling = BackwardScratch<E>::column_rows(sizes_) - sizes_.depth();
-    for (int64_t block = 0; block < tiles.blocks(); ++block) {
-      E* last = own_.columns + block * column_stride() + sizes_.depth() * kLanes<E>;
-      std::memset(static_cast<void*>(last), 0, filling * kVectorBytes);
-    }
-    const T* image = x_ + tiles.strip.image * sizes_.channels * sizes_.pixels();
-    for (int64_t row = 0; row < tiles.strip.rows; ++row) {
-      const A* row_kernel = strip_.kernel + row * tiles.places_per_row();
-      for (int64_t channel = 0; channel < sizes_.channels; ++channel) {
-        const T* plane = image + channel * sizes_.pixels();
-        for (int64_t tap_row = 0; tap_row < sizes_.kernel_size; ++tap_row) {
-          if (channel + 1 < sizes_.channels) prefetch_under(tiles, sizes_, plane + sizes_.pixels(), row, tap_row);
-          for_each_tap(tiles, sizes_, plane, row, tap_row, strip_.source,
-                       [&](int64_t tap, const A* values) {
-                         scale_row(tiles, row_kernel + tap * tiles.places(), values,
-                                   own_.columns + row * tiles.blocks_per_row() * column_stride() +
-                                       (tap * sizes_.channels + channel) * kLanes<E>);
-                       });
-        }
-      }
-    }
-  }
-
-  HOST_DEVICE void scale_row(const StripTiles<E>& tiles, const A* kernel, const A* values, E* column) const {
-    for (int64_t place = 0; place < tiles.places_per_row(); column += column_stride()) {
-      Vector<A> pixels[kSteps<E>];
-      for (int part = 0; part < kSteps<E>; ++part, place += kLanes<A>) {
-        pixels[part] = load(kernel + place) * load(values + place);
-        // Sums over pixels are of whole vectors: nothing, not even NaN, may come from beyond the last pixel.
-        if (place + kLanes<A> > tiles.strip.columns) {
-          pixels[part] = keep_first<A>(pixels[part], tiles.strip.columns - place);
-        }
-      }
-      store(column, pack_pixels<E>(pixels));
-    }
-  }
-
   void add_weight_gradient(const StripTiles<E>& tiles) {
     const int64_t rows = BackwardScratch<E>::output_rows(sizes_), columns = BackwardScratch<E>::column_rows(sizes_);
     A* sums = own_.grad_weight;
     for (int64_t column = 0; column < columns; column += kBlockColumns<E>) {
       for (int64_t row = 0; row < rows; row += kBlockRows<E>, sums += kBlockSums<E>) {
-        add_block_products(own_.grad_y + row * kLanes<E>, grad_y_stride(), own_.columns + column * kLanes<E>,
-                           column_stride(), tiles.blocks(), sums);
+        add_block_products(own_.grad_y + row * kLanes<E>, own_.grad_y_stride(), own_.columns + column * kLanes<E>,
+                           own_.column_stride(), tiles.blocks(), sums);
       }
     }
   }
@@ -188,15 +86,15 @@ class Worker {
     for (int64_t row = 0; row < sizes_.depth(); ++row) {
       Vector<A> sum = {};
       for (int64_t block = 0; block < tiles.blocks(); ++block) {
-        sum = multiply_add(sum, load(own_.columns + block * column_stride() + row * kLanes<E>),
-                           load(own_.grad_y + block * grad_y_stride() + row % sizes_.channels * kLanes<E>));
+        sum = multiply_add(sum, load(own_.columns + block * own_.column_stride() + row * kLanes<E>),
+                           load(own_.grad_y + block * own_.grad_y_stride() + row % sizes_.channels * kLanes<E>));
       }
       for (int lane = 0; lane < kLanes<A>; ++lane) own_.grad_weight[row / sizes_.channels] += sum[lane];
     }
   }
 
   void multiply_grad_y(const StripTiles<E>& tiles) {
-    const int64_t elements = panel_elements<E>(1, sizes_.out_channels), stride = grad_y_steps_stride();
+    const int64_t elements = panel_elements<E>(1, sizes_.out_channels), stride = own_.grad_y_steps_stride();
     alignas(kCacheLineBytes) A product[kPanelRows<E> * kTile<E>];
     for (int64_t first = 0; first < sizes_.depth(); first += kPanelRows<E>) {
       const E* panel = panels_ + first * elements;
@@ -222,7 +120,7 @@ class Worker {
       for_each_tile(tiles, [&](int64_t row, int64_t place, int64_t pixels) {
         const int64_t first = row * tiles.places_per_row() + place;
         for (int64_t offset = 0; offset < pixels; offset += kLanes<A>) {
-          store(product + offset, factor * unpack_pixels(grad_y, grad_y_stride(), (first + offset) / kLanes<A>));
+          store(product + offset, factor * unpack_pixels(grad_y, own_.grad_y_stride(), (first + offset) / kLanes<A>));
         }
         use_products(tiles, row, place, pixels, column, 1, product);
       });
@@ -239,8 +137,8 @@ class Worker {
     }
   }
 
-  // What `count` rows of u from `column` on, all of one tap, add to grad_x and to the slope of the guide for the pixels of
-  // one tile.
+  // What `count` rows of u from `column` on, all of one tap, add to grad_x and to the slope of the guide for the pixels
+  // of one tile.
   HOST_DEVICE void use_products(const StripTiles<E>& tiles, int64_t row, int64_t place, int64_t pixels, int64_t column,
                                 int64_t count, const A* products) {
     const int64_t tap = column / sizes_.channels, channel = column % sizes_.channels;
@@ -262,7 +160,7 @@ class Worker {
       if (slope != nullptr) {
         Vector<A> sum = load(slope + offset);
         for (int64_t index = 0; index < count; ++index) {
-          sum += unpack_pixels(columns + index * kLanes<E>, column_stride(), (first + offset) / kLanes<A>) *
+          sum += unpack_pixels(columns + index * kLanes<E>, own_.column_stride(), (first + offset) / kLanes<A>) *
                  load(products + index * kTile<E> + offset);
         }
         store(slope + offset, sum);
@@ -359,19 +257,15 @@ class Worker {
   }
 
   const PacConv2dSizes& sizes_;
-  const T* x_;
   const T* guide_;
   const T* weight_;
-  const R* grad_y_;
   const E* panels_;
   A* grad_x_;
   A* grad_guide_;
   bool wants_weight_;
-  bool wants_bias_;
-  A alpha_;
   Carver carver_;
   StripScratch<E> strip_;
-  BackwardScratch<E> own_;
+  BackwardOperands<T, R> own_;
 };
 
 // [C·K², O]: the transpose of what forward multiplies with.
@@ -454,8 +348,8 @@ void backward(const PacConv2dBackward& arguments, const PacConv2dSizes& sizes, i
     return totals;
   };
   if (arguments.grad_weight != nullptr) {
-    const A* sums = sum_of_workers([](const auto& worker) { return worker.grad_weight(); },
-                                   BackwardScratch<E>::weight_sums(sizes));
+    const A* sums =
+        sum_of_workers([](const auto& worker) { return worker.grad_weight(); }, BackwardScratch<E>::weight_sums(sizes));
     const int64_t outputs = sizes.shared ? 1 : sizes.out_channels, channels = sizes.shared ? 1 : sizes.channels;
     T* grad_weight = static_cast<T*>(arguments.grad_weight);
 #pragma omp parallel for num_threads(workers) if (outputs * channels * sizes.taps() >= kParallelNumbers)

@@ -1,5 +1,5 @@
-// What a thread of forward of the pixel-adaptive convolution on the CPU multiplies for one row of a strip of output pixels:
-// the rows of x under its taps, and their products with a panel of the weights.
+// What a thread of forward of the pixel-adaptive convolution on the CPU multiplies for one row of a strip of output
+// pixels: the rows of x under its taps, and their products with a panel of the weights.
 #pragma once
 
 #include "pac_conv2d_strips_cpu.h"
@@ -233,8 +233,8 @@ class ScaledColumns {
 template <typename E>
 using RowOperand = std::conditional_t<kHasMatrixUnit<E>, ScaledColumns<E>, TapProducts<E>>;
 
-// All of it, with the weights in passing, stays in a second-level cache: of 1 MB, or of 2 MB, which every processor with
-// a matrix unit has.
+// All of it, with the weights in passing, stays in a second-level cache: of 1 MB, or of 2 MB, which every processor
+// with a matrix unit has.
 template <typename E>
 constexpr int64_t kRowBytes = int64_t{kHasMatrixUnit<E> ? 640 : 320} << 10;
 
