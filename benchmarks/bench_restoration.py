@@ -117,7 +117,9 @@ class StepContest:
     def entries(self, device, quick):
         sizes, blocks = (QUICK_SIZES, 1) if quick else (SIZES, 10)
         return [
-            StepEntry(rival, side, batch, blocks, device) for side, batch in sizes for rival in (OURS, PLAIN, REFERENCE, BFLOAT16)
+            StepEntry(rival, side, batch, blocks, device)
+            for side, batch in sizes
+            for rival in (OURS, PLAIN, REFERENCE, BFLOAT16)
         ]
 
 

@@ -184,7 +184,9 @@ def train(
         from restoration.profile import profile_training
 
         config = make_config(preset or "paper", **overrides)
-        print(profile_training(data, config, device=choose_device(device), vgg=vgg, styles=style))
+        with joined() as world:
+            world.refuse_company("--profile")
+            print(profile_training(data, config, device=choose_device(device), vgg=vgg, styles=style))
         return
 
     def chosen_config() -> TrainingConfig:

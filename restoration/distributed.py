@@ -53,6 +53,12 @@ class World:
         """Whether this is the one process that writes and talks."""
         return self.rank == 0
 
+    def refuse_company(self, option: str) -> None:
+        """UserError, reported once, where there are other processes, for an option of a single one."""
+        if self.size > 1:
+            message = f"{option} takes one process, got {self.size}: leave torchrun out"
+            raise UserError(message) if self.first else ReportedError(message)
+
     def tell(self, text: str) -> None:
         """Prints, once."""
         if self.first:

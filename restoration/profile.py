@@ -15,7 +15,7 @@ from restoration.distributed import ALONE
 from restoration.loader import load_batches
 from restoration.parts import measuring, part
 from restoration.step import Optimisation
-from restoration.train import build_step, loss_network, training_pairs
+from restoration.train import build_step, check_precision, loss_network, training_pairs
 
 MEBIBYTE = 2**20
 
@@ -77,6 +77,7 @@ def profile_training(
 
     Steps are not captured as a CUDA graph, whose parts could not be told apart.
     """
+    check_precision(config, device)
     paintings = find_paintings(data, styles=styles, split="train")
     features = loss_network(vgg, paintings)
     dataset = training_pairs(paintings, config, vgg)

@@ -68,7 +68,7 @@ def train(
     world takes its part of every batch; a run may go on with another number of them.
     """
     checkpoint_path = world.decide(lambda: _checkpoint_to_resume(run, resume, initial_weights))
-    world.together(lambda: _check_precision(config, device))
+    world.together(lambda: check_precision(config, device))
     paintings = world.decide(lambda: find_paintings(data, styles=styles, split="train"))
     torch.manual_seed(config.seed)
     features = world.together(lambda: loss_network(vgg, paintings))
@@ -102,7 +102,8 @@ def _checkpoint_to_resume(run: Path, resume: bool, initial_weights: Path | None)
     return newest
 
 
-def _check_precision(config: TrainingConfig, device: torch.device) -> None:
+def check_precision(config: TrainingConfig, device: torch.device) -> None:
+    """UserError where the device has no convolutions of that precision."""
     if config.precision == "tf32" and device.type != "cuda":
         raise UserError(f"--precision tf32 is of CUDA devices, got the device {device.type}; take fp32 or bf16")
 

@@ -101,6 +101,15 @@ def gradients(world, reversible):
     return losses, {name: parameter.grad.numpy() for name, parameter in step.named_parameters()}
 
 
+def test_an_option_of_one_process_is_refused_once():
+    World().refuse_company("--profile")
+    with pytest.raises(UserError, match="--profile takes one process, got 2: leave torchrun out") as first:
+        World(rank=0, size=2).refuse_company("--profile")
+    assert not isinstance(first.value, ReportedError)
+    with pytest.raises(ReportedError, match="--profile takes one process"):
+        World(rank=1, size=2).refuse_company("--profile")
+
+
 @pytest.mark.parametrize("reversible", [True, False])
 def test_gradients_are_those_of_the_joined_batch(reversible):
     losses, expected = gradients(World(), reversible)

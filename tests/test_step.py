@@ -10,6 +10,7 @@ from restoration import graph
 from restoration.config import make_config
 from restoration.errors import UserError
 from restoration.journal import Journal
+from restoration.profile import profile_training
 from restoration.step import MEASUREMENTS, Optimisation
 from restoration.train import build_step, train
 from restoration.vgg import loss_features
@@ -138,8 +139,13 @@ def test_reversible_and_plain_training_agree_for_long():
 
 
 def test_tf32_is_refused_on_a_cpu(tmp_path):
-    with pytest.raises(UserError, match="--precision tf32 is of CUDA devices, got the device cpu"):
-        train(tmp_path, tmp_path / "run", make_config("small", precision="tf32"), device=CPU)
+    settings = make_config("small", precision="tf32")
+    for work in (
+        lambda: train(tmp_path, tmp_path / "run", settings, device=CPU),
+        lambda: profile_training(tmp_path, settings, device=CPU),
+    ):
+        with pytest.raises(UserError, match="--precision tf32 is of CUDA devices, got the device cpu"):
+            work()
 
 
 def test_tf32_flags_hold_during_a_step_alone(monkeypatch):
