@@ -233,6 +233,7 @@ def ablate(
     batch: Annotated[int | None, typer.Option(help="Pairs a step.")] = None,
     blocks: Annotated[int | None, typer.Option(help="Reversible blocks a stage.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Adam's.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, tf32 (CUDA alone) or bf16, of the convolutions.")] = None,
     style: Annotated[list[str] | None, typer.Option(help="Style to train on; repeatable. Default: all.")] = None,
     count: Annotated[int, typer.Option(help="Pairs a style to evaluate on, at most.")] = 20,
     size: Annotated[int, typer.Option(help="Longer side, in pixels, of the pictures evaluated on.")] = 512,
@@ -248,7 +249,7 @@ def ablate(
     from restoration.vgg import metric_features
 
     target = choose_device(device)
-    overridden = ("iterations", "crop", "batch", "blocks", "learning_rate")
+    overridden = ("iterations", "crop", "batch", "blocks", "learning_rate", "precision")
     settings = {name: given[name] for name in overridden if given[name] is not None}
     chosen = evaluation_pairs(data, pairs, count)
     with _stopped_by_signal():

@@ -72,6 +72,7 @@ def test_what_is_done_is_not_done_twice(paintings, tmp_path, capsys, monkeypatch
     for options, message in (
         (("--iterations", 1), "has reached step 2 already"),
         (("--iterations", 2, "--learning-rate", 0.5), "was begun with learning_rate 0.0001, now 0.5"),
+        (("--iterations", 2, "--precision", "bf16"), "was begun with precision fp32, now bf16"),
     ):
         code, printed, changed = run(*options)
         assert code == 2 and message in printed and not changed
