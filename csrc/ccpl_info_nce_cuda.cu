@@ -128,7 +128,7 @@ __device__ __forceinline__ void tile_logits(const T* __restrict__ query, const T
     const bool inside = first_key + column_of<A>(place) < sizes.rows;
 #pragma unroll
     for (int row = 0; row < kRowsEach; ++row) {
-      logits[row][place] = inside ? logits[row][place] * inverse_temperature : -A(INFINITY);
+      logits[row][place] = inside ? rounded_product(logits[row][place], inverse_temperature) : -A(INFINITY);
     }
   }
 }

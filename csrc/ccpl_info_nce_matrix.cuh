@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kMatrixThreads, kMatrixBlocks)
     for_each_key_tile<kDepth>(key + offset, sizes, [&](const Vector<uint32_t>* keys, int64_t first_key) {
       Products<kRowTiles, kTileKeys> logits;
       multiply_keys<kDepth, kTileKeys, kRowTiles, T>(rows, keys, 0, sizes.rows - first_key, logits);
-      change<kRowTiles, kTileKeys>(logits, [&](int, int, float& logit) { logit *= scale; });
+      change<kRowTiles, kTileKeys>(logits, [&](int, int, float& logit) { logit = rounded_product(logit, scale); });
       if (has_own_keys<kRowTiles, kTileKeys>(first_row, first_key)) {
         const int own = static_cast<int>(first_row - first_key);
         change<kRowTiles, kTileKeys>(logits, [&](int row, int column, float& logit) {

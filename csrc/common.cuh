@@ -65,6 +65,17 @@ struct alignas(kVectorBytes) Vector {
   T values[kCount];
 };
 
+// left · right, rounded: never part of a fused multiply-add, so that what is subtracted from a copy of it leaves exactly 0.
+#if defined(__CUDACC__)
+__device__ __forceinline__ float rounded_product(float left, float right) { return __fmul_rn(left, right); }
+__device__ __forceinline__ double rounded_product(double left, double right) { return __dmul_rn(left, right); }
+#else
+template <typename A>
+A rounded_product(A left, A right) {
+  return left * right;
+}
+#endif
+
 template <typename Call>
 void dispatch_cuda_dtype(const char* operator_name, DType dtype, Call call) {
   switch (dtype) {
@@ -88,6 +99,7 @@ void allow_shared(Kernel kernel, size_t bytes) {
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // forgets it, or the next launch would report it as its own
   throw std::runtime_error(std::to_string(bytes) +
                            " bytes of shared memory were refused to a kernel: " + cudaGetErrorString(error));
 }

@@ -17,9 +17,12 @@ const char* cuda_unavailable_reason(int64_t device) {
   if (error == cudaSuccess) {
     cudaFuncAttributes attributes;
     error = cudaFuncGetAttributes(&attributes, probe_kernel);
-    cudaSetDevice(previous);
+    // Not for nothing: it would set up a context on a GPU that is perhaps not used.
+    if (previous != device) cudaSetDevice(previous);
   }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // forgets it, or the next launch would report it as its own
+  return cudaGetErrorString(error);
 }
 
 }  // namespace restoration

@@ -2,7 +2,7 @@
 // grad_weight is the product of grad_y [O, pixels] with the scaled columns k_t(p) x[c](p+t) [pixels, K²·C], made on
 // their way into shared memory. A block owns a tile of the sums and one share of the pixels; a second kernel adds the
 // sums of all shares in order. How pixels are shared out depends on sizes alone: the same bits in every run and on
-// every device, so there is no other, faster mode to switch to.
+// every device of one architecture, so there is no other, faster mode to switch to.
 #pragma once
 
 #include "pac_conv2d_backward.cuh"

@@ -1,7 +1,7 @@
 // How operators that visit every pixel of [B,C,H,W] once share the work. A plane is one channel of one image. A block
 // owns a tile of the plane and visits that tile in plane after plane; a thread owns a vector of columns of the tile and
 // every blockDim.y-th row. The cut depends on the sizes alone, so that sums over tiles have the same bits on every
-// device.
+// device of one architecture.
 #pragma once
 
 #include <algorithm>

@@ -185,7 +185,8 @@ def why_not_on(backend, device):
 
 @functools.cache
 def _why_not_on_gpu(index):
-    reason = extension()[0].cuda_unavailable_reason(device=index)
+    with torch.cuda.device(index):
+        reason = extension()[0].cuda_unavailable_reason(device=index)
     return reason and f"the compiled kernels do not run on this GPU ({reason}); reinstall the package on this machine"
 
 

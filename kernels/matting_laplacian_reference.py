@@ -40,7 +40,7 @@ def _window_residuals(image, guide, eps, radius):
     components along an orthonormal basis of the three columns (modified Gram-Schmidt).
     """
     colours = F.pad(_centred_windows(guide, radius), (0, 0, 0, 3))
-    colours[:, :, -3:] = eps**0.5 * torch.eye(3).to(colours)[:, :, None]
+    colours[:, :, -3:] = eps**0.5 * torch.eye(3, dtype=colours.dtype, device=colours.device)[:, :, None]
     residuals = F.pad(_centred_windows(image, radius), (0, 0, 0, 3))
     basis = []
     for column in colours.split(1, dim=1):

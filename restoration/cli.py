@@ -140,6 +140,7 @@ def train(
     gradient_clip: Annotated[float | None, typer.Option(help="Largest gradient norm; 0: none.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, tf32 (CUDA alone) or bf16, of the convolutions.")] = None,
     reversible: Annotated[bool | None, typer.Option(help="Rebuild activations in backward, to save memory.")] = None,
+    capture: Annotated[bool | None, typer.Option(help="On one GPU, make the whole step a CUDA graph.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, samples and anchors.")] = None,
     blocks: Annotated[int | None, typer.Option(help="Reversible blocks a stage.")] = None,
     dpca: Annotated[bool | None, typer.Option(help="Dual pooling channel attention.")] = None,

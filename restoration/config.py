@@ -30,6 +30,7 @@ class TrainingConfig:
     # Streams, colour transfer, losses and optimiser keep float32 or more.
     precision: str = "fp32"
     reversible: bool = True  # rebuild activations in backward in place of keeping them
+    capture: bool = True  # the whole step as one CUDA graph, on one GPU
     seed: int = 0
 
     blocks: int = 10  # a stage

