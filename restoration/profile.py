@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,42 +12,10 @@ from restoration.config import TrainingConfig
 from restoration.data import find_paintings
 from restoration.distributed import ALONE
 from restoration.loader import load_batches
+from restoration.memory import PeakMemory
 from restoration.parts import measuring, part
 from restoration.step import Optimisation
 from restoration.train import build_step, check_precision, loss_network, training_pairs
-
-MEBIBYTE = 2**20
-
-
-class PeakMemory:
-    """Most memory in use since this was made, beyond what was then: allocated on a GPU, resident on a CPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            self._idle = torch.cuda.memory_allocated(device)
-        else:
-            # Forgets the peak so far; not every system lets a program do so, and none fails for the lack of it.
-            with contextlib.suppress(OSError):
-                Path("/proc/self/clear_refs").write_text("5")
-            self._idle = _resident("VmRSS")
-
-    def mebibytes(self) -> float | None:
-        """None where the system does not tell."""
-        if self._device.type == "cuda":
-            return (torch.cuda.max_memory_allocated(self._device) - self._idle) / MEBIBYTE
-        peak = _resident("VmHWM")
-        if peak is None or self._idle is None:
-            return None
-        # Linux adds up the pages of several processors late: its peak can lie some pages below what it said before.
-        return max(0, peak - self._idle) / MEBIBYTE
-
-
-def _resident(field: str) -> int | None:
-    status = Path("/proc/self/status")
-    found = re.search(rf"{field}:\s+(\d+)", status.read_text()) if status.exists() else None
-    return int(found[1]) * 1024 if found else None
 
 
 def report(seconds: dict[str, float], steps: int, peak: float | None) -> str:

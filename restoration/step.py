@@ -14,6 +14,7 @@ from restoration.config import TrainingConfig
 from restoration.flow import ReversibleNetwork
 from restoration.graph import CapturedUpdate, why_not_captured
 from restoration.losses import ReconstructionLoss
+from restoration.memory import return_freed_pages
 from restoration.parts import part
 from restoration.whitening import Moments, moments, transfer_moments
 
@@ -131,6 +132,8 @@ class Optimisation:
         usable = total.isfinite() & (step.largest_stream < STREAM_LIMIT)
         # A NaN here makes every gradient NaN, in all processes that average theirs: the norm alone then tells.
         with part("backward"):
+            if total.device.type == "cpu":
+                return_freed_pages()  # between the tensors that backward needs: its peak would come on top of them
             (total * torch.where(usable, 1.0, math.nan)).backward()
         with part("optimiser"):
             norm, skipped = self._move()

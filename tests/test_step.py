@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from restoration import graph
+from restoration import graph, step
 from restoration.config import make_config
 from restoration.errors import UserError
 from restoration.journal import Journal
@@ -50,6 +50,16 @@ def test_an_outcome_names_its_numbers():
     assert set(found) == losses | {"total", *MEASUREMENTS}
     assert found["total"] == pytest.approx(sum(found[name] for name in losses), rel=1e-6)
     assert found["skipped"] == 0 and found["gradient_norm"] > 0 and 0 < found["largest_stream"] < 256
+
+
+def test_a_step_returns_pages_before_it_goes_backward(monkeypatch):
+    optimise = optimisation()
+    gradients = []
+    monkeypatch.setattr(
+        step, "return_freed_pages", lambda: gradients.extend(p.grad for p in optimise.module.parameters())
+    )
+    optimise(0, *crops())
+    assert gradients and all(gradient is None for gradient in gradients)
 
 
 @pytest.mark.parametrize("poison", ["input", "stream"])

@@ -13,14 +13,13 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from restoration import profile
 from restoration.checkpoints import load_checkpoint, load_network
 from restoration.config import TrainingConfig, make_config
 from restoration.errors import UserError
 from restoration.journal import SKIPPED_IN_A_ROW, TrainingDivergedError
 from restoration.losses import LossWeights
 from restoration.parts import Stopwatch, measuring, part
-from restoration.profile import MEBIBYTE, PeakMemory, profile_training, report
+from restoration.profile import profile_training
 from restoration.step import TrainingStep, learning_rate
 from restoration.train import build_step, newest_checkpoint, resumed_config, train
 from restoration.vgg import loss_features
@@ -92,13 +91,6 @@ def test_a_profile_names_all_parts_and_keeps_nothing(paintings, tmp_path):
     assert parts.keys() == losses | passes | {"step"}
     assert sum(map(float, parts.values())) == pytest.approx(2 * float(parts["step"]), rel=0.02, abs=1)
     assert re.search(r"peak memory: (\d+ MiB|unknown)", table)
-
-
-def test_a_peak_counted_below_the_idle_memory_is_none(monkeypatch):
-    counts = iter((8 * MEBIBYTE, 8 * MEBIBYTE - 4096))
-    monkeypatch.setattr(profile, "_resident", lambda field: next(counts))
-    peak = PeakMemory(CPU).mebibytes()
-    assert report({"step": 1.0}, 1, peak).endswith("peak memory: 0 MiB beyond the idle program")
 
 
 def test_parts_within_parts_count_once(monkeypatch):

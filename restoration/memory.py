@@ -1,0 +1,50 @@
+"""How much memory the program takes, and giving back what it has freed."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import re
+from pathlib import Path
+
+import torch
+
+MEBIBYTE = 2**20
+
+
+class PeakMemory:
+    """Most memory in use since this was made, beyond what was then: allocated on a GPU, resident on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._idle = torch.cuda.memory_allocated(device)
+        else:
+            # Forgets the peak so far; not every system lets a program do so, and none fails for the lack of it.
+            with contextlib.suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")
+            self._idle = resident("VmRSS")
+
+    def mebibytes(self) -> float | None:
+        """None where the system does not tell."""
+        if self._device.type == "cuda":
+            return (torch.cuda.max_memory_allocated(self._device) - self._idle) / MEBIBYTE
+        peak = resident("VmHWM")
+        if peak is None or self._idle is None:
+            return None
+        # Linux adds up the pages of several processors late: its peak can lie some pages below what it said before.
+        return max(0, peak - self._idle) / MEBIBYTE
+
+
+def resident(field: str) -> int | None:
+    """Bytes of main memory that the process holds (VmRSS), or the most it has held (VmHWM), where Linux tells."""
+    status = Path("/proc/self/status")
+    found = re.search(rf"{field}:\s+(\d+)", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else None
+
+
+def return_freed_pages() -> None:
+    """Gives the pages of freed tensors back to the system, where the C library can: glibc keeps them for reuse."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
