@@ -3,7 +3,6 @@
 ``python -m benchmarks.peak_memory FILE DEVICE QUICK NAME...`` prints one line of JSON for each benchmark named.
 """
 
-import ctypes
 import gc
 import json
 import os
@@ -20,6 +19,7 @@ import torch
 
 from benchmarks import ROOT
 from benchmarks.contest import copy
+from restoration.memory import forget_peak, resident, return_freed_pages
 
 OUT_OF_MEMORY = "out of memory"
 # Of the memory that is free when a process starts, how much it may take: with the rest other programs live on, and the
@@ -103,11 +103,11 @@ def _peak(entry):
         baseline = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - baseline
-    if not _reset_high_water():
+    if not (return_freed_pages() and forget_peak()):
         return None
-    baseline = _resident("VmRSS")
+    baseline = resident("VmRSS")
     call()
-    return _resident("VmHWM") - baseline
+    return resident("VmHWM") - baseline
 
 
 def _limit_memory():
@@ -116,20 +116,6 @@ def _limit_memory():
     if free.exists():
         kilobytes = int(re.search(r"MemAvailable:\s+(\d+)", free.read_text())[1])
         resource.setrlimit(resource.RLIMIT_DATA, (int(kilobytes * 1024 * FREE_SHARE),) * 2)
-
-
-def _reset_high_water():
-    """Sets the high-water mark of resident memory to what is resident; False where the system cannot."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    except (AttributeError, OSError):
-        return False
-    return True
-
-
-def _resident(field):
-    return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import re
 from pathlib import Path
@@ -21,9 +20,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             self._idle = torch.cuda.memory_allocated(device)
         else:
-            # Forgets the peak so far; not every system lets a program do so, and none fails for the lack of it.
-            with contextlib.suppress(OSError):
-                Path("/proc/self/clear_refs").write_text("5")
+            forget_peak()  # not every system lets a program do so, and none fails for the lack of it
             self._idle = resident("VmRSS")
 
     def mebibytes(self) -> float | None:
@@ -44,7 +41,19 @@ def resident(field: str) -> int | None:
     return int(found[1]) * 1024 if found else None
 
 
-def return_freed_pages() -> None:
-    """Gives the pages of freed tensors back to the system, where the C library can: glibc keeps them for reuse."""
-    with contextlib.suppress(AttributeError, OSError):
+def forget_peak() -> bool:
+    """Sets the most memory that the process has held to what it holds; False where the system cannot."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def return_freed_pages() -> bool:
+    """Gives the pages of freed tensors back to the system, as glibc can, which keeps them for reuse; else False."""
+    try:
         ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):
+        return False
+    return True
