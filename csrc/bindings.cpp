@@ -16,6 +16,7 @@
 #include "ccpl.h"
 #include "cpu_isa.h"
 #include "dual_pool_attention.h"
+#include "dual_pool_attention_pad2d.h"
 #include "matting_laplacian.h"
 #include "pac_conv2d.h"
 
@@ -103,6 +104,35 @@ void bind_dual_pool_attention(py::module_& module) {
       py::kw_only(), "grad_y"_a, "x"_a, "weight"_a, "mean"_a, "scale"_a, "grad_x"_a, "grad_weight"_a, "workspace"_a,
       "batch"_a, "channels"_a, "height"_a, "width"_a, "taps"_a, "pool_size"_a, "dtype"_a, "stream"_a, Unlocked());
 #endif
+}
+
+void bind_dual_pool_attention_pad2d(py::module_& module) {
+  module.def(
+      "dual_pool_attention_pad2d_forward_cpu",
+      [](Address x, Address weight, Address y, Address mean, Address scale, int64_t batch, int64_t channels,
+         int64_t height, int64_t width, int64_t taps, int64_t pool_size, int64_t padding, int64_t output_dtype,
+         int64_t dtype, int64_t threads) {
+        CPU_KERNEL(dual_pool_attention_pad2d_forward)
+        ({pointer(x), pointer(weight), pointer(y), pointer(mean), pointer(scale)},
+         {{batch, channels, height, width, taps, pool_size}, padding}, static_cast<DType>(dtype),
+         static_cast<DType>(output_dtype), usable_threads(threads));
+      },
+      py::kw_only(), "x"_a, "weight"_a, "y"_a, "mean"_a, "scale"_a, "batch"_a, "channels"_a, "height"_a, "width"_a,
+      "taps"_a, "pool_size"_a, "padding"_a, "output_dtype"_a, "dtype"_a, "threads"_a, Unlocked());
+  module.def(
+      "dual_pool_attention_pad2d_backward_cpu",
+      [](Address grad_y, Address x, Address weight, Address mean, Address scale, Address grad_x, Address grad_weight,
+         int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t taps, int64_t pool_size,
+         int64_t padding, int64_t output_dtype, int64_t dtype, int64_t threads) {
+        CPU_KERNEL(dual_pool_attention_pad2d_backward)
+        ({pointer(grad_y), pointer(x), pointer(weight), pointer(mean), pointer(scale), pointer(grad_x),
+          pointer(grad_weight)},
+         {{batch, channels, height, width, taps, pool_size}, padding}, static_cast<DType>(dtype),
+         static_cast<DType>(output_dtype), usable_threads(threads));
+      },
+      py::kw_only(), "grad_y"_a, "x"_a, "weight"_a, "mean"_a, "scale"_a, "grad_x"_a, "grad_weight"_a, "batch"_a,
+      "channels"_a, "height"_a, "width"_a, "taps"_a, "pool_size"_a, "padding"_a, "output_dtype"_a, "dtype"_a,
+      "threads"_a, Unlocked());
 }
 
 void bind_neighbor_difference(py::module_& module) {
@@ -395,6 +425,7 @@ PYBIND11_MODULE(RESTORATION_MODULE, module) {
              "None if the kernels run on this CUDA device, else why they do not.");
 #endif
   bind_dual_pool_attention(module);
+  bind_dual_pool_attention_pad2d(module);
   bind_neighbor_difference(module);
   bind_info_nce(module);
   bind_matting_laplacian(module);

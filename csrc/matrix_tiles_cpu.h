@@ -118,17 +118,8 @@ HOST_DEVICE void for_tile_of(int64_t pixels, Call call) {
 // Lane i of the result: lanes i and i^kStep summed, of a where bit kStep of i is 0, of b where it is 1.
 template <int kStep, typename A, int... kLane>
 HOST_DEVICE Vector<A> fold(const Vector<A>& a, const Vector<A>& b, std::integer_sequence<int, kLane...>) {
-#define KEPT ((kLane & kStep) != 0 ? kLanes<A> + kLane : kLane)
-#define MOVED ((kLane & kStep) != 0 ? kLanes<A> + (kLane ^ kStep) : kLane ^ kStep)
-#if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(a, b, KEPT...) + __builtin_shufflevector(a, b, MOVED...);
-#else
-  typedef Integer<A> Lane;
-  typedef Lane Order __attribute__((vector_size(kVectorBytes)));
-  return __builtin_shuffle(a, b, Order{KEPT...}) + __builtin_shuffle(a, b, Order{MOVED...});
-#endif
-#undef KEPT
-#undef MOVED
+  return shuffle<A, ((kLane & kStep) != 0 ? kLanes<A> + kLane : kLane)...>(a, b) +
+         shuffle<A, ((kLane & kStep) != 0 ? kLanes<A> + (kLane ^ kStep) : kLane ^ kStep)...>(a, b);
 }
 
 // vectors[0] = the sums over the lanes of vectors[0], vectors[1] ... vectors[kLanes - 1].

@@ -88,11 +88,8 @@ HOST_DEVICE Vector<AccumulateType<E>> unpack_pixels(const E* packed, int64_t str
   if constexpr (kSteps<E> == 1) {
     return load(packed + vector * stride);
   } else {
-    typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
-    typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
-    Half half;
-    std::memcpy(&half, packed + vector / 2 * stride + vector % 2 * (kLanes<E> / 2), sizeof(half));
-    return (Vector<float>)(__builtin_convertvector(half, Words) << 16);
+    const E* pairs = packed + vector / 2 * stride + vector % 2 * (kLanes<E> / 2);
+    return load_vector(reinterpret_cast<const BFloat16*>(pairs));
   }
 }
 

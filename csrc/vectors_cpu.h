@@ -1,7 +1,9 @@
-// The widest vectors of the instruction set that a CPU kernel is compiled for, and e^x of them.
+// The widest vectors of the instruction set that a CPU kernel is compiled for: how they are read and written, how lanes
+// move between them, and e^x.
 #pragma once
 
 #include <type_traits>
+#include <utility>
 
 #include "common_cpu.h"
 
@@ -38,6 +40,55 @@ HOST_DEVICE Vector<A> load(const A* source) {
 template <typename A>
 HOST_DEVICE void store(A* destination, Vector<A> vector) {
   std::memcpy(destination, &vector, sizeof(vector));
+}
+
+// A vector of numbers, widened to the type that is summed.
+template <typename T>
+HOST_DEVICE Vector<AccumulateType<T>> load_vector(const T* source) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+    typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+    Half half;
+    std::memcpy(&half, source, sizeof(half));
+    return (Vector<float>)(__builtin_convertvector(half, Words) << 16);
+  } else {
+    return load(source);
+  }
+}
+
+// Lane i of the result is lane kSource[i] of a and b laid one after the other.
+template <typename A, int... kSource>
+HOST_DEVICE Vector<A> shuffle(const Vector<A>& a, const Vector<A>& b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, kSource...);
+#else
+  typedef Integer<A> Lane;
+  typedef Lane Order __attribute__((vector_size(kVectorBytes)));
+  return __builtin_shuffle(a, b, Order{kSource...});
+#endif
+}
+
+// Exchanges lanes of a whose number has bit kStep with lanes of b, kStep below, whose number has not.
+template <int kStep, typename A, int... kLane>
+HOST_DEVICE void exchange(Vector<A>& a, Vector<A>& b, std::integer_sequence<int, kLane...>) {
+  const Vector<A> first = shuffle<A, ((kLane & kStep) != 0 ? kLanes<A> + (kLane ^ kStep) : kLane)...>(a, b);
+  b = shuffle<A, ((kLane & kStep) != 0 ? kLanes<A> + kLane : kLane ^ kStep)...>(a, b);
+  a = first;
+}
+
+// Turns a square of kLanes vectors over: lane i of vector j becomes lane j of vector i. Quarters of ever smaller squares
+// trade places.
+template <typename A, int kStep = kLanes<A> / 2>
+HOST_DEVICE void transpose(Vector<A>* vectors) {
+  if constexpr (kStep > 0) {
+#pragma GCC unroll 16
+    for (int vector = 0; vector < kLanes<A>; ++vector) {
+      if ((vector & kStep) == 0) {
+        exchange<kStep, A>(vectors[vector], vectors[vector + kStep], std::make_integer_sequence<int, kLanes<A>>());
+      }
+    }
+    transpose<A, kStep / 2>(vectors);
+  }
 }
 
 // e^x of lanes that are at most 0, but for rounding, or NaN; off by less than 2 units in the last place, and exactly 0

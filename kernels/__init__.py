@@ -9,6 +9,7 @@ if __name__ != "restoration_kernels":
 from ._backend import available_backends, use_backend
 from .ccpl import CCPLoss, ccpl_loss, info_nce, neighbor_difference, sample_neighbors
 from .dual_pool_attention import dual_pool_attention
+from .dual_pool_attention_pad2d import dual_pool_attention_pad2d
 from .matting_laplacian import (
     matting_laplacian_apply,
     matting_laplacian_energy,
@@ -22,6 +23,7 @@ __all__ = [
     "available_backends",
     "ccpl_loss",
     "dual_pool_attention",
+    "dual_pool_attention_pad2d",
     "info_nce",
     "matting_laplacian_apply",
     "matting_laplacian_energy",

@@ -170,14 +170,24 @@ def matting_laplacian_matrix(guide, eps, radius):
     _window(operator, eps, radius)
 
 
-def dual_pool_attention(x, weight, pool_size):
+def dual_pool_attention(x, weight, pool_size, operator="dual_pool_attention"):
     """Checks feature maps and the filter over their channels."""
-    operator = "dual_pool_attention"
     _tensor(operator, "x", x, ("B", "C", "H", "W"))
     (k,) = _tensor(operator, "weight", weight, ("k",), like=("x", x))
     if k % 2 == 0:
         _fail(operator, "weight", "have an odd number of entries", k)
     _integer(operator, "pool_size", pool_size, 1)
+
+
+def dual_pool_attention_pad2d(x, weight, padding, pool_size, dtype):
+    """Checks as :func:`dual_pool_attention`, and that there is something to reflect."""
+    operator = "dual_pool_attention_pad2d"
+    dual_pool_attention(x, weight, pool_size, operator)
+    _integer(operator, "padding", padding, 0)
+    if padding >= min(x.shape[2:]):
+        _fail(operator, "padding", f"be less than both sides of x, {list(x.shape[2:])}", padding)
+    if dtype is not None and dtype not in _DTYPES:
+        _fail(operator, "dtype", f"be None or one of {', '.join(map(str, _DTYPES))}", dtype)
 
 
 def _fail(operator, argument, must, got, error=ValueError):

@@ -29,6 +29,7 @@ DIFFERENTIABLE = {
     "matting_laplacian_energy": ("image",),
     "matting_laplacian_apply": ("image",),
     "dual_pool_attention": ("x", "weight"),
+    "dual_pool_attention_pad2d": ("x", "weight"),
 }
 
 
@@ -158,4 +159,10 @@ _SAMPLES += [
     Sample("dual_pool_attention", "odd", "odd", _dual_pool_attention(2, 7, 61, 137)),
     Sample("dual_pool_attention", "16_at_512", "model", _dual_pool_attention(1, 16, 512, 512)),
     Sample("dual_pool_attention", "256_at_128", "model", _dual_pool_attention(1, 256, 128, 128)),
+    Sample("dual_pool_attention_pad2d", "overlapping_bins", "tiny", _dual_pool_attention(2, 3, 4, 5, pool_size=3)),
+    Sample("dual_pool_attention_pad2d", "two_pixels", "tiny", _dual_pool_attention(1, 4, 3, 4, padding=2)),
+    Sample("dual_pool_attention_pad2d", "one_pixel", "tiny", _dual_pool_attention(1, 3, 1, 1, padding=0)),
+    Sample("dual_pool_attention_pad2d", "odd", "odd", _dual_pool_attention(2, 39, 61, 137, padding=3)),
+    Sample("dual_pool_attention_pad2d", "16_at_512", "model", _dual_pool_attention(1, 16, 512, 512)),
+    Sample("dual_pool_attention_pad2d", "256_at_128", "model", _dual_pool_attention(1, 256, 128, 128)),
 ]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from restoration_kernels import dual_pool_attention, pac_conv2d
+from restoration_kernels import dual_pool_attention_pad2d, pac_conv2d
 
 # Streams hold multiples of 2^-16: a 256th of an 8-bit level, fine enough to be invisible, and coarse enough that
 # sums below 2^8 fit float32's 24 bits exactly. Addition is then associative and every block exactly invertible.
@@ -39,22 +39,27 @@ class _RoundToQuantum(torch.autograd.Function):
 
 
 class DualPoolingChannelAttention(nn.Module):
-    """DPCA (Fig. 3): pooling to 50 x 50, then to one, convolution over channels, sigmoid, scaling; [B,C,H,W]."""
+    """DPCA (Fig. 3): pooling to 50 x 50, then to one, convolution over channels, sigmoid, scaling.
+
+    Called as module(x, dtype), x [B,C,H,W]: returns what the convolution after it reads, in dtype, channels last, and
+    one pixel wider on every side, by reflection.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         convolution = nn.Conv1d(1, 1, ATTENTION_TAPS, bias=False)  # for its initialisation
         self.weight = nn.Parameter(convolution.weight.detach().reshape(ATTENTION_TAPS).clone())
 
-    def forward(self, x: Tensor) -> Tensor:
-        return dual_pool_attention(x, self.weight)
+    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return dual_pool_attention_pad2d(x, self.weight, padding=1, dtype=dtype)
 
 
 class PixelAdaptiveFeatureExtraction(nn.Module):
     """CAFE (Fig. 4): guide and value from one input, then a pixel-adaptive convolution (eq. 5) of the value.
 
-    Called as module(x, residual, alpha): returns residual + alpha * CAFE(x), CAFE(x) rounded to the streams' quantum.
-    With adaptive=False an ordinary convolution of the same shape takes the place of the pixel-adaptive one.
+    Called as module(padded, residual, alpha), padded being x with a pixel more on every side: returns residual +
+    alpha * CAFE(x), CAFE(x) rounded to the streams' quantum. With adaptive=False an ordinary convolution of the same
+    shape takes the place of the pixel-adaptive one.
     """
 
     def __init__(self, channels: int, adaptive: bool = True) -> None:
@@ -70,8 +75,8 @@ class PixelAdaptiveFeatureExtraction(nn.Module):
         self.weight = nn.Parameter(output.weight.detach() * OUTPUT_INIT_SCALE)
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor, residual: Tensor, alpha: float) -> Tensor:
-        value, guide = self._value_and_guide(x)
+    def forward(self, padded: Tensor, residual: Tensor, alpha: float) -> Tensor:
+        value, guide = self._value_and_guide(padded)
         value = F.relu(value)
         if guide is None:
             output = F.conv2d(value, self.weight, self.bias, padding=1)
@@ -87,15 +92,11 @@ class PixelAdaptiveFeatureExtraction(nn.Module):
             quantum=STREAM_QUANTUM,
         )
 
-    def _value_and_guide(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        # Channels last, and one convolution for both: each alone has too few outputs to keep a processor busy, and
-        # would pad the input anew. Forward and backward then take 0.4 to 0.6 of the time on a CPU.
+    def _value_and_guide(self, padded: Tensor) -> tuple[Tensor, Tensor | None]:
+        # One convolution for both: each alone has too few outputs to keep a processor busy.
         layers = [layer for layer in (self.value, self.guide) if layer is not None]
         weight = torch.cat([layer.weight for layer in layers])
         bias = torch.cat([layer.bias for layer in layers])
-        # Without autocast, which pads in float32 on a CPU: two more copies of x, and two of its gradient.
-        with torch.autocast(x.device.type, enabled=False):
-            padded = F.pad(x.contiguous(memory_format=torch.channels_last), (1, 1, 1, 1), mode="reflect")
         both = F.conv2d(padded, weight, bias)
         value, *guide = (part.contiguous() for part in both.split([layer.out_channels for layer in layers], 1))
         return value, guide[0] if guide else None
@@ -115,13 +116,17 @@ class ReversibleBlock(nn.Module):
 
     def add(self, residual: Tensor, x: Tensor, alpha: float) -> Tensor:
         """residual + alpha · F(x), for streams [B,C,H,W] and alpha 1 or -1."""
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         # One memory layout both ways: libraries choose the order of a sum by strides, and F must repeat to the bit.
         x = x.contiguous()
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.attention is not None:
-            x = self.attention(x)
-        return self.features(x, residual, alpha)
+            padded = self.attention(x, dtype)
+        else:
+            # Without autocast, which pads in float32 on a CPU: two more copies of x, and two of its gradient.
+            with torch.autocast(kind, enabled=False):
+                padded = F.pad(x.to(dtype, memory_format=torch.channels_last), (1, 1, 1, 1), mode="reflect")
+        return self.features(padded, residual, alpha)
 
     def forward(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         return second, self.add(first, second, 1.0)

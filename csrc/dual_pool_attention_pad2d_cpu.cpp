@@ -1,0 +1,327 @@
+// Dual pooling attention into a padded map with channels last, on the CPU: formula in dual_pool_attention_pad2d.h.
+// A tile is as many pixels of a row, and as many channels, as a vector has lanes: it is read along one of the two,
+// turned over in registers, and written along the other.
+// Forward reads x twice: for the scales, then tile by tile to write y. Backward reads grad_y and x for the gradient to
+// the scales, then grad_y again and writes grad_x. Scratch memory: a vector a channel and thread, and a number a channel
+// and band.
+
+#include "dual_pool_attention_cpu.h"
+#include "dual_pool_attention_pad2d.h"
+#include "vectors_cpu.h"
+
+namespace restoration::CPU_ISA {
+namespace {
+
+// Pixels of a row whose channels are moved before the next ones': those of 256 channels lie in the second cache, and
+// of each channel four cache lines in a row are read.
+constexpr int64_t kSegment = 64;
+
+// Vectors that a lane sums in the accumulate type before float64 takes over, as in blocked_sum.
+constexpr int64_t kSummedVectors = 128;
+
+// Whole rows of all channels of an image: the work of one thread at a time.
+struct Bands {
+  DualPoolAttentionPad2dSizes sizes;
+  int64_t rows_per_band;
+  int64_t bands_per_image;
+
+  explicit Bands(const DualPoolAttentionPad2dSizes& sizes)
+      : sizes(sizes),
+        rows_per_band(std::max<int64_t>(1, kStripElements / std::max<int64_t>(1, sizes.map.channels * sizes.map.width))),
+        bands_per_image(ceil_divide(sizes.map.height, rows_per_band)) {}
+
+  int64_t count() const { return sizes.map.batch * bands_per_image; }
+  int64_t image(int64_t band) const { return band / bands_per_image; }
+  int64_t first_row(int64_t band) const { return band % bands_per_image * rows_per_band; }
+  int64_t last_row(int64_t band) const { return std::min(sizes.map.height, first_row(band) + rows_per_band); }
+};
+
+bool worth_threads(const DualPoolAttentionSizes& sizes, int threads) {
+  return threads > 1 && sizes.planes() * sizes.pixels() >= kParallelElements;
+}
+
+// The first `count` numbers, at most a vector, from source on; the other lanes are zero.
+template <typename T>
+HOST_DEVICE Vector<AccumulateType<T>> load_numbers(const T* source, int64_t count) {
+  using A = AccumulateType<T>;
+  if (count >= kLanes<A>) return load_vector(source);
+  T numbers[kLanes<A>] = {};
+  for (int64_t lane = 0; lane < count; ++lane) numbers[lane] = source[lane];
+  return load_vector(numbers);
+}
+
+template <typename T>
+HOST_DEVICE void store_numbers(T* destination, Vector<AccumulateType<T>> vector, int64_t count) {
+  using A = AccumulateType<T>;
+  T numbers[kLanes<A>];
+#pragma omp simd
+  for (int lane = 0; lane < kLanes<A>; ++lane) assign(numbers[lane], vector[lane]);
+  if (count >= kLanes<A>) {
+    std::memcpy(destination, numbers, sizeof(numbers));
+  } else {
+    std::memcpy(destination, numbers, count * sizeof(T));
+  }
+}
+
+// One row of y, [W+2p, C], from the row of every channel that it mirrors.
+template <typename T, typename Y>
+void write_row(Y* y, const T* x, const AccumulateType<T>* scale, const DualPoolAttentionPad2dSizes& sizes) {
+  using A = AccumulateType<T>;
+  constexpr int64_t kSide = kLanes<A>;
+  const int64_t channels = sizes.map.channels, width = sizes.map.width, padding = sizes.padding;
+  Y* inside = y + padding * channels;
+  for (int64_t segment = 0; segment < width; segment += kSegment) {
+    const int64_t end = std::min(width, segment + kSegment);
+    for (int64_t channel = 0; channel < channels; channel += kSide) {
+      const int64_t wide = std::min(kSide, channels - channel);
+      for (int64_t column = segment; column < end; column += kSide) {
+        const int64_t long_ = std::min(kSide, end - column);
+        Vector<A> tile[kSide] = {};
+        for (int64_t lane = 0; lane < wide; ++lane) {
+          tile[lane] =
+              load_numbers(x + (channel + lane) * sizes.map.pixels() + column, long_) * scale[channel + lane];
+        }
+        transpose<A>(tile);
+        for (int64_t pixel = 0; pixel < long_; ++pixel) {
+          store_numbers(inside + (column + pixel) * channels + channel, tile[pixel], wide);
+        }
+      }
+    }
+  }
+  for (int64_t column = 0; column < padding; ++column) {
+    const int64_t last = width + 2 * padding - 1 - column;
+    std::memcpy(y + column * channels, inside + reflected(column - padding, width) * channels, channels * sizeof(Y));
+    std::memcpy(y + last * channels, inside + reflected(last - padding, width) * channels, channels * sizeof(Y));
+  }
+}
+
+template <typename T, typename Y>
+void forward(const DualPoolAttentionPad2dForward& arguments, const DualPoolAttentionPad2dSizes& sizes, int threads) {
+  using A = AccumulateType<T>;
+  const DualPoolAttentionSizes& map = sizes.map;
+  const T* x = static_cast<const T*>(arguments.x);
+  Y* y = static_cast<Y*>(arguments.y);
+  const A* scale = static_cast<const A*>(arguments.scale);
+  compute_scales(x, static_cast<const T*>(arguments.weight), static_cast<A*>(arguments.mean),
+                 static_cast<A*>(arguments.scale), map, threads);
+  const int64_t rows = map.batch * sizes.padded_height();
+  prepare_output(y, rows * sizes.padded_width() * map.channels);
+#pragma omp parallel for schedule(static) num_threads(threads) if (worth_threads(map, threads))
+  for (int64_t index = 0; index < rows; ++index) {
+    const int64_t image = index / sizes.padded_height(), row = index % sizes.padded_height();
+    const T* from = x + image * map.channels * map.pixels() + reflected(row - sizes.padding, map.height) * map.width;
+    write_row(y + index * sizes.padded_width() * map.channels, from, scale + image * map.channels, sizes);
+  }
+}
+
+// Where along one axis the padding mirrors a place: at most two padded places beside its own.
+struct Mirrors {
+  int64_t places[2];
+  int count;
+
+  Mirrors(int64_t place, int64_t size, int64_t padding) : count(0) {
+    if (place >= 1 && place <= padding) places[count++] = padding - place;
+    if (place <= size - 2 && place >= size - 1 - padding) places[count++] = padding + 2 * (size - 1) - place;
+  }
+};
+
+// grad_y [H+2p, W+2p, C] of one image, read as the gradient to the map before padding.
+template <typename Y>
+class Folded {
+ public:
+  using A = AccumulateType<Y>;
+
+  Folded(const Y* grad_y, const DualPoolAttentionPad2dSizes& sizes) : grad_y_(grad_y), sizes_(sizes) {}
+
+  // Of `count` channels of one pixel; `mirrors` are those of its row.
+  HOST_DEVICE Vector<A> at(int64_t row, const Mirrors& mirrors, int64_t column, int64_t channel, int64_t count) const {
+    Vector<A> sum = along_row(row + sizes_.padding, column, channel, count);
+    for (int index = 0; index < mirrors.count; ++index) {
+      sum += along_row(mirrors.places[index], column, channel, count);
+    }
+    return sum;
+  }
+
+ private:
+  HOST_DEVICE Vector<A> along_row(int64_t padded_row, int64_t column, int64_t channel, int64_t count) const {
+    Vector<A> sum = padded(padded_row, column + sizes_.padding, channel, count);
+    if (column > sizes_.padding && column < sizes_.map.width - 1 - sizes_.padding) return sum;
+    const Mirrors mirrors(column, sizes_.map.width, sizes_.padding);
+    for (int index = 0; index < mirrors.count; ++index) {
+      sum += padded(padded_row, mirrors.places[index], channel, count);
+    }
+    return sum;
+  }
+
+  HOST_DEVICE Vector<A> padded(int64_t row, int64_t column, int64_t channel, int64_t count) const {
+    return load_numbers(grad_y_ + (row * sizes_.padded_width() + column) * sizes_.map.channels + channel, count);
+  }
+
+  const Y* grad_y_;
+  const DualPoolAttentionPad2dSizes& sizes_;
+};
+
+// sums [C] += the lanes of vectors [C], which become zero.
+template <typename A>
+void empty_vectors(double* sums, Vector<A>* vectors, int64_t channels) {
+  for (int64_t channel = 0; channel < channels; ++channel) {
+    double sum = 0;
+    for (int lane = 0; lane < kLanes<A>; ++lane) sum += vectors[channel][lane];
+    sums[channel] += sum;
+    vectors[channel] = Vector<A>{};
+  }
+}
+
+// Calls use(tile, channel, channels, row, column, columns) for the tiles of a band: vectors of the gradient to some
+// columns of a row before padding, one for each channel. After each row and segment it calls next().
+template <typename Y, typename Use, typename Next>
+HOST_DEVICE void for_each_tile(const void* grad_y, const Bands& bands, int64_t band, Use use, Next next) {
+  using A = AccumulateType<Y>;
+  constexpr int64_t kSide = kLanes<A>;
+  const DualPoolAttentionPad2dSizes& sizes = bands.sizes;
+  const DualPoolAttentionSizes& map = sizes.map;
+  const int64_t padded = sizes.padded_height() * sizes.padded_width() * map.channels;
+  const Folded<Y> folded(static_cast<const Y*>(grad_y) + bands.image(band) * padded, sizes);
+  for (int64_t row = bands.first_row(band); row < bands.last_row(band); ++row) {
+    const Mirrors mirrors(row, map.height, sizes.padding);
+    for (int64_t segment = 0; segment < map.width; segment += kSegment) {
+      const int64_t end = std::min(map.width, segment + kSegment);
+      for (int64_t channel = 0; channel < map.channels; channel += kSide) {
+        const int64_t channels = std::min(kSide, map.channels - channel);
+        for (int64_t column = segment; column < end; column += kSide) {
+          const int64_t columns = std::min(kSide, end - column);
+          Vector<A> tile[kSide] = {};
+          for (int64_t pixel = 0; pixel < columns; ++pixel) {
+            tile[pixel] = folded.at(row, mirrors, column + pixel, channel, channels);
+          }
+          transpose<A>(tile);
+          use(tile, channel, channels, row, column, columns);
+        }
+      }
+      next();
+    }
+  }
+}
+
+// sums [C] of grad_y · x in the rows of a band.
+template <typename T, typename Y>
+void sum_band(const DualPoolAttentionPad2dBackward& arguments, const Bands& bands, int64_t band, double* sums) {
+  using A = AccumulateType<T>;
+  const DualPoolAttentionSizes& map = bands.sizes.map;
+  const T* x = static_cast<const T*>(arguments.x) + bands.image(band) * map.channels * map.pixels();
+  Buffer<Vector<A>> vectors(map.channels);
+  std::fill(vectors.data(), vectors.data() + map.channels, Vector<A>{});
+  std::fill(sums, sums + map.channels, 0.0);
+  int64_t summed = 0;
+  for_each_tile<Y>(
+      arguments.grad_y, bands, band,
+      [&](const Vector<A>* tile, int64_t channel, int64_t channels, int64_t row, int64_t column, int64_t columns) {
+        const T* values = x + channel * map.pixels() + row * map.width + column;
+        for (int64_t lane = 0; lane < channels; ++lane) {
+          vectors[channel + lane] += tile[lane] * load_numbers(values + lane * map.pixels(), columns);
+        }
+      },
+      [&] {
+        summed += kSegment / kLanes<A>;
+        if (summed < kSummedVectors) return;
+        empty_vectors<A>(sums, vectors.data(), map.channels);
+        summed = 0;
+      });
+  empty_vectors<A>(sums, vectors.data(), map.channels);
+}
+
+// grad_x = scale · grad_y + grad_mean · the pixel's share in the mean, in the rows of a band.
+template <typename T, typename Y>
+void write_band(const DualPoolAttentionPad2dBackward& arguments, const Bands& bands, int64_t band,
+                const double* grad_mean, const AccumulateType<T>* rows, const AccumulateType<T>* columns) {
+  using A = AccumulateType<T>;
+  const DualPoolAttentionSizes& map = bands.sizes.map;
+  const int64_t first_plane = bands.image(band) * map.channels;
+  T* grad_x = static_cast<T*>(arguments.grad_x) + first_plane * map.pixels();
+  const A* scale = static_cast<const A*>(arguments.scale) + first_plane;
+  for_each_tile<Y>(
+      arguments.grad_y, bands, band,
+      [&](const Vector<A>* tile, int64_t channel, int64_t channels, int64_t row, int64_t column, int64_t count) {
+        T* values = grad_x + channel * map.pixels() + row * map.width + column;
+        const Vector<A> shares = load_numbers(columns + column, count);
+        for (int64_t lane = 0; lane < channels; ++lane) {
+          const A row_grad = A(grad_mean[first_plane + channel + lane] * rows[row]);
+          store_numbers(values + lane * map.pixels(), tile[lane] * scale[channel + lane] + row_grad * shares, count);
+        }
+      },
+      [] {});
+}
+
+template <typename T, typename Y>
+void backward(const DualPoolAttentionPad2dBackward& arguments, const DualPoolAttentionPad2dSizes& sizes, int threads) {
+  using A = AccumulateType<T>;
+  const DualPoolAttentionSizes& map = sizes.map;
+  const Bands bands(sizes);
+  const int64_t count = bands.count();
+  Buffer<double> partial(count * map.channels), grad_logit(map.planes());
+#pragma omp parallel for schedule(static) num_threads(threads) if (worth_threads(map, threads))
+  for (int64_t band = 0; band < count; ++band) {
+    sum_band<T, Y>(arguments, bands, band, partial.data() + band * map.channels);
+  }
+  for (int64_t plane = 0; plane < map.planes(); ++plane) {
+    const int64_t image = plane / map.channels, channel = plane % map.channels;
+    grad_logit[plane] = 0;
+    for (int64_t band = image * bands.bands_per_image; band < (image + 1) * bands.bands_per_image; ++band) {
+      grad_logit[plane] += partial[band * map.channels + channel];
+    }
+  }
+  scale_grad_logits(grad_logit.data(), static_cast<const A*>(arguments.scale), map.planes());
+  if (arguments.grad_weight != nullptr) {
+    compute_grad_weight(static_cast<T*>(arguments.grad_weight), grad_logit.data(),
+                        static_cast<const A*>(arguments.mean), map);
+  }
+  if (arguments.grad_x == nullptr) return;
+  const T* weight = static_cast<const T*>(arguments.weight);
+  Buffer<double> grad_mean(map.planes());
+  for (int64_t plane = 0; plane < map.planes(); ++plane) {
+    const int64_t channel = plane % map.channels;
+    grad_mean[plane] =
+        channel_grad_mean(grad_logit.data() + plane - channel, weight, map.taps, channel, map.channels);
+  }
+  Buffer<A> rows(map.height), columns(map.width);
+  fill_pooling_weights(rows.data(), map.height, map.pool_size);
+  fill_pooling_weights(columns.data(), map.width, map.pool_size);
+  prepare_output(static_cast<T*>(arguments.grad_x), map.planes() * map.pixels());
+#pragma omp parallel for schedule(static) num_threads(threads) if (worth_threads(map, threads))
+  for (int64_t index = 0; index < count; ++index) {
+    write_band<T, Y>(arguments, bands, index, grad_mean.data(), rows.data(), columns.data());
+  }
+}
+
+// Calls call(tag of the dtype, tag of the output's).
+template <typename Call>
+void dispatch_dtypes(DType dtype, DType output_dtype, Call call) {
+  constexpr const char* kName = "dual_pool_attention_pad2d";
+  dispatch_cpu_dtype(kName, dtype, [&](auto tag) {
+    if (output_dtype == dtype) return call(tag, tag);
+    if constexpr (std::is_same_v<typename decltype(tag)::Type, float>) {
+      if (output_dtype == DType::bfloat16) return call(tag, TypeTag<BFloat16>());
+    }
+    refuse_dtype(kName, output_dtype);
+  });
+}
+
+}  // namespace
+
+void dual_pool_attention_pad2d_forward(const DualPoolAttentionPad2dForward& arguments,
+                                       const DualPoolAttentionPad2dSizes& sizes, DType dtype, DType output_dtype,
+                                       int threads) {
+  dispatch_dtypes(dtype, output_dtype, [&](auto tag, auto output_tag) {
+    forward<typename decltype(tag)::Type, typename decltype(output_tag)::Type>(arguments, sizes, threads);
+  });
+}
+
+void dual_pool_attention_pad2d_backward(const DualPoolAttentionPad2dBackward& arguments,
+                                        const DualPoolAttentionPad2dSizes& sizes, DType dtype, DType output_dtype,
+                                        int threads) {
+  dispatch_dtypes(dtype, output_dtype, [&](auto tag, auto output_tag) {
+    backward<typename decltype(tag)::Type, typename decltype(output_tag)::Type>(arguments, sizes, threads);
+  });
+}
+
+}  // namespace restoration::CPU_ISA

@@ -1,0 +1,139 @@
+"""Dual pooling attention into the map that a convolution reads: padded, channels last, in the convolution's dtype.
+
+The CPU has a kernel of its own (csrc/dual_pool_attention_pad2d*). On GPUs the attention's kernels and PyTorch's padding
+make the same map.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _backend, _checks, _launch, _registration
+from .dual_pool_attention import dual_pool_attention
+from .dual_pool_attention_pad2d_reference import dual_pool_attention_pad2d_reference
+
+_OPERATOR = _backend.Operator("dual_pool_attention_pad2d", dual_pool_attention_pad2d_reference)
+
+
+def dual_pool_attention_pad2d(
+    x: Tensor,
+    weight: Tensor,
+    padding: int = 1,
+    *,
+    pool_size: int = 50,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """dual_pool_attention(x, weight), padded by reflection: what a convolution without padding of its own reads.
+
+    The same as ``F.pad(dual_pool_attention(x, weight), (padding,) * 4, mode="reflect")`` in the channels-last layout
+    and in dtype, without the passes over x that cast, attention, layout and padding take one by one.
+
+    Args:
+        x: feature maps [B, C, H, W] of any floating dtype.
+        weight: filter [k] over neighbouring channels, k odd, of the dtype and device of x. Under torch.autocast it is
+            cast to the dtype of x.
+        padding: pixels on every side, at least 0 and less than H and W.
+        pool_size: rows and columns of the attention's first pooling, at least 1.
+        dtype: of the result; None is that of x.
+        backend: "cuda", "triton", "cpu" or "reference"; None leaves the choice to :func:`use_backend`.
+
+    Returns:
+        [B, C, H + 2 padding, W + 2 padding] of dtype, contiguous in torch.channels_last. Gradients: x and weight, for
+        which x, weight and two numbers a channel are kept; only the reference can be differentiated twice.
+
+    Raises:
+        TypeError, ValueError: an argument is not as said here.
+        RuntimeError: the backend asked for cannot run this call. The CPU's kernel takes no float16, and returns the
+            dtype of x, or bfloat16 from float32.
+
+    Source: Sun, Zhang, Wu (2025), doi 10.1038/s40494-025-01595-0, Fig. 3; the padding is that of their convolutions.
+    """
+    (weight,) = _backend.autocast((weight,), getattr(x, "dtype", None))
+    _checks.dual_pool_attention_pad2d(x, weight, padding, pool_size, dtype)
+    return _OPERATOR.run(backend, x=x, weight=weight, padding=padding, pool_size=pool_size, dtype=dtype or x.dtype)
+
+
+def _cpu_cannot(x, dtype=None, **_):
+    if x.dtype == torch.float16:
+        return "its kernel takes no float16"
+    if dtype not in (None, x.dtype) and (x.dtype, dtype) != (torch.float32, torch.bfloat16):
+        return f"its kernel returns the dtype of x, or bfloat16 from float32, not {dtype} from {x.dtype}"
+    return None
+
+
+def _attention_cannot(backend, x, weight, pool_size=50, **_):
+    return _backend.OPERATORS["dual_pool_attention"].why_not(backend, x=x, weight=weight, pool_size=pool_size)
+
+
+def _allocate_forward(x, weight, padding, pool_size, dtype):
+    B, C, H, W = x.shape
+    mean = x.new_empty((B, C), dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.new_empty((B, H + 2 * padding, W + 2 * padding, C), dtype=dtype), mean, torch.empty_like(mean)
+
+
+def _launch_forward(backend, outputs, x, weight, padding, pool_size, dtype):
+    y, mean, scale = outputs
+    _launch_kernel(
+        "forward", backend, {"x": x, "weight": weight, "y": y, "mean": mean, "scale": scale}, padding, pool_size, dtype
+    )
+
+
+def _allocate_backward(grad_y, x, weight, mean, scale, padding, pool_size, dtype, wanted):
+    return [
+        torch.empty_like(value, memory_format=torch.contiguous_format) if wish else None
+        for value, wish in zip((x, weight), wanted, strict=True)
+    ]
+
+
+def _launch_backward(backend, outputs, grad_y, x, weight, mean, scale, padding, pool_size, dtype, wanted):
+    grad_x, grad_weight = outputs
+    tensors = {"grad_y": grad_y, "x": x, "weight": weight, "mean": mean, "scale": scale}
+    tensors |= {"grad_x": grad_x, "grad_weight": grad_weight}
+    _launch_kernel("backward", backend, tensors, padding, pool_size, dtype)
+
+
+def _launch_kernel(direction, backend, tensors, padding, pool_size, dtype):
+    x = tensors["x"]
+    sizes = dict(zip(("batch", "channels", "height", "width"), x.shape, strict=True))
+    sizes.update(taps=len(tensors["weight"]), pool_size=pool_size, padding=padding)
+    sizes.update(output_dtype=_launch.dtype_code(dtype))
+    _launch.run(f"dual_pool_attention_pad2d_{direction}", backend, tensors, sizes, x.dtype)
+
+
+def _save_for_backward(inputs, outputs):
+    x, weight, padding, pool_size, dtype, _ = inputs
+    _, mean, scale = outputs
+    return x, weight, mean, scale, padding, pool_size, dtype
+
+
+_forward = _registration.define(
+    "dual_pool_attention_pad2d(Tensor x, Tensor weight, SymInt padding, SymInt pool_size, ScalarType dtype,"
+    " str backend) -> (Tensor y, Tensor mean, Tensor scale)",
+    _allocate_forward,
+    _launch_forward,
+)
+_backward = _registration.define(
+    "dual_pool_attention_pad2d_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor mean, Tensor scale,"
+    " SymInt padding, SymInt pool_size, ScalarType dtype, bool[] wanted, str backend) -> Tensor[]",
+    _allocate_backward,
+    _launch_backward,
+)
+_registration.differentiate(_forward, _backward, _save_for_backward, count=2)
+
+
+def _run(x, weight, padding, pool_size, dtype):
+    # The op knows rows of pixels with their channels, the caller a map whose strides say the same.
+    return _forward(x, weight, padding, pool_size, dtype, "cpu")[0].permute(0, 3, 1, 2)
+
+
+def _run_composed(backend, x, weight, padding, pool_size, dtype):
+    y = dual_pool_attention(x.to(dtype), weight.to(dtype), pool_size=pool_size, backend=backend)
+    return F.pad(y.contiguous(memory_format=torch.channels_last), (padding,) * 4, mode="reflect")
+
+
+_OPERATOR.register("cpu", _run, _cpu_cannot)
+for _name in ("cuda", "triton"):
+    _OPERATOR.register(_name, functools.partial(_run_composed, _name), functools.partial(_attention_cannot, _name))

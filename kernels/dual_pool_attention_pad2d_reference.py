@@ -1,0 +1,13 @@
+"""Dual pooling attention into a padded map in plain PyTorch: the definition that every backend is measured against."""
+
+import torch
+import torch.nn.functional as F
+
+from .dual_pool_attention_reference import dual_pool_attention_reference
+
+
+def dual_pool_attention_pad2d_reference(x, weight, *, padding=1, pool_size=50, dtype=None):
+    """pad(dual_pool_attention(x)) by reflection, cast to dtype, channels last."""
+    y = dual_pool_attention_reference(x, weight, pool_size=pool_size)
+    y = F.pad(y, (padding,) * 4, mode="reflect").to(dtype or x.dtype)
+    return y.contiguous(memory_format=torch.channels_last)

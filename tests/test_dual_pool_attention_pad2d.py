@@ -1,0 +1,160 @@
+"""What compare.py asks of every operator, and what is special to this: padding, layout, a dtype of its own."""
+
+import compare
+import pytest
+import torch
+import torch.nn.functional as F
+
+from restoration_kernels import dual_pool_attention, dual_pool_attention_pad2d
+
+OPERATOR = "dual_pool_attention_pad2d"
+
+
+def definition(x, weight, padding=1, pool_size=50):
+    """Two poolings and the filter over channels, then every padded pixel one by one."""
+    means = F.adaptive_avg_pool2d(x, pool_size).mean((2, 3))
+    reach = len(weight) // 2
+    logits = [
+        sum(weight[j] * F.pad(means, (reach, reach))[:, c + j] for j in range(len(weight))) for c in range(x.shape[1])
+    ]
+    y = x * torch.sigmoid(torch.stack(logits, 1))[:, :, None, None]
+
+    def mirrored(size):
+        places = range(-padding, size + padding)
+        return [abs(place) if place < size else 2 * (size - 1) - place for place in places]
+
+    rows = torch.stack([y[:, :, row] for row in mirrored(x.shape[2])], 2)
+    return torch.stack([rows[..., column] for column in mirrored(x.shape[3])], 3)
+
+
+@compare.every_case(OPERATOR)
+@compare.every_dtype()
+def test_forward(backend, sample, dtype):
+    compare.check_values(backend, sample, dtype, definition)
+
+
+@compare.every_case(OPERATOR)
+@compare.every_dtype()
+def test_backward(backend, sample, dtype):
+    compare.check_values(backend, sample, dtype, definition, ("x", "weight"))
+
+
+@compare.every_tiny_case(OPERATOR)
+def test_gradcheck(backend, sample):
+    compare.check_gradcheck(backend, sample)
+
+
+# Those on GPUs are made of operators that are tested for themselves.
+@compare.one_case(OPERATOR, backends=("cpu",))
+def test_second_derivatives_refused(backend, sample):
+    compare.check_second_derivatives_refused(backend, sample)
+
+
+@compare.every_tiny_case(OPERATOR, backends=("cpu",))
+def test_opcheck(backend, sample):
+    compare.check_opcheck(backend, sample)
+
+
+@compare.one_case(OPERATOR)
+def test_compile(backend, sample):
+    # The reference is plain PyTorch, of which inductor makes C++ that takes ten seconds to compile.
+    compare.check_compile(backend, sample, "aot_eager" if backend == "reference" else "inductor")
+
+
+@compare.one_case(OPERATOR)
+def test_export(backend, sample):
+    compare.check_export(backend, sample, dynamic={"x": (0, 2, 3)})
+
+
+@compare.one_case(OPERATOR)
+@compare.every_layout()
+def test_layouts(backend, sample, layout):
+    compare.check_layouts(backend, sample, layout)
+
+
+@compare.one_case(OPERATOR)
+def test_only_requested_grads(backend, sample):
+    compare.check_only_requested_grads(backend, sample)
+
+
+@compare.every_case(OPERATOR)
+def test_deterministic(backend, sample):
+    compare.check_deterministic(backend, sample)
+
+
+@compare.one_case(OPERATOR)
+def test_edge_shapes(backend, sample):
+    compare.check_empty_batch(backend, sample, batched=("x",))
+    # Rows longer than what is moved at once, columns of one pixel, and sums long enough to be emptied on the way.
+    for shape, padding in (((1, 1, 1, 300), 0), ((1, 17, 2, 3), 1), ((2, 33, 5, 131), 4), ((1, 3, 150, 260), 2)):
+        x = torch.randn(shape, dtype=torch.float64, device=compare.device(backend)).requires_grad_()
+        weight = torch.randn(3, dtype=torch.float64, device=x.device).requires_grad_()
+        results = []
+        for function in (dual_pool_attention_pad2d, definition):
+            options = {"backend": backend} if function is dual_pool_attention_pad2d else {}
+            y = function(x, weight, padding, **options)
+            cotangent = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).reshape(y.shape)
+            results.append((y, *torch.autograd.grad(y, (x, weight), cotangent)))
+        for name, ours, exact in zip(("y", "grad_x", "grad_weight"), *results, strict=True):
+            compare.judge(f"{name} of {shape}", ours, exact, ulps=compare.REFERENCE_ULPS[torch.float64])
+
+
+@compare.one_case(OPERATOR)
+def test_half_precision_from_float32(backend, sample):
+    """The convolution's dtype: y is rounded once, and the gradient to x keeps float32."""
+    arguments = compare.arguments_for(backend, sample, torch.float32)
+    with torch.autocast(arguments["x"].device.type, torch.bfloat16):
+        found = compare.differentiate(
+            lambda **rest: dual_pool_attention_pad2d(**rest, dtype=torch.bfloat16, backend=backend),
+            arguments,
+            ("x", "weight"),
+        )
+    exact = compare.differentiate(definition, compare.convert(arguments, torch.float64, "cpu"), ("x", "weight"))
+    assert [found[name].dtype for name in ("output", "x", "weight")] == [torch.bfloat16, torch.float32, torch.float32]
+    compare.judge("output", found["output"], exact["output"])
+    # On GPUs the attention itself computes in half precision.
+    for name in ("x", "weight"):
+        precision = torch.float32 if backend in ("cpu", "reference") else torch.bfloat16
+        compare.judge(
+            name, found[name], exact[name], ulps=32 * torch.finfo(precision).eps / torch.finfo(torch.float32).eps
+        )
+
+
+@compare.one_case(OPERATOR)
+def test_channels_last(backend, sample):
+    y = dual_pool_attention_pad2d(**compare.arguments_for(backend, sample, torch.float32), backend=backend)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@compare.one_case(OPERATOR)
+def test_identity_inside_is_the_attention(backend, sample):
+    arguments = compare.arguments_for(backend, sample, torch.float32)
+    inside = dual_pool_attention_pad2d(**arguments, padding=2, backend=backend)[..., 2:-2, 2:-2]
+    assert torch.equal(inside, dual_pool_attention(**arguments, backend=backend))
+
+
+X = torch.randn(1, 4, 5, 6)
+WEIGHT = torch.randn(3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"padding": -1}, "padding must be an integer of at least 0, got -1"),
+        ({"padding": 1.0}, "padding must be an integer of at least 0, got 1.0"),
+        ({"padding": 5}, r"padding must be less than both sides of x, \[5, 6\], got 5"),
+        ({"dtype": torch.int64}, r"dtype must be None or one of torch.float16, .*, got torch.int64"),
+        ({"pool_size": 0}, "pool_size must be an integer of at least 1, got 0"),
+        ({"weight": WEIGHT[:2]}, "weight must have an odd number of entries, got 2"),
+    ],
+)
+def test_rejects(options, message):
+    with pytest.raises(ValueError, match=f"^{OPERATOR}: {message}$"):
+        dual_pool_attention_pad2d(**{"x": X, "weight": WEIGHT, **options})
+
+
+def test_cpu_kernel_refuses_other_dtypes():
+    with pytest.raises(RuntimeError, match=r": its kernel returns the dtype of x, or bfloat16 from float32, not "):
+        dual_pool_attention_pad2d(X, WEIGHT, dtype=torch.float64, backend="cpu")
+    with pytest.raises(RuntimeError, match=r": its kernel takes no float16$"):
+        dual_pool_attention_pad2d(X.half(), WEIGHT.half(), backend="cpu")
