@@ -62,6 +62,19 @@ def test_l2_style_distance_is_eq_8_as_printed():
     assert torch.allclose(computed, expected)
 
 
+def test_channel_statistics_are_mean_and_deviation():
+    feature = torch.randn(2, 3, 4, 5, dtype=torch.float64).requires_grad_()
+    mean, deviation = channel_statistics(feature)
+    variance, expected_mean = torch.var_mean(feature, dim=(2, 3), correction=0)
+    torch.testing.assert_close(mean, expected_mean)
+    torch.testing.assert_close(deviation, (variance + 1e-5).sqrt())
+    assert torch.autograd.gradcheck(channel_statistics, feature)
+    # Of float32 features with a mean far from zero: no difference of large sums.
+    far = 1000 + torch.randn(1, 2, 64, 64)
+    exact = (far.double().var((2, 3), correction=0) + 1e-5).sqrt()
+    torch.testing.assert_close(channel_statistics(far)[1].double(), exact, rtol=1e-5, atol=0)
+
+
 def test_matting_gradient_is_clamped_for_each_image_before_the_mean():
     degraded, _, result, _ = pictures(4)
     result = result.double().requires_grad_()
