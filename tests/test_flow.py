@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from restoration.blocks import STREAM_LIMIT, STREAM_QUANTUM, ReversibleBlock, round_to_quantum
-from restoration.flow import Architecture, ReversibleNetwork, check_stream_range, pad_to_valid_size
+from restoration.flow import (
+    Architecture,
+    ReversibleNetwork,
+    _pixel_shuffle,
+    _pixel_unshuffle,
+    check_stream_range,
+    pad_to_valid_size,
+)
 
 SMALL = Architecture(half_channels=4, blocks_per_stage=2, refinement_blocks=1)
 
@@ -76,6 +83,14 @@ def test_encoding_keeps_places_where_they_are():
     with torch.no_grad():
         moved = (net.encode(x) != net.encode(changed)).any(1)[0].nonzero()
     assert (moved - 80).abs().max() < 79
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 2, 2), (2, 12, 3, 5)])
+def test_pixel_shuffles_are_pytorchs(shape):
+    x = torch.randn(shape)
+    shuffled = torch.nn.functional.pixel_shuffle(x, 2)
+    assert torch.equal(_pixel_shuffle(x), shuffled)
+    assert torch.equal(_pixel_unshuffle(shuffled), x)
 
 
 def test_inverse_block_swaps_the_halves_back():
