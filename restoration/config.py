@@ -26,8 +26,8 @@ class TrainingConfig:
     learning_rate: float = 1e-5
     schedule: str = "constant"
     gradient_clip: float = 0.0  # largest gradient norm, 0 = none
-    # fp32; tf32 in all convolutions, on a GPU; or bf16 in the residual functions and, on a GPU, tf32 in the others.
-    # Streams, colour transfer, losses and optimiser keep float32 or more.
+    # fp32; tf32 in all convolutions, on a GPU; or bf16 in the residual functions and the loss network. Streams, colour
+    # transfer, losses and optimiser keep float32 or more.
     precision: str = "fp32"
     reversible: bool = True  # rebuild activations in backward in place of keeping them
     capture: bool = True  # the whole step as one CUDA graph, on one GPU
@@ -56,7 +56,7 @@ class TrainingConfig:
         return Architecture(blocks_per_stage=self.blocks, dpca=self.dpca, cafe=self.cafe)
 
     def network_precision(self) -> str:
-        """Of the residual functions: tf32 is a setting of the device, not of the network."""
+        """Of network and loss network: tf32 is a setting of the device, not of the network."""
         return "bf16" if self.precision == "bf16" else "fp32"
 
     def loss_weights(self) -> LossWeights:

@@ -131,9 +131,10 @@ def training_pairs(paintings: list[Painting], config: TrainingConfig, vgg: Path 
 
 
 def build_step(config: TrainingConfig, features: VGG19Features) -> TrainingStep:
-    network = ReversibleNetwork(config.architecture(), config.network_precision(), config.reversible)
+    precision = config.network_precision()
+    network = ReversibleNetwork(config.architecture(), precision, config.reversible)
     losses = ReconstructionLoss(
-        features,
+        features.convolving_in(torch.bfloat16) if precision == "bf16" else features,
         config.loss_weights(),
         ccpl=config.ccpl,
         anchors=config.anchors,

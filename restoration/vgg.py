@@ -7,6 +7,7 @@ CVPR 2016.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -127,9 +128,9 @@ class VGG19Features(nn.Module):
     """[B,3,H,W] in [0,1] -> features at LAYERS: [B,64,H,W], [B,128,H/2,W/2], [B,256,H/4,W/4], [B,512,H/8,W/8].
 
     Frozen; computed and returned in the channels-last layout, in which the convolutions take 0.8 of the time on a CPU.
-    For gradients one map a convolution is kept. padding is 'zeros' (metrics) or 'reflect' (losses). Where channel_means
-    are given (one vector a layer) each channel is divided by its mean. Pictures under MINIMUM_SIDE are first enlarged
-    by replicating their edges.
+    For gradients one map a convolution is kept. Features have the dtype of the image, whatever `convolving_in` says.
+    padding is 'zeros' (metrics) or 'reflect' (losses). Where channel_means are given (one vector a layer) each channel
+    is divided by its mean. Pictures under MINIMUM_SIDE are first enlarged by replicating their edges.
     """
 
     def __init__(
@@ -144,12 +145,21 @@ class VGG19Features(nn.Module):
             self.register_buffer(f"{name}_weight", weight.contiguous(memory_format=torch.channels_last))
             self.register_buffer(f"{name}_bias", bias)
 
+    def convolving_in(self, dtype: torch.dtype) -> VGG19Features:
+        """A copy whose convolutions compute in dtype, and keep their maps in it."""
+        converted = copy.deepcopy(self)
+        for name, *_ in CONVOLUTIONS:
+            for buffer in (f"{name}_weight", f"{name}_bias"):
+                setattr(converted, buffer, getattr(converted, buffer).to(dtype))
+        return converted
+
     def forward(self, image: Tensor) -> list[Tensor]:
         height, width = image.shape[-2:]
         if min(height, width) < MINIMUM_SIDE:
             missing = (0, max(0, MINIMUM_SIDE - width), 0, max(0, MINIMUM_SIDE - height))
             image = F.pad(image, missing, mode="replicate")
-        x = ((image - self.mean) / self.deviation).contiguous(memory_format=torch.channels_last)
+        x = (image - self.mean) / self.deviation
+        x = x.to(self.block1_conv1_weight.dtype, memory_format=torch.channels_last)
         features = []
         for name, *_ in CONVOLUTIONS:
             if name in POOLED_BEFORE:
@@ -157,7 +167,7 @@ class VGG19Features(nn.Module):
             weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
             x = _FrozenConvolution.apply(x, weight, bias, self.reflect)
             if name in TAPPED:
-                features.append(x)
+                features.append(x.to(image.dtype))
         return features
 
 

@@ -148,6 +148,15 @@ def test_reversible_and_plain_training_agree_for_long():
     assert curves[0] == pytest.approx(curves[1], rel=1e-2)
 
 
+def test_bf16_is_of_network_and_loss_network():
+    features = loss_features()
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        step = build_step(make_config("small", precision=precision), features)
+        assert step.network.precision == precision
+        assert step.losses.features.block4_conv1_weight.dtype == dtype
+        assert all(parameter.dtype == torch.float32 for parameter in step.parameters())
+
+
 def test_tf32_is_refused_on_a_cpu(tmp_path):
     settings = make_config("small", precision="tf32")
     for work in (

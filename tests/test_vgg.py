@@ -35,6 +35,21 @@ def torchvision_file(path, drop=None):
     return tensors
 
 
+def test_convolving_in_bfloat16():
+    """A copy that rounds its maps, returns the image's dtype, and passes on nearly the same gradient."""
+    image = picture(64, 48).requires_grad_()
+    network = loss_features()
+    results = []
+    for features in (network, network.convolving_in(torch.bfloat16)):
+        outputs = features(image)
+        (gradient,) = torch.autograd.grad(sum(output.square().mean() for output in outputs), image)
+        results.append([*outputs, gradient])
+    assert network.block1_conv1_weight.dtype == torch.float32
+    for exact, rounded in zip(*results, strict=True):
+        assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
+        assert F.cosine_similarity(rounded.flatten(), exact.flatten(), dim=0) > 0.998
+
+
 def test_feature_shapes():
     shapes = [tuple(feature.shape) for feature in metric_features()(picture())]
     assert shapes == [(1, 64, 32, 40), (1, 128, 16, 20), (1, 256, 8, 10), (1, 512, 4, 5)]
