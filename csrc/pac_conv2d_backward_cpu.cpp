@@ -279,14 +279,29 @@ void pack_transposed_weight(E* panels, const PacConv2dSizes& sizes, const T* wei
   });
 }
 
-// Place of grad_W[o,c,t] in BackwardScratch::grad_weight.
-template <typename E>
-int64_t weight_sum(const PacConv2dSizes& sizes, int64_t output, int64_t channel, int64_t tap) {
-  if (sizes.shared) return tap;
-  const int64_t column = tap * sizes.channels + channel;
-  const int64_t block =
-      column / kBlockColumns<E> * (BackwardScratch<E>::output_rows(sizes) / kBlockRows<E>) + output / kBlockRows<E>;
-  return block * kBlockSums<E> + Blocks<E>::sum_place(output % kBlockRows<E>, column % kBlockColumns<E>);
+// grad_weight from the sums that BackwardScratch::grad_weight holds.
+template <typename T>
+void store_weight(T* grad_weight, const AccumulateType<T>* sums, const PacConv2dSizes& sizes, int threads) {
+  using E = Operand<T>;
+  if (sizes.shared) {
+    for (int64_t tap = 0; tap < sizes.taps(); ++tap) grad_weight[tap] = T(sums[tap]);
+    return;
+  }
+  const int64_t depth = sizes.depth(), taps = sizes.taps();
+  const int64_t next_columns = BackwardScratch<E>::output_rows(sizes) / kBlockRows<E> * kBlockSums<E>;
+#pragma omp parallel for num_threads(threads) if (sizes.out_channels * depth >= kParallelNumbers)
+  for (int64_t output = 0; output < sizes.out_channels; ++output) {
+    T* filters = grad_weight + output * depth;
+    const AccumulateType<T>* block = sums + output / kBlockRows<E> * kBlockSums<E>;
+    int64_t channel = 0, tap = 0;
+    for (int64_t first = 0; first < depth; first += kBlockColumns<E>, block += next_columns) {
+      const int64_t columns = std::min<int64_t>(kBlockColumns<E>, depth - first);
+      for (int64_t column = 0; column < columns; ++column) {
+        filters[channel * taps + tap] = T(block[Blocks<E>::sum_place(output % kBlockRows<E>, column)]);
+        if (++channel == sizes.channels) channel = 0, ++tap;
+      }
+    }
+  }
 }
 
 template <typename T, typename R>
@@ -350,17 +365,7 @@ void backward(const PacConv2dBackward& arguments, const PacConv2dSizes& sizes, i
   if (arguments.grad_weight != nullptr) {
     const A* sums =
         sum_of_workers([](const auto& worker) { return worker.grad_weight(); }, BackwardScratch<E>::weight_sums(sizes));
-    const int64_t outputs = sizes.shared ? 1 : sizes.out_channels, channels = sizes.shared ? 1 : sizes.channels;
-    T* grad_weight = static_cast<T*>(arguments.grad_weight);
-#pragma omp parallel for num_threads(workers) if (outputs * channels * sizes.taps() >= kParallelNumbers)
-    for (int64_t output = 0; output < outputs; ++output) {
-      for (int64_t channel = 0; channel < channels; ++channel) {
-        T* filter = grad_weight + (output * channels + channel) * sizes.taps();
-        for (int64_t tap = 0; tap < sizes.taps(); ++tap) {
-          filter[tap] = T(sums[weight_sum<E>(sizes, output, channel, tap)]);
-        }
-      }
-    }
+    store_weight(static_cast<T*>(arguments.grad_weight), sums, sizes, workers);
   }
   if (arguments.grad_bias != nullptr) {
     const A* sums = sum_of_workers([](const auto& worker) { return worker.grad_bias(); }, sizes.out_channels);
