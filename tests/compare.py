@@ -6,13 +6,16 @@ reference in float64, plus a few units in the last place of the largest value.
 
 import contextlib
 import functools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import restoration_kernels
-from restoration_kernels._backend import BACKENDS, OPERATORS
+from restoration_kernels._backend import BACKENDS, OPERATORS, extension
 from restoration_kernels._samples import DIFFERENTIABLE, convert, samples
 
 # Four roundings: of the product, of the sum, of the epilogue, and of the result to its dtype.
@@ -317,3 +320,37 @@ def check_deterministic(backend, sample):
     first, second = (differentiate(function, arguments, names) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
+
+
+def every_lesser_instruction_set():
+    """Parametrises a test over what the CPU kernels do on older processors; other tests run the best of this one."""
+    dtypes = (torch.float32, torch.float32, torch.bfloat16, torch.bfloat16)
+    return pytest.mark.parametrize(
+        ("isa", "dtype"), zip(INSTRUCTION_SETS, dtypes, strict=False), ids=INSTRUCTION_SETS[:4]
+    )
+
+
+def check_instruction_set(sample, isa, dtype, folder):
+    """Output and gradients of the CPU kernel by the judge, computed in a process that uses this instruction set."""
+    arguments = arguments_for("cpu", sample, dtype)
+    best = extension()[0].build_info()["cpu_isa"]
+    if INSTRUCTION_SETS.index(isa) >= INSTRUCTION_SETS.index(best):
+        pytest.skip(f"this processor's best is {best}")
+    names = DIFFERENTIABLE[sample.operator]
+    torch.save(arguments, folder / "arguments")
+    script = (
+        "import compare, torch; "
+        f"assert compare.extension()[0].build_info()['cpu_isa'] == {isa!r}; "
+        f"arguments = torch.load({str(folder / 'arguments')!r}); "
+        f"results = compare.differentiate(compare.public({sample.operator!r}, 'cpu'), arguments, {names!r}); "
+        f"torch.save(results, {str(folder / 'results')!r})"
+    )
+    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    environment = {**os.environ, "RESTORATION_CPU_ISA": isa, "PYTHONPATH": path}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+    reference = public(sample.operator, "reference")
+    exact = differentiate(reference, convert(arguments, torch.float64, "cpu"), names)
+    judge_all(torch.load(folder / "results"), exact, differentiate(reference, arguments, names))

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from restoration_kernels import dual_pool_attention, dual_pool_attention_pad2d
+from restoration_kernels._samples import samples
 
 OPERATOR = "dual_pool_attention_pad2d"
 
@@ -131,6 +132,11 @@ def test_identity_inside_is_the_attention(backend, sample):
     arguments = compare.arguments_for(backend, sample, torch.float32)
     inside = dual_pool_attention_pad2d(**arguments, padding=2, backend=backend)[..., 2:-2, 2:-2]
     assert torch.equal(inside, dual_pool_attention(**arguments, backend=backend))
+
+
+@compare.every_lesser_instruction_set()
+def test_lesser_instruction_sets(isa, dtype, tmp_path):
+    compare.check_instruction_set(samples(OPERATOR, "odd")[0], isa, dtype, tmp_path)
 
 
 X = torch.randn(1, 4, 5, 6)

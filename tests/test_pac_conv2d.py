@@ -1,13 +1,9 @@
-import os
-import subprocess
-import sys
-
 import compare
 import pytest
 import torch
 import torch.nn.functional as F
 
-from restoration_kernels import PacConv2d, _backend, pac_conv2d, pac_conv2d_, pac_kernel2d
+from restoration_kernels import PacConv2d, pac_conv2d, pac_conv2d_, pac_kernel2d
 from restoration_kernels._samples import samples
 
 OPERATOR = "pac_conv2d"
@@ -271,40 +267,9 @@ def test_any_thread_count():
         assert torch.equal(results[2][name], results[3][name]), name
 
 
-@pytest.mark.parametrize(
-    ("isa", "dtype"),
-    [
-        ("baseline", torch.float32),
-        ("avx2", torch.float32),
-        ("avx512", torch.bfloat16),
-        ("avx512bf16", torch.bfloat16),
-    ],
-    ids=["baseline", "avx2", "avx512", "avx512bf16"],
-)
+@compare.every_lesser_instruction_set()
 def test_lesser_instruction_sets(isa, dtype, tmp_path):
-    """What the kernel does on older processors; all other tests run the best that this one has."""
-    sample = next(sample for sample in samples(OPERATOR, "odd"))
-    arguments = compare.arguments_for("cpu", sample, dtype)
-    names = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
-    best = _backend.extension()[0].build_info()["cpu_isa"]
-    if names.index(isa) >= names.index(best):
-        pytest.skip(f"this processor's best is {best}")
-    torch.save(arguments, tmp_path / "arguments")
-    script = (
-        "import compare, torch; from restoration_kernels import _backend; "
-        f"assert _backend.extension()[0].build_info()['cpu_isa'] == {isa!r}; "
-        f"arguments = torch.load({str(tmp_path / 'arguments')!r}); "
-        f"results = compare.differentiate(compare.public({OPERATOR!r}, 'cpu'), arguments, {GRADIENTS!r}); "
-        f"torch.save(results, {str(tmp_path / 'results')!r})"
-    )
-    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
-    environment = {**os.environ, "RESTORATION_CPU_ISA": isa, "PYTHONPATH": path}
-    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
-    reference = compare.public(OPERATOR, "reference")
-    exact = compare.differentiate(reference, compare.convert(arguments, torch.float64, "cpu"), GRADIENTS)
-    plain = compare.differentiate(reference, arguments, GRADIENTS)
-    results = torch.load(tmp_path / "results")
-    compare.judge_all(results, exact, plain)
+    compare.check_instruction_set(samples(OPERATOR, "odd")[0], isa, dtype, tmp_path)
 
 
 @compare.every_backend(OPERATOR)

@@ -43,6 +43,24 @@ def dual_pool_attention(batch, channels, height, width, dtype):
         extension.dual_pool_attention_backward_cpu(**backward, **options, threads=2)
 
 
+def dual_pool_attention_pad2d(batch, channels, height, width, padding, dtype, output_dtype):
+    size, output_size, accumulate_size, taps = BYTES[dtype], BYTES[output_dtype], max(4, BYTES[dtype]), 5
+    padded = batch * channels * (height + 2 * padding) * (width + 2 * padding)
+    arrays = {
+        **{name: array(batch * channels * height * width, size) for name in ("x", "grad_x")},
+        **{name: array(padded, output_size) for name in ("y", "grad_y")},
+        **{name: array(taps, size) for name in ("weight", "grad_weight")},
+        **{name: array(batch * channels, accumulate_size) for name in ("mean", "scale")},
+    }
+    addresses = {name: values.ctypes.data for name, values in arrays.items()}
+    common = {name: addresses[name] for name in ("x", "weight", "mean", "scale")}
+    common.update(batch=batch, channels=channels, height=height, width=width, taps=taps, pool_size=50, padding=padding)
+    common.update(dtype=extension.DTYPES[dtype], output_dtype=extension.DTYPES[output_dtype], threads=2)
+    extension.dual_pool_attention_pad2d_forward_cpu(**common, y=addresses["y"])
+    gradients = {name: addresses[name] for name in ("grad_y", "grad_x", "grad_weight")}
+    extension.dual_pool_attention_pad2d_backward_cpu(**common, **gradients)
+
+
 def matting_laplacian(batch, channels, height, width, radius, dtype):
     size = BYTES[dtype]
     sizes = {"batch": batch, "channels": channels, "height": height, "width": width, "radius": radius}
@@ -176,6 +194,11 @@ for sizes, dtype in itertools.product([(2, 67, 37), (1, 1, 1), (2, 67, 40), (1, 
     info_nce(*sizes, dtype)
 for shape, dtype in itertools.product([(2, 3, 37, 61), (1, 2, 33, 64), (1, 2, 300, 3), (2, 4, 1, 1)], BYTES):
     dual_pool_attention(*shape, dtype)
+for sizes, dtypes in itertools.product(
+    [(2, 3, 37, 61, 3), (1, 18, 33, 64, 1), (2, 4, 1, 1, 0), (1, 16, 2, 130, 1)],
+    [("float32", "float32"), ("float64", "float64"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")],
+):
+    dual_pool_attention_pad2d(*sizes, *dtypes)
 for sizes, dtype in itertools.product(
     [
         (2, 3, 5, 9, 7, 11, 1, 1, False, False),
