@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 MEBIBYTE = 2**20
+CPU = torch.device("cpu")
 
 
 class PeakMemory:
@@ -50,8 +51,14 @@ def forget_peak() -> bool:
     return True
 
 
-def return_freed_pages() -> bool:
-    """Gives the pages of freed tensors back to the system, as glibc can, which keeps them for reuse; else False."""
+def return_freed_pages(device: torch.device = CPU) -> bool:
+    """Gives the pages of a CPU's freed tensors back to the system; False where they are kept, as only glibc gives them.
+
+    Freed pages lie between tensors in use, and what is allocated next does not always fit in: a peak comes on top of
+    them. On other devices nothing is done.
+    """
+    if device.type != "cpu":
+        return False
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError):

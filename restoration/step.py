@@ -60,6 +60,7 @@ class TrainingStep(nn.Module):
             reached = moments(encoded_result)
         cycled, more_fallbacks = self._recoloured(encoded_result, reached, own, degraded)
         streams = (content, style, encoded_result)
+        return_freed_pages(degraded.device)  # of the network, before the loss network takes the most
         return StepResult(
             losses=self.losses(degraded, reference, result, cycled, generator),
             result=result.detach(),
@@ -132,8 +133,7 @@ class Optimisation:
         usable = total.isfinite() & (step.largest_stream < STREAM_LIMIT)
         # A NaN here makes every gradient NaN, in all processes that average theirs: the norm alone then tells.
         with part("backward"):
-            if total.device.type == "cpu":
-                return_freed_pages()  # between the tensors that backward needs: its peak would come on top of them
+            return_freed_pages(total.device)
             (total * torch.where(usable, 1.0, math.nan)).backward()
         with part("optimiser"):
             norm, skipped = self._move()

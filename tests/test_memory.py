@@ -28,3 +28,7 @@ def test_pages_freed_between_tensors_in_use_are_returned():
     return_freed_pages()
     assert before - resident("VmRSS") > 16 * MEBIBYTE
     assert all((tensor == 1).all() for tensor in tensors)
+
+
+def test_pages_of_other_devices_are_not_ours_to_return():
+    assert return_freed_pages(torch.device("meta")) is False

@@ -52,14 +52,15 @@ def test_an_outcome_names_its_numbers():
     assert found["skipped"] == 0 and found["gradient_norm"] > 0 and 0 < found["largest_stream"] < 256
 
 
-def test_a_step_returns_pages_before_it_goes_backward(monkeypatch):
+def test_a_step_returns_pages_before_its_losses_and_before_it_goes_backward(monkeypatch):
     optimise = optimisation()
-    gradients = []
-    monkeypatch.setattr(
-        step, "return_freed_pages", lambda: gradients.extend(p.grad for p in optimise.module.parameters())
-    )
+    events = []
+    monkeypatch.setattr(step, "return_freed_pages", lambda device: events.append(f"pages of {device}"))
+    optimise.module.losses.register_forward_pre_hook(lambda *_: events.append("losses"))
+    next(optimise.module.network.parameters()).register_hook(lambda gradient: events.append("gradient"))
     optimise(0, *crops())
-    assert gradients and all(gradient is None for gradient in gradients)
+    assert events == ["pages of cpu", "losses", "pages of cpu", *["gradient"] * events.count("gradient")]
+    assert events[-1] == "gradient"
 
 
 @pytest.mark.parametrize("poison", ["input", "stream"])

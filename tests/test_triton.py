@@ -14,7 +14,8 @@ import torch
 from restoration_kernels._backend import OPERATORS
 
 TESTS = Path(__file__).parent
-SOURCES = sorted((TESTS.parent / "kernels").glob("*_triton.py"))
+KERNELS = TESTS.parent / "kernels"
+SOURCES = sorted(KERNELS.glob("*_triton.py"))
 ARCHITECTURES = {86, 90}
 
 pytest.importorskip("triton")
@@ -33,7 +34,8 @@ def run(command, **environment):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which the operators' own tests run")
 def test_values_under_the_interpreter(tmp_path):
     """The judge of every operator, on forward and backward."""
-    files = [TESTS / f"test_{path.name.removesuffix('_triton.py')}.py" for path in SOURCES]
+    stems = [path.name.removesuffix("_reference.py") for path in sorted(KERNELS.glob("*_reference.py"))]
+    files = [TESTS / f"test_{stem}.py" for stem in stems]
     values = "(test_backward and not float64) or test_edge_shapes or (test_in_place and float32)"
     # The interpreter takes a minute for one of pac_conv2d's odd samples.
     others = "test_many_tiles or test_spoiled_guide or test_guide_of_any_magnitude"
