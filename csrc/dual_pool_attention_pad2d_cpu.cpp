@@ -68,30 +68,33 @@ template <typename T, typename Y>
 void write_row(Y* y, const T* x, const AccumulateType<T>* scale, const DualPoolAttentionPad2dSizes& sizes) {
   using A = AccumulateType<T>;
   constexpr int64_t kSide = kLanes<A>;
-  const int64_t channels = sizes.map.channels, width = sizes.map.width, padding = sizes.padding;
-  Y* inside = y + padding * channels;
+  const int64_t all_channels = sizes.map.channels, width = sizes.map.width, padding = sizes.padding;
+  Y* inside = y + padding * all_channels;
   for (int64_t segment = 0; segment < width; segment += kSegment) {
     const int64_t end = std::min(width, segment + kSegment);
-    for (int64_t channel = 0; channel < channels; channel += kSide) {
-      const int64_t wide = std::min(kSide, channels - channel);
+    for (int64_t channel = 0; channel < all_channels; channel += kSide) {
+      const int64_t channels = std::min(kSide, all_channels - channel);
       for (int64_t column = segment; column < end; column += kSide) {
-        const int64_t long_ = std::min(kSide, end - column);
+        const int64_t columns = std::min(kSide, end - column);
+        const T* values = x + channel * sizes.map.pixels() + column;
         Vector<A> tile[kSide] = {};
-        for (int64_t lane = 0; lane < wide; ++lane) {
-          tile[lane] =
-              load_numbers(x + (channel + lane) * sizes.map.pixels() + column, long_) * scale[channel + lane];
+        for (int64_t lane = 0; lane < channels; ++lane) {
+          tile[lane] = load_numbers(values + lane * sizes.map.pixels(), columns) * scale[channel + lane];
         }
         transpose<A>(tile);
-        for (int64_t pixel = 0; pixel < long_; ++pixel) {
-          store_numbers(inside + (column + pixel) * channels + channel, tile[pixel], wide);
+        for (int64_t pixel = 0; pixel < columns; ++pixel) {
+          store_numbers(inside + (column + pixel) * all_channels + channel, tile[pixel], channels);
         }
       }
     }
   }
+  const auto mirror = [&](int64_t padded) {
+    const Y* source = inside + reflected(padded - padding, width) * all_channels;
+    std::memcpy(y + padded * all_channels, source, all_channels * sizeof(Y));
+  };
   for (int64_t column = 0; column < padding; ++column) {
-    const int64_t last = width + 2 * padding - 1 - column;
-    std::memcpy(y + column * channels, inside + reflected(column - padding, width) * channels, channels * sizeof(Y));
-    std::memcpy(y + last * channels, inside + reflected(last - padding, width) * channels, channels * sizeof(Y));
+    mirror(column);
+    mirror(sizes.padded_width() - 1 - column);
   }
 }
 
