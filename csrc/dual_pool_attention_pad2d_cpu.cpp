@@ -27,7 +27,7 @@ struct Bands {
 
   explicit Bands(const DualPoolAttentionPad2dSizes& sizes)
       : sizes(sizes),
-        rows_per_band(std::max<int64_t>(1, kStripElements / std::max<int64_t>(1, sizes.map.channels * sizes.map.width))),
+        rows_per_band(std::max<int64_t>(1, kStripElements / (sizes.map.channels * sizes.map.width))),
         bands_per_image(ceil_divide(sizes.map.height, rows_per_band)) {}
 
   int64_t count() const { return sizes.map.batch * bands_per_image; }
@@ -63,21 +63,33 @@ HOST_DEVICE void store_numbers(T* destination, Vector<AccumulateType<T>> vector,
   }
 }
 
+// Calls call(channel, channels, column, columns) for the tiles of a row, and next() after each segment.
+template <typename A, typename Call, typename Next>
+HOST_DEVICE void for_each_tile_of_row(const DualPoolAttentionSizes& map, Call call, Next next) {
+  constexpr int64_t kSide = kLanes<A>;
+  for (int64_t segment = 0; segment < map.width; segment += kSegment) {
+    const int64_t end = std::min(map.width, segment + kSegment);
+    for (int64_t channel = 0; channel < map.channels; channel += kSide) {
+      const int64_t channels = std::min(kSide, map.channels - channel);
+      for (int64_t column = segment; column < end; column += kSide) {
+        call(channel, channels, column, std::min(kSide, end - column));
+      }
+    }
+    next();
+  }
+}
+
 // One row of y, [W+2p, C], from the row of every channel that it mirrors.
 template <typename T, typename Y>
 void write_row(Y* y, const T* x, const AccumulateType<T>* scale, const DualPoolAttentionPad2dSizes& sizes) {
   using A = AccumulateType<T>;
-  constexpr int64_t kSide = kLanes<A>;
   const int64_t all_channels = sizes.map.channels, width = sizes.map.width, padding = sizes.padding;
   Y* inside = y + padding * all_channels;
-  for (int64_t segment = 0; segment < width; segment += kSegment) {
-    const int64_t end = std::min(width, segment + kSegment);
-    for (int64_t channel = 0; channel < all_channels; channel += kSide) {
-      const int64_t channels = std::min(kSide, all_channels - channel);
-      for (int64_t column = segment; column < end; column += kSide) {
-        const int64_t columns = std::min(kSide, end - column);
+  for_each_tile_of_row<A>(
+      sizes.map,
+      [&](int64_t channel, int64_t channels, int64_t column, int64_t columns) {
         const T* values = x + channel * sizes.map.pixels() + column;
-        Vector<A> tile[kSide] = {};
+        Vector<A> tile[kLanes<A>] = {};
         for (int64_t lane = 0; lane < channels; ++lane) {
           tile[lane] = load_numbers(values + lane * sizes.map.pixels(), columns) * scale[channel + lane];
         }
@@ -85,9 +97,8 @@ void write_row(Y* y, const T* x, const AccumulateType<T>* scale, const DualPoolA
         for (int64_t pixel = 0; pixel < columns; ++pixel) {
           store_numbers(inside + (column + pixel) * all_channels + channel, tile[pixel], channels);
         }
-      }
-    }
-  }
+      },
+      [] {});
   const auto mirror = [&](int64_t padded) {
     const Y* source = inside + reflected(padded - padding, width) * all_channels;
     std::memcpy(y + padded * all_channels, source, all_channels * sizeof(Y));
@@ -99,7 +110,7 @@ void write_row(Y* y, const T* x, const AccumulateType<T>* scale, const DualPoolA
 }
 
 template <typename T, typename Y>
-void forward(const DualPoolAttentionPad2dForward& arguments, const DualPoolAttentionPad2dSizes& sizes, int threads) {
+void forward(const DualPoolAttentionForward& arguments, const DualPoolAttentionPad2dSizes& sizes, int threads) {
   using A = AccumulateType<T>;
   const DualPoolAttentionSizes& map = sizes.map;
   const T* x = static_cast<const T*>(arguments.x);
@@ -180,35 +191,28 @@ void empty_vectors(double* sums, Vector<A>* vectors, int64_t channels) {
 template <typename Y, typename Use, typename Next>
 HOST_DEVICE void for_each_tile(const void* grad_y, const Bands& bands, int64_t band, Use use, Next next) {
   using A = AccumulateType<Y>;
-  constexpr int64_t kSide = kLanes<A>;
   const DualPoolAttentionPad2dSizes& sizes = bands.sizes;
-  const DualPoolAttentionSizes& map = sizes.map;
-  const int64_t padded = sizes.padded_height() * sizes.padded_width() * map.channels;
+  const int64_t padded = sizes.padded_height() * sizes.padded_width() * sizes.map.channels;
   const Folded<Y> folded(static_cast<const Y*>(grad_y) + bands.image(band) * padded, sizes);
   for (int64_t row = bands.first_row(band); row < bands.last_row(band); ++row) {
-    const Mirrors mirrors(row, map.height, sizes.padding);
-    for (int64_t segment = 0; segment < map.width; segment += kSegment) {
-      const int64_t end = std::min(map.width, segment + kSegment);
-      for (int64_t channel = 0; channel < map.channels; channel += kSide) {
-        const int64_t channels = std::min(kSide, map.channels - channel);
-        for (int64_t column = segment; column < end; column += kSide) {
-          const int64_t columns = std::min(kSide, end - column);
-          Vector<A> tile[kSide] = {};
+    const Mirrors mirrors(row, sizes.map.height, sizes.padding);
+    for_each_tile_of_row<A>(
+        sizes.map,
+        [&](int64_t channel, int64_t channels, int64_t column, int64_t columns) {
+          Vector<A> tile[kLanes<A>] = {};
           for (int64_t pixel = 0; pixel < columns; ++pixel) {
             tile[pixel] = folded.at(row, mirrors, column + pixel, channel, channels);
           }
           transpose<A>(tile);
           use(tile, channel, channels, row, column, columns);
-        }
-      }
-      next();
-    }
+        },
+        next);
   }
 }
 
 // sums [C] of grad_y · x in the rows of a band.
 template <typename T, typename Y>
-void sum_band(const DualPoolAttentionPad2dBackward& arguments, const Bands& bands, int64_t band, double* sums) {
+void sum_band(const DualPoolAttentionBackward& arguments, const Bands& bands, int64_t band, double* sums) {
   using A = AccumulateType<T>;
   const DualPoolAttentionSizes& map = bands.sizes.map;
   const T* x = static_cast<const T*>(arguments.x) + bands.image(band) * map.channels * map.pixels();
@@ -235,7 +239,7 @@ void sum_band(const DualPoolAttentionPad2dBackward& arguments, const Bands& band
 
 // grad_x = scale · grad_y + grad_mean · the pixel's share in the mean, in the rows of a band.
 template <typename T, typename Y>
-void write_band(const DualPoolAttentionPad2dBackward& arguments, const Bands& bands, int64_t band,
+void write_band(const DualPoolAttentionBackward& arguments, const Bands& bands, int64_t band,
                 const double* grad_mean, const AccumulateType<T>* rows, const AccumulateType<T>* columns) {
   using A = AccumulateType<T>;
   const DualPoolAttentionSizes& map = bands.sizes.map;
@@ -256,7 +260,7 @@ void write_band(const DualPoolAttentionPad2dBackward& arguments, const Bands& ba
 }
 
 template <typename T, typename Y>
-void backward(const DualPoolAttentionPad2dBackward& arguments, const DualPoolAttentionPad2dSizes& sizes, int threads) {
+void backward(const DualPoolAttentionBackward& arguments, const DualPoolAttentionPad2dSizes& sizes, int threads) {
   using A = AccumulateType<T>;
   const DualPoolAttentionSizes& map = sizes.map;
   const Bands bands(sizes);
@@ -311,7 +315,7 @@ void dispatch_dtypes(DType dtype, DType output_dtype, Call call) {
 
 }  // namespace
 
-void dual_pool_attention_pad2d_forward(const DualPoolAttentionPad2dForward& arguments,
+void dual_pool_attention_pad2d_forward(const DualPoolAttentionForward& arguments,
                                        const DualPoolAttentionPad2dSizes& sizes, DType dtype, DType output_dtype,
                                        int threads) {
   dispatch_dtypes(dtype, output_dtype, [&](auto tag, auto output_tag) {
@@ -319,7 +323,7 @@ void dual_pool_attention_pad2d_forward(const DualPoolAttentionPad2dForward& argu
   });
 }
 
-void dual_pool_attention_pad2d_backward(const DualPoolAttentionPad2dBackward& arguments,
+void dual_pool_attention_pad2d_backward(const DualPoolAttentionBackward& arguments,
                                         const DualPoolAttentionPad2dSizes& sizes, DType dtype, DType output_dtype,
                                         int threads) {
   dispatch_dtypes(dtype, output_dtype, [&](auto tag, auto output_tag) {
