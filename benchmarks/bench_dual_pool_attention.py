@@ -22,10 +22,10 @@ def pooling(x, weight, pool_size=50):
     return x * torch.sigmoid(logits)[:, 0, :, None, None]
 
 
-def sample(side):
+def sample(side, operator="dual_pool_attention"):
     """A batch of maps of the width that the network has in the middle."""
     make = _samples._dual_pool_attention(2, 64, side, side)
-    return _samples.Sample("dual_pool_attention", f"64_at_{side}", "series", make)
+    return _samples.Sample(operator, f"64_at_{side}", "series", make)
 
 
 CONTESTS = [
