@@ -2,8 +2,8 @@
 // A tile is as many pixels of a row, and as many channels, as a vector has lanes: it is read along one of the two,
 // turned over in registers, and written along the other.
 // Forward reads x twice: for the scales, then tile by tile to write y. Backward reads grad_y and x for the gradient to
-// the scales, then grad_y again and writes grad_x. Scratch memory: a vector a channel and thread, and a number a channel
-// and band.
+// the scales, then grad_y again and writes grad_x. Scratch memory: a vector a channel and thread, and a number a
+// channel and band.
 
 #include "dual_pool_attention_cpu.h"
 #include "dual_pool_attention_pad2d.h"
@@ -27,7 +27,8 @@ struct Bands {
 
   explicit Bands(const DualPoolAttentionPad2dSizes& sizes)
       : sizes(sizes),
-        rows_per_band(std::max<int64_t>(1, kStripElements / (sizes.map.channels * sizes.map.width))),
+        rows_per_band(
+            std::max<int64_t>(1, kStripElements / std::max<int64_t>(1, sizes.map.channels * sizes.map.width))),
         bands_per_image(ceil_divide(sizes.map.height, rows_per_band)) {}
 
   int64_t count() const { return sizes.map.batch * bands_per_image; }
