@@ -1,6 +1,6 @@
 // Dual pooling attention (dual_pool_attention.h) into the map that a convolution reads: y[b,c] = x[b,c] · scale[b,c],
 // continued by reflection for `padding` pixels on every side, channels last, in the dtype of the convolution. PyTorch
-// takes a cast, the attention, a change of layout and a padding for this, each a pass over the map forward and backward.
+// takes a cast, the attention, a change of layout and a padding for it, each a pass over the map forward and backward.
 // On the CPU alone: on GPUs the operator is composed of the attention's kernel and PyTorch's.
 #pragma once
 
