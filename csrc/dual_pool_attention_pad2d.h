@@ -14,6 +14,9 @@ struct DualPoolAttentionPad2dSizes {
 
   int64_t padded_height() const { return map.height + 2 * padding; }
   int64_t padded_width() const { return map.width + 2 * padding; }
+  int64_t padded_place(int64_t row, int64_t column) const {
+    return (row + padding) * padded_width() + column + padding;
+  }
 };
 
 // The place of a map of `size` that padded place `index` - padding mirrors, without repeating the edge.

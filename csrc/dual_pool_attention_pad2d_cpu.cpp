@@ -2,8 +2,7 @@
 // A tile is as many pixels of a row, and as many channels, as a vector has lanes: it is read along one of the two,
 // turned over in registers, and written along the other.
 // Forward reads x twice: for the scales, then tile by tile to write y. Backward reads grad_y and x for the gradient to
-// the scales, then grad_y again and writes grad_x. Scratch memory: a vector a channel and thread, and a number a
-// channel and band.
+// the scales, then grad_y again and writes grad_x. Scratch memory: a number a channel and band.
 
 #include "dual_pool_attention_cpu.h"
 #include "dual_pool_attention_pad2d.h"
@@ -12,9 +11,9 @@
 namespace restoration::CPU_ISA {
 namespace {
 
-// Pixels of a row whose channels are moved before the next ones': those of 256 channels lie in the second cache, and
-// of each channel four cache lines in a row are read.
-constexpr int64_t kSegment = 64;
+// About this many numbers make a band. Those that lie channels last stay in a second-level cache of 1 MB (512 KB of
+// float32) while a few channels after another are read or written.
+constexpr int64_t kBandElements = int64_t{1} << 17;
 
 // Vectors that a lane sums in the accumulate type before float64 takes over, as in blocked_sum.
 constexpr int64_t kSummedVectors = 128;
@@ -28,7 +27,7 @@ struct Bands {
   explicit Bands(const DualPoolAttentionPad2dSizes& sizes)
       : sizes(sizes),
         rows_per_band(
-            std::max<int64_t>(1, kStripElements / std::max<int64_t>(1, sizes.map.channels * sizes.map.width))),
+            std::max<int64_t>(1, kBandElements / std::max<int64_t>(1, sizes.map.channels * sizes.map.width))),
         bands_per_image(ceil_divide(sizes.map.height, rows_per_band)) {}
 
   int64_t count() const { return sizes.map.batch * bands_per_image; }
@@ -64,68 +63,21 @@ HOST_DEVICE void store_numbers(T* destination, Vector<AccumulateType<T>> vector,
   }
 }
 
-// Calls call(channel, channels, column, columns) for the tiles of a row, and next() after each segment.
+// Calls call(channel, channels, row, column, columns) for the tiles of a band, and next(channel, channels) after the
+// last tile of each few channels. These take turns band by band, not row by row: rows of one plane lie next to each
+// other, the same row of all planes in as many pages, and often in one set of the caches.
 template <typename A, typename Call, typename Next>
-HOST_DEVICE void for_each_tile_of_row(const DualPoolAttentionSizes& map, Call call, Next next) {
+HOST_DEVICE void for_each_tile(const Bands& bands, int64_t band, Call call, Next next) {
   constexpr int64_t kSide = kLanes<A>;
-  for (int64_t segment = 0; segment < map.width; segment += kSegment) {
-    const int64_t end = std::min(map.width, segment + kSegment);
-    for (int64_t channel = 0; channel < map.channels; channel += kSide) {
-      const int64_t channels = std::min(kSide, map.channels - channel);
-      for (int64_t column = segment; column < end; column += kSide) {
-        call(channel, channels, column, std::min(kSide, end - column));
+  const DualPoolAttentionSizes& map = bands.sizes.map;
+  for (int64_t channel = 0; channel < map.channels; channel += kSide) {
+    const int64_t channels = std::min(kSide, map.channels - channel);
+    for (int64_t row = bands.first_row(band); row < bands.last_row(band); ++row) {
+      for (int64_t column = 0; column < map.width; column += kSide) {
+        call(channel, channels, row, column, std::min(kSide, map.width - column));
       }
     }
-    next();
-  }
-}
-
-// One row of y, [W+2p, C], from the row of every channel that it mirrors.
-template <typename T, typename Y>
-void write_row(Y* y, const T* x, const AccumulateType<T>* scale, const DualPoolAttentionPad2dSizes& sizes) {
-  using A = AccumulateType<T>;
-  const int64_t all_channels = sizes.map.channels, width = sizes.map.width, padding = sizes.padding;
-  Y* inside = y + padding * all_channels;
-  for_each_tile_of_row<A>(
-      sizes.map,
-      [&](int64_t channel, int64_t channels, int64_t column, int64_t columns) {
-        const T* values = x + channel * sizes.map.pixels() + column;
-        Vector<A> tile[kLanes<A>] = {};
-        for (int64_t lane = 0; lane < channels; ++lane) {
-          tile[lane] = load_numbers(values + lane * sizes.map.pixels(), columns) * scale[channel + lane];
-        }
-        transpose<A>(tile);
-        for (int64_t pixel = 0; pixel < columns; ++pixel) {
-          store_numbers(inside + (column + pixel) * all_channels + channel, tile[pixel], channels);
-        }
-      },
-      [] {});
-  const auto mirror = [&](int64_t padded) {
-    const Y* source = inside + reflected(padded - padding, width) * all_channels;
-    std::memcpy(y + padded * all_channels, source, all_channels * sizeof(Y));
-  };
-  for (int64_t column = 0; column < padding; ++column) {
-    mirror(column);
-    mirror(sizes.padded_width() - 1 - column);
-  }
-}
-
-template <typename T, typename Y>
-void forward(const DualPoolAttentionForward& arguments, const DualPoolAttentionPad2dSizes& sizes, int threads) {
-  using A = AccumulateType<T>;
-  const DualPoolAttentionSizes& map = sizes.map;
-  const T* x = static_cast<const T*>(arguments.x);
-  Y* y = static_cast<Y*>(arguments.y);
-  const A* scale = static_cast<const A*>(arguments.scale);
-  compute_scales(x, static_cast<const T*>(arguments.weight), static_cast<A*>(arguments.mean),
-                 static_cast<A*>(arguments.scale), map, threads);
-  const int64_t rows = map.batch * sizes.padded_height();
-  prepare_output(y, rows * sizes.padded_width() * map.channels);
-#pragma omp parallel for schedule(static) num_threads(threads) if (worth_threads(map, threads))
-  for (int64_t index = 0; index < rows; ++index) {
-    const int64_t image = index / sizes.padded_height(), row = index % sizes.padded_height();
-    const T* from = x + image * map.channels * map.pixels() + reflected(row - sizes.padding, map.height) * map.width;
-    write_row(y + index * sizes.padded_width() * map.channels, from, scale + image * map.channels, sizes);
+    next(channel, channels);
   }
 }
 
@@ -139,6 +91,71 @@ struct Mirrors {
     if (place <= size - 2 && place >= size - 1 - padding) places[count++] = padding + 2 * (size - 1) - place;
   }
 };
+
+// The pixels of y [H+2p, W+2p, C], one image, that lie inside the rows of a band.
+template <typename T, typename Y>
+void write_inside(Y* y, const T* x, const AccumulateType<T>* scale, const Bands& bands, int64_t band) {
+  using A = AccumulateType<T>;
+  const DualPoolAttentionPad2dSizes& sizes = bands.sizes;
+  const DualPoolAttentionSizes& map = sizes.map;
+  for_each_tile<A>(
+      bands, band,
+      [&](int64_t channel, int64_t channels, int64_t row, int64_t column, int64_t columns) {
+        const T* values = x + channel * map.pixels() + row * map.width + column;
+        Vector<A> tile[kLanes<A>] = {};
+        for (int64_t lane = 0; lane < channels; ++lane) {
+          tile[lane] = load_numbers(values + lane * map.pixels(), columns) * scale[channel + lane];
+        }
+        transpose<A>(tile);
+        Y* pixels = y + sizes.padded_place(row, column) * map.channels + channel;
+        for (int64_t pixel = 0; pixel < columns; ++pixel) {
+          store_numbers(pixels + pixel * map.channels, tile[pixel], channels);
+        }
+      },
+      [](int64_t, int64_t) {});
+}
+
+// The padding of y beside the rows of a band, and the rows above or below that mirror them.
+template <typename Y>
+void write_mirrored(Y* y, const Bands& bands, int64_t band) {
+  const DualPoolAttentionPad2dSizes& sizes = bands.sizes;
+  const int64_t padding = sizes.padding, channels = sizes.map.channels, width = sizes.padded_width() * channels;
+  for (int64_t row = bands.first_row(band); row < bands.last_row(band); ++row) {
+    Y* pixels = y + (row + padding) * width;
+    const auto mirror = [&](int64_t place) {
+      const int64_t source = padding + reflected(place - padding, sizes.map.width);
+      std::memcpy(pixels + place * channels, pixels + source * channels, channels * sizeof(Y));
+    };
+    for (int64_t column = 0; column < padding; ++column) {
+      mirror(column);
+      mirror(sizes.padded_width() - 1 - column);
+    }
+    const Mirrors mirrors(row, sizes.map.height, padding);
+    for (int index = 0; index < mirrors.count; ++index) {
+      std::memcpy(y + mirrors.places[index] * width, pixels, width * sizeof(Y));
+    }
+  }
+}
+
+template <typename T, typename Y>
+void forward(const DualPoolAttentionForward& arguments, const DualPoolAttentionPad2dSizes& sizes, int threads) {
+  using A = AccumulateType<T>;
+  const DualPoolAttentionSizes& map = sizes.map;
+  const T* x = static_cast<const T*>(arguments.x);
+  Y* y = static_cast<Y*>(arguments.y);
+  const A* scale = static_cast<const A*>(arguments.scale);
+  compute_scales(x, static_cast<const T*>(arguments.weight), static_cast<A*>(arguments.mean),
+                 static_cast<A*>(arguments.scale), map, threads);
+  const int64_t image_elements = sizes.padded_height() * sizes.padded_width() * map.channels;
+  prepare_output(y, map.batch * image_elements);
+  const Bands bands(sizes);
+#pragma omp parallel for schedule(static) num_threads(threads) if (worth_threads(map, threads))
+  for (int64_t band = 0; band < bands.count(); ++band) {
+    const int64_t image = bands.image(band), first_plane = image * map.channels;
+    write_inside(y + image * image_elements, x + first_plane * map.pixels(), scale + first_plane, bands, band);
+    write_mirrored(y + image * image_elements, bands, band);
+  }
+}
 
 // grad_y [H+2p, W+2p, C] of one image, read as the gradient to the map before padding.
 template <typename Y>
@@ -176,39 +193,26 @@ class Folded {
   const DualPoolAttentionPad2dSizes& sizes_;
 };
 
-// sums [C] += the lanes of vectors [C], which become zero.
-template <typename A>
-void empty_vectors(double* sums, Vector<A>* vectors, int64_t channels) {
-  for (int64_t channel = 0; channel < channels; ++channel) {
-    double sum = 0;
-    for (int lane = 0; lane < kLanes<A>; ++lane) sum += vectors[channel][lane];
-    sums[channel] += sum;
-    vectors[channel] = Vector<A>{};
-  }
-}
-
 // Calls use(tile, channel, channels, row, column, columns) for the tiles of a band: vectors of the gradient to some
-// columns of a row before padding, one for each channel. After each row and segment it calls next().
+// columns of a row before padding, one for each channel; and next as above.
 template <typename Y, typename Use, typename Next>
-HOST_DEVICE void for_each_tile(const void* grad_y, const Bands& bands, int64_t band, Use use, Next next) {
+HOST_DEVICE void for_each_folded_tile(const void* grad_y, const Bands& bands, int64_t band, Use use, Next next) {
   using A = AccumulateType<Y>;
   const DualPoolAttentionPad2dSizes& sizes = bands.sizes;
   const int64_t padded = sizes.padded_height() * sizes.padded_width() * sizes.map.channels;
   const Folded<Y> folded(static_cast<const Y*>(grad_y) + bands.image(band) * padded, sizes);
-  for (int64_t row = bands.first_row(band); row < bands.last_row(band); ++row) {
-    const Mirrors mirrors(row, sizes.map.height, sizes.padding);
-    for_each_tile_of_row<A>(
-        sizes.map,
-        [&](int64_t channel, int64_t channels, int64_t column, int64_t columns) {
-          Vector<A> tile[kLanes<A>] = {};
-          for (int64_t pixel = 0; pixel < columns; ++pixel) {
-            tile[pixel] = folded.at(row, mirrors, column + pixel, channel, channels);
-          }
-          transpose<A>(tile);
-          use(tile, channel, channels, row, column, columns);
-        },
-        next);
-  }
+  for_each_tile<A>(
+      bands, band,
+      [&](int64_t channel, int64_t channels, int64_t row, int64_t column, int64_t columns) {
+        const Mirrors mirrors(row, sizes.map.height, sizes.padding);
+        Vector<A> tile[kLanes<A>] = {};
+        for (int64_t pixel = 0; pixel < columns; ++pixel) {
+          tile[pixel] = folded.at(row, mirrors, column + pixel, channel, channels);
+        }
+        transpose<A>(tile);
+        use(tile, channel, channels, row, column, columns);
+      },
+      next);
 }
 
 // sums [C] of grad_y · x in the rows of a band.
@@ -217,25 +221,28 @@ void sum_band(const DualPoolAttentionBackward& arguments, const Bands& bands, in
   using A = AccumulateType<T>;
   const DualPoolAttentionSizes& map = bands.sizes.map;
   const T* x = static_cast<const T*>(arguments.x) + bands.image(band) * map.channels * map.pixels();
-  Buffer<Vector<A>> vectors(map.channels);
-  std::fill(vectors.data(), vectors.data() + map.channels, Vector<A>{});
   std::fill(sums, sums + map.channels, 0.0);
+  Vector<A> vectors[kLanes<A>] = {};
   int64_t summed = 0;
-  for_each_tile<Y>(
+  const auto empty_vectors = [&](int64_t channel, int64_t channels) {
+    for (int64_t lane = 0; lane < channels; ++lane) {
+      double sum = 0;
+      for (int index = 0; index < kLanes<A>; ++index) sum += vectors[lane][index];
+      sums[channel + lane] += sum;
+      vectors[lane] = Vector<A>{};
+    }
+    summed = 0;
+  };
+  for_each_folded_tile<Y>(
       arguments.grad_y, bands, band,
       [&](const Vector<A>* tile, int64_t channel, int64_t channels, int64_t row, int64_t column, int64_t columns) {
         const T* values = x + channel * map.pixels() + row * map.width + column;
         for (int64_t lane = 0; lane < channels; ++lane) {
-          vectors[channel + lane] += tile[lane] * load_numbers(values + lane * map.pixels(), columns);
+          vectors[lane] += tile[lane] * load_numbers(values + lane * map.pixels(), columns);
         }
+        if (++summed == kSummedVectors) empty_vectors(channel, channels);
       },
-      [&] {
-        summed += kSegment / kLanes<A>;
-        if (summed < kSummedVectors) return;
-        empty_vectors<A>(sums, vectors.data(), map.channels);
-        summed = 0;
-      });
-  empty_vectors<A>(sums, vectors.data(), map.channels);
+      empty_vectors);
 }
 
 // grad_x = scale · grad_y + grad_mean · the pixel's share in the mean, in the rows of a band.
@@ -247,7 +254,7 @@ void write_band(const DualPoolAttentionBackward& arguments, const Bands& bands, 
   const int64_t first_plane = bands.image(band) * map.channels;
   T* grad_x = static_cast<T*>(arguments.grad_x) + first_plane * map.pixels();
   const A* scale = static_cast<const A*>(arguments.scale) + first_plane;
-  for_each_tile<Y>(
+  for_each_folded_tile<Y>(
       arguments.grad_y, bands, band,
       [&](const Vector<A>* tile, int64_t channel, int64_t channels, int64_t row, int64_t column, int64_t count) {
         T* values = grad_x + channel * map.pixels() + row * map.width + column;
@@ -257,7 +264,7 @@ void write_band(const DualPoolAttentionBackward& arguments, const Bands& bands, 
           store_numbers(values + lane * map.pixels(), tile[lane] * scale[channel + lane] + row_grad * shares, count);
         }
       },
-      [] {});
+      [](int64_t, int64_t) {});
 }
 
 template <typename T, typename Y>
