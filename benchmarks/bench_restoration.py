@@ -114,13 +114,11 @@ class StepEntry:
 class StepContest:
     """What CONTESTS holds for a whole step in place of an operator."""
 
+    kinds = (OURS, PLAIN, REFERENCE, BFLOAT16)
+
     def entries(self, device, quick):
         sizes, blocks = (QUICK_SIZES, 1) if quick else (SIZES, 10)
-        return [
-            StepEntry(rival, side, batch, blocks, device)
-            for side, batch in sizes
-            for rival in (OURS, PLAIN, REFERENCE, BFLOAT16)
-        ]
+        return [StepEntry(rival, side, batch, blocks, device) for side, batch in sizes for rival in self.kinds]
 
 
 @functools.cache
