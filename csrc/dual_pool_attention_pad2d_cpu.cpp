@@ -53,14 +53,17 @@ HOST_DEVICE Vector<AccumulateType<T>> load_numbers(const T* source, int64_t coun
 template <typename T>
 HOST_DEVICE void store_numbers(T* destination, Vector<AccumulateType<T>> vector, int64_t count) {
   using A = AccumulateType<T>;
+  if (count >= kLanes<A>) return store_vector(destination, vector);
   T numbers[kLanes<A>];
-#pragma omp simd
-  for (int lane = 0; lane < kLanes<A>; ++lane) assign(numbers[lane], vector[lane]);
-  if (count >= kLanes<A>) {
-    std::memcpy(destination, numbers, sizeof(numbers));
-  } else {
-    std::memcpy(destination, numbers, count * sizeof(T));
-  }
+  store_vector(numbers, vector);
+  std::memcpy(destination, numbers, count * sizeof(T));
+}
+
+// tile[i] = vector(i) for i below count; the other vectors are zero.
+template <typename A, typename Value>
+HOST_DEVICE void fill_tile(Vector<A>* tile, int64_t count, Value vector) {
+  for (int64_t index = 0; index < count; ++index) tile[index] = vector(index);
+  for (int64_t index = count; index < kLanes<A>; ++index) tile[index] = Vector<A>{};
 }
 
 // Calls call(channel, channels, row, column, columns) for the tiles of a band, and next(channel, channels) after the
@@ -81,17 +84,6 @@ HOST_DEVICE void for_each_tile(const Bands& bands, int64_t band, Call call, Next
   }
 }
 
-// Where along one axis the padding mirrors a place: at most two padded places beside its own.
-struct Mirrors {
-  int64_t places[2];
-  int count;
-
-  Mirrors(int64_t place, int64_t size, int64_t padding) : count(0) {
-    if (place >= 1 && place <= padding) places[count++] = padding - place;
-    if (place <= size - 2 && place >= size - 1 - padding) places[count++] = padding + 2 * (size - 1) - place;
-  }
-};
-
 // The pixels of y [H+2p, W+2p, C], one image, that lie inside the rows of a band.
 template <typename T, typename Y>
 void write_inside(Y* y, const T* x, const AccumulateType<T>* scale, const Bands& bands, int64_t band) {
@@ -102,10 +94,10 @@ void write_inside(Y* y, const T* x, const AccumulateType<T>* scale, const Bands&
       bands, band,
       [&](int64_t channel, int64_t channels, int64_t row, int64_t column, int64_t columns) {
         const T* values = x + channel * map.pixels() + row * map.width + column;
-        Vector<A> tile[kLanes<A>] = {};
-        for (int64_t lane = 0; lane < channels; ++lane) {
-          tile[lane] = load_numbers(values + lane * map.pixels(), columns) * scale[channel + lane];
-        }
+        Vector<A> tile[kLanes<A>];
+        fill_tile<A>(tile, channels, [&](int64_t lane) {
+          return load_numbers(values + lane * map.pixels(), columns) * scale[channel + lane];
+        });
         transpose<A>(tile);
         Y* pixels = y + sizes.padded_place(row, column) * map.channels + channel;
         for (int64_t pixel = 0; pixel < columns; ++pixel) {
@@ -119,21 +111,19 @@ void write_inside(Y* y, const T* x, const AccumulateType<T>* scale, const Bands&
 template <typename Y>
 void write_mirrored(Y* y, const Bands& bands, int64_t band) {
   const DualPoolAttentionPad2dSizes& sizes = bands.sizes;
-  const int64_t padding = sizes.padding, channels = sizes.map.channels, width = sizes.padded_width() * channels;
+  const DualPoolAttentionSizes& map = sizes.map;
+  const int64_t pixel = map.channels, row_pixels = sizes.padded_width() * pixel;
   for (int64_t row = bands.first_row(band); row < bands.last_row(band); ++row) {
-    Y* pixels = y + (row + padding) * width;
-    const auto mirror = [&](int64_t place) {
-      const int64_t source = padding + reflected(place - padding, sizes.map.width);
-      std::memcpy(pixels + place * channels, pixels + source * channels, channels * sizeof(Y));
-    };
-    for (int64_t column = 0; column < padding; ++column) {
-      mirror(column);
-      mirror(sizes.padded_width() - 1 - column);
+    const PaddedPlaces<int64_t> rows(row, map.height, sizes.padding);
+    Y* own_row = y + rows.own * row_pixels;
+    for (int64_t column = 0; column < map.width; ++column) {
+      const PaddedPlaces<int64_t> columns(column, map.width, sizes.padding);
+      columns.for_each_mirror([&](int64_t place) {
+        std::memcpy(own_row + place * pixel, own_row + columns.own * pixel, pixel * sizeof(Y));
+      });
     }
-    const Mirrors mirrors(row, sizes.map.height, padding);
-    for (int index = 0; index < mirrors.count; ++index) {
-      std::memcpy(y + mirrors.places[index] * width, pixels, width * sizeof(Y));
-    }
+    rows.for_each_mirror(
+        [&](int64_t place) { std::memcpy(y + place * row_pixels, own_row, row_pixels * sizeof(Y)); });
   }
 }
 
@@ -165,26 +155,17 @@ class Folded {
 
   Folded(const Y* grad_y, const DualPoolAttentionPad2dSizes& sizes) : grad_y_(grad_y), sizes_(sizes) {}
 
-  // Of `count` channels of one pixel; `mirrors` are those of its row.
-  HOST_DEVICE Vector<A> at(int64_t row, const Mirrors& mirrors, int64_t column, int64_t channel, int64_t count) const {
-    Vector<A> sum = along_row(row + sizes_.padding, column, channel, count);
-    for (int index = 0; index < mirrors.count; ++index) {
-      sum += along_row(mirrors.places[index], column, channel, count);
-    }
+  // Of `count` channels of one pixel.
+  HOST_DEVICE Vector<A> at(const PaddedPlaces<int64_t>& rows, int64_t column, int64_t channel, int64_t count) const {
+    const PaddedPlaces<int64_t> columns(column, sizes_.map.width, sizes_.padding);
+    Vector<A> sum = {};
+    rows.for_each([&](int64_t row) {
+      columns.for_each([&](int64_t place) { sum += padded(row, place, channel, count); });
+    });
     return sum;
   }
 
  private:
-  HOST_DEVICE Vector<A> along_row(int64_t padded_row, int64_t column, int64_t channel, int64_t count) const {
-    Vector<A> sum = padded(padded_row, column + sizes_.padding, channel, count);
-    if (column > sizes_.padding && column < sizes_.map.width - 1 - sizes_.padding) return sum;
-    const Mirrors mirrors(column, sizes_.map.width, sizes_.padding);
-    for (int index = 0; index < mirrors.count; ++index) {
-      sum += padded(padded_row, mirrors.places[index], channel, count);
-    }
-    return sum;
-  }
-
   HOST_DEVICE Vector<A> padded(int64_t row, int64_t column, int64_t channel, int64_t count) const {
     return load_numbers(grad_y_ + (row * sizes_.padded_width() + column) * sizes_.map.channels + channel, count);
   }
@@ -204,11 +185,10 @@ HOST_DEVICE void for_each_folded_tile(const void* grad_y, const Bands& bands, in
   for_each_tile<A>(
       bands, band,
       [&](int64_t channel, int64_t channels, int64_t row, int64_t column, int64_t columns) {
-        const Mirrors mirrors(row, sizes.map.height, sizes.padding);
-        Vector<A> tile[kLanes<A>] = {};
-        for (int64_t pixel = 0; pixel < columns; ++pixel) {
-          tile[pixel] = folded.at(row, mirrors, column + pixel, channel, channels);
-        }
+        const PaddedPlaces<int64_t> rows(row, sizes.map.height, sizes.padding);
+        Vector<A> tile[kLanes<A>];
+        fill_tile<A>(tile, columns,
+                     [&](int64_t pixel) { return folded.at(rows, column + pixel, channel, channels); });
         transpose<A>(tile);
         use(tile, channel, channels, row, column, columns);
       },

@@ -56,6 +56,23 @@ HOST_DEVICE Vector<AccumulateType<T>> load_vector(const T* source) {
   }
 }
 
+// A vector of numbers, rounded to the type that is kept; AVX512-BF16 rounds denormal numbers to zero.
+template <typename T>
+HOST_DEVICE void store_vector(T* destination, Vector<AccumulateType<T>> vector) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+#if defined(__AVX512BF16__)
+    const __m256bh half = _mm512_cvtneps_pbh((__m512)vector);
+#else
+    T half[kLanes<float>];
+#pragma omp simd
+    for (int lane = 0; lane < kLanes<float>; ++lane) assign(half[lane], vector[lane]);
+#endif
+    std::memcpy(destination, &half, sizeof(half));
+  } else {
+    store(destination, vector);
+  }
+}
+
 // Lane i of the result is lane kSource[i] of a and b laid one after the other.
 template <typename A, int... kSource>
 HOST_DEVICE Vector<A> shuffle(const Vector<A>& a, const Vector<A>& b) {

@@ -1,17 +1,12 @@
-"""Dual pooling attention into the map that a convolution reads: padded, channels last, in the convolution's dtype.
-
-The CPU has a kernel of its own (csrc/dual_pool_attention_pad2d*). On GPUs the attention's kernels and PyTorch's padding
-make the same map.
-"""
+"""Dual pooling attention into the map that a convolution reads: padded, channels last, in the convolution's dtype."""
 
 import functools
+import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import _backend, _checks, _launch, _registration
-from .dual_pool_attention import dual_pool_attention
 from .dual_pool_attention_pad2d_reference import dual_pool_attention_pad2d_reference
 
 _OPERATOR = _backend.Operator("dual_pool_attention_pad2d", dual_pool_attention_pad2d_reference)
@@ -46,8 +41,8 @@ def dual_pool_attention_pad2d(
 
     Raises:
         TypeError, ValueError: an argument is not as said here.
-        RuntimeError: the backend asked for cannot run this call. The CPU's kernel takes no float16, and returns the
-            dtype of x, or bfloat16 from float32.
+        RuntimeError: the backend asked for cannot run this call. Kernels return the dtype of x, or float16 or bfloat16
+            from float32; the CPU's knows no float16.
 
     Source: Sun, Zhang, Wu (2025), doi 10.1038/s40494-025-01595-0, Fig. 3; the padding is that of their convolutions.
     """
@@ -56,22 +51,37 @@ def dual_pool_attention_pad2d(
     return _OPERATOR.run(backend, x=x, weight=weight, padding=padding, pool_size=pool_size, dtype=dtype or x.dtype)
 
 
+def _kernels_cannot(x, dtype=None, **_):
+    if dtype in (None, x.dtype) or (x.dtype == torch.float32 and dtype.itemsize == 2):
+        return None
+    return f"its kernel returns the dtype of x, or half precision from float32, not {dtype} from {x.dtype}"
+
+
 def _cpu_cannot(x, dtype=None, **_):
-    if x.dtype == torch.float16:
-        return "its kernel takes no float16"
-    if dtype not in (None, x.dtype) and (x.dtype, dtype) != (torch.float32, torch.bfloat16):
-        return f"its kernel returns the dtype of x, or bfloat16 from float32, not {dtype} from {x.dtype}"
-    return None
+    return "its kernel knows no float16" if torch.float16 in (x.dtype, dtype) else _kernels_cannot(x, dtype)
 
 
-def _attention_cannot(backend, x, weight, pool_size=50, **_):
-    return _backend.OPERATORS["dual_pool_attention"].why_not(backend, x=x, weight=weight, pool_size=pool_size)
+# The kernels count in 32 bits: CUDA rows and columns, as the attention's, Triton the pixels of a plane.
+def _cuda_cannot(x, padding=1, dtype=None, **_):
+    if max(_padded(x, padding)) > 2**30:
+        return "its kernel takes at most 2^30 rows or columns, padding included"
+    return _kernels_cannot(x, dtype)
+
+
+def _triton_cannot(x, padding=1, dtype=None, **_):
+    if math.prod(_padded(x, padding)) > 2**30:
+        return "its kernel takes at most 2^30 pixels of a plane, padding included"
+    return _kernels_cannot(x, dtype)
+
+
+def _padded(x, padding):
+    return [side + 2 * padding for side in x.shape[2:]]
 
 
 def _allocate_forward(x, weight, padding, pool_size, dtype):
-    B, C, H, W = x.shape
+    B, C = x.shape[:2]
     mean = x.new_empty((B, C), dtype=torch.promote_types(x.dtype, torch.float32))
-    return x.new_empty((B, H + 2 * padding, W + 2 * padding, C), dtype=dtype), mean, torch.empty_like(mean)
+    return x.new_empty((B, *_padded(x, padding), C), dtype=dtype), mean, torch.empty_like(mean)
 
 
 def _launch_forward(backend, outputs, x, weight, padding, pool_size, dtype):
@@ -96,8 +106,16 @@ def _launch_backward(backend, outputs, grad_y, x, weight, mean, scale, padding, 
 
 
 def _launch_kernel(direction, backend, tensors, padding, pool_size, dtype):
+    if backend == "triton":
+        # Importing triton takes a second: only for those who use it.
+        from . import dual_pool_attention_pad2d_triton
+
+        getattr(dual_pool_attention_pad2d_triton, direction)(**tensors, padding=padding, pool_size=pool_size)
+        return
     x = tensors["x"]
     sizes = dict(zip(("batch", "channels", "height", "width"), x.shape, strict=True))
+    if backend == "cuda":
+        tensors["workspace"] = _launch.workspace("dual_pool_attention_pad2d", sizes, x)
     sizes.update(taps=len(tensors["weight"]), pool_size=pool_size, padding=padding)
     sizes.update(output_dtype=_launch.dtype_code(dtype))
     _launch.run(f"dual_pool_attention_pad2d_{direction}", backend, tensors, sizes, x.dtype)
@@ -124,16 +142,11 @@ _backward = _registration.define(
 _registration.differentiate(_forward, _backward, _save_for_backward, count=2)
 
 
-def _run(x, weight, padding, pool_size, dtype):
+def _run(backend, x, weight, padding, pool_size, dtype):
     # The op knows rows of pixels with their channels, the caller a map whose strides say the same.
-    return _forward(x, weight, padding, pool_size, dtype, "cpu")[0].permute(0, 3, 1, 2)
+    return _forward(x, weight, padding, pool_size, dtype, backend)[0].permute(0, 3, 1, 2)
 
 
-def _run_composed(backend, x, weight, padding, pool_size, dtype):
-    y = dual_pool_attention(x.to(dtype), weight.to(dtype), pool_size=pool_size, backend=backend)
-    return F.pad(y.contiguous(memory_format=torch.channels_last), (padding,) * 4, mode="reflect")
-
-
-_OPERATOR.register("cpu", _run, _cpu_cannot)
-for _name in ("cuda", "triton"):
-    _OPERATOR.register(_name, functools.partial(_run_composed, _name), functools.partial(_attention_cannot, _name))
+_OPERATOR.register("cuda", functools.partial(_run, "cuda"), _cuda_cannot)
+_OPERATOR.register("triton", functools.partial(_run, "triton"), _triton_cannot)
+_OPERATOR.register("cpu", functools.partial(_run, "cpu"), _cpu_cannot)

@@ -19,39 +19,53 @@ _BLOCK = 256
 
 def forward(x, weight, y, mean, scale, pool_size):
     """Fills y [B,C,H,W], and mean and scale [B,C] for backward."""
+    compute_scales(x, weight, mean, scale, pool_size)
     B, C, H, W = x.shape
-    weights = _pooling_weights(mean, H, W, pool_size)
-    partial = mean.new_empty(B * C, _tiles(H, W))
-    dual_pool_attention_forward_reduce_kernel[(partial.numel(),)](x, weights, partial, H, W, _ROWS, _COLUMNS)
-    dual_pool_attention_forward_mean_kernel[(B * C,)](
-        partial, weight, mean, scale, C, len(weight), partial.shape[1], _BLOCK
-    )
-    dual_pool_attention_forward_scale_kernel[(partial.numel(),)](x, scale, y, H, W, _ROWS, _COLUMNS)
+    dual_pool_attention_forward_scale_kernel[(B * C * _tiles(H, W),)](x, scale, y, H, W, _ROWS, _COLUMNS)
 
 
 def backward(grad_y, x, weight, mean, scale, grad_x, grad_weight, pool_size):
     """Fills grad_x [B,C,H,W] and grad_weight [k]; one that is None is not computed."""
     B, C, H, W = x.shape
     partial = mean.new_empty(B * C, _tiles(H, W))
-    grad_logit, grad_mean = torch.empty_like(mean), torch.empty_like(mean)
     dual_pool_attention_backward_reduce_kernel[(partial.numel(),)](grad_y, x, partial, H, W, _ROWS, _COLUMNS)
-    dual_pool_attention_backward_mean_kernel[(B * C,)](
-        partial, weight, scale, grad_logit, grad_mean, C, len(weight), partial.shape[1], _BLOCK
-    )
-    if grad_weight is not None:
-        dual_pool_attention_backward_weight_kernel[(len(weight),)](grad_logit, mean, grad_weight, B * C, C, _BLOCK)
+    grad_mean = compute_grad_mean(partial, weight, mean, scale, grad_weight)
     if grad_x is not None:
-        weights = _pooling_weights(mean, H, W, pool_size)
+        weights = pooling_weights(mean, H, W, pool_size)
         dual_pool_attention_backward_input_kernel[(partial.numel(),)](
             grad_y, scale, grad_mean, weights, grad_x, H, W, _ROWS, _COLUMNS
         )
+
+
+def compute_scales(x, weight, mean, scale, pool_size):
+    """Fills mean and scale [B,C] of x [B,C,H,W]."""
+    B, C, H, W = x.shape
+    weights = pooling_weights(mean, H, W, pool_size)
+    partial = mean.new_empty(B * C, _tiles(H, W))
+    dual_pool_attention_forward_reduce_kernel[(partial.numel(),)](x, weights, partial, H, W, _ROWS, _COLUMNS)
+    dual_pool_attention_forward_mean_kernel[(B * C,)](
+        partial, weight, mean, scale, C, len(weight), partial.shape[1], _BLOCK
+    )
+
+
+def compute_grad_mean(partial, weight, mean, scale, grad_weight):
+    """The gradient to mean [B,C], from partial sums [B·C, tiles] of grad_y · x; fills grad_weight unless it is None."""
+    planes, C = mean.numel(), mean.shape[1]
+    grad_logit, grad_mean = torch.empty_like(mean), torch.empty_like(mean)
+    dual_pool_attention_backward_mean_kernel[(planes,)](
+        partial, weight, scale, grad_logit, grad_mean, C, len(weight), partial.shape[1], _BLOCK
+    )
+    if grad_weight is not None:
+        dual_pool_attention_backward_weight_kernel[(len(weight),)](grad_logit, mean, grad_weight, planes, C, _BLOCK)
+    return grad_mean
 
 
 def _tiles(height, width):
     return triton.cdiv(height, _ROWS) * triton.cdiv(width, _COLUMNS)
 
 
-def _pooling_weights(like, height, width, pool_size):
+def pooling_weights(like, height, width, pool_size):
+    """Share of each row, then of each column, in the mean: [H + W]."""
     weights = like.new_empty(height + width)
     # A place lies in so many bins at most: in two where bins are larger than places, else in all that it touches.
     most_bins = max(triton.cdiv(pool_size, size) + 1 for size in (height, width))

@@ -34,6 +34,11 @@ HOT_KERNELS = {
         "dual_pool_attention_backward_reduce_kernel",
         "dual_pool_attention_backward_input_kernel",
     ],
+    "dual_pool_attention_pad2d_cuda.cu": [
+        "dual_pool_attention_pad2d_forward_kernel",
+        "dual_pool_attention_pad2d_backward_reduce_kernel",
+        "dual_pool_attention_pad2d_backward_input_kernel",
+    ],
     "pac_conv2d_cuda.cu": ["pac_conv2d_forward_kernel", "pac_conv2d_pack_kernel"],
     "pac_conv2d_backward_cuda.cu": [
         f"pac_conv2d_backward_{kernel}_kernel"
@@ -233,6 +238,52 @@ def test_dual_pool_attention_refuses_an_unknown_dtype():
         extension.dual_pool_attention_workspace_cuda(batch=1, channels=1, height=1, width=1, dtype=7)
 
 
+# Two tiles of channels, several of rows and columns; padding of nearly a side; less than a tile; one pixel.
+PAD2D_SHAPES = [((2, 18, 37, 70), 1), ((1, 3, 5, 9), 4), ((1, 16, 4, 64), 2), ((3, 2, 1, 1), 0)]
+
+
+@needs_compiler
+@both_orders
+@pytest.mark.parametrize(("shape", "padding"), PAD2D_SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "output_dtype"),
+    [*((dtype, dtype) for dtype in DTYPES), (torch.float32, torch.float16), (torch.float32, torch.bfloat16)],
+    ids=str,
+)
+def test_dual_pool_attention_pad2d(shape, padding, dtype, output_dtype, order):
+    batch, channels, height, width = shape
+    padded = (batch, channels, height + 2 * padding, width + 2 * padding)
+    generator = torch.Generator().manual_seed(0)
+    x, grad_y = (torch.randn(size, generator=generator, dtype=torch.float64) for size in (shape, padded))
+    weight = torch.randn(5, generator=generator, dtype=torch.float64).to(dtype)
+    x, grad_y = x.to(dtype), grad_y.to(output_dtype)
+    exact = define_dual_pool_attention(x.double(), weight.double(), grad_y.double(), padding)
+    plain = define_dual_pool_attention(x, weight, grad_y.to(dtype), padding)
+    ours = run_dual_pool_attention(x, weight, grad_y, padding=padding)
+    for name, result, right, reference in zip(("y", "grad_x", "grad_weight"), ours, exact, plain, strict=True):
+        ulps = compare.REFERENCE_ULPS[dtype] if result.dtype == torch.float64 else compare.ULPS
+        compare.judge(name, result, right, reference.to(result.dtype), ulps)
+
+
+@needs_compiler
+@pytest.mark.parametrize("wanted", ["grad_x", "grad_weight"])
+def test_dual_pool_attention_pad2d_computes_what_is_wanted(wanted):
+    x, weight, grad_y = torch.randn(2, 3, 5, 7), torch.randn(3), torch.randn(2, 3, 7, 9)
+    everything = run_dual_pool_attention(x, weight, grad_y, padding=1)
+    one = run_dual_pool_attention(x, weight, grad_y, wanted=(wanted,), padding=1)
+    for name, alone, together in zip(("grad_x", "grad_weight"), one[1:], everything[1:], strict=True):
+        assert torch.equal(alone, together) if name == wanted else alone.isnan().all()
+
+
+@needs_compiler
+def test_dual_pool_attention_pad2d_without_images():
+    x, grad_y = torch.empty(0, 3, 5, 7), torch.empty(0, 3, 7, 9)
+    y, grad_x, grad_weight = run_dual_pool_attention(x, torch.randn(3), grad_y, padding=1)
+    assert y.shape == grad_y.shape
+    assert grad_x.shape == x.shape
+    assert torch.equal(grad_weight, torch.zeros(3))
+
+
 # Odd, one window, no window, several tiles each way, one row of windows.
 MATTING_SHAPES = [(2, 3, 37, 61), (1, 1, 3, 3), (5, 2, 2, 6), (1, 2, 40, 70), (1, 4, 3, 80)]
 
@@ -328,42 +379,40 @@ ptxas info    : Used 10 registers, used 0 barriers
     ]
 
 
-def define_dual_pool_attention(x, weight, grad_y):
-    """The definition, with torch's own pooling: y, grad_x, grad_weight."""
+def define_dual_pool_attention(x, weight, grad_y, padding=None):
+    """The definition, with torch's own pooling and padding: y, grad_x, grad_weight."""
     x, weight = x.requires_grad_(), weight.requires_grad_()
     mean = F.adaptive_avg_pool2d(x, 50).mean((2, 3))
     scale = torch.sigmoid(F.conv1d(mean[:, None], weight[None, None], padding=len(weight) // 2))[:, 0]
     y = x * scale[:, :, None, None]
+    if padding is not None:
+        y = F.pad(y, (padding,) * 4, mode="reflect")
     return y.detach(), *torch.autograd.grad(y, (x, weight), grad_y)
 
 
-def run_dual_pool_attention(x, weight, grad_y, wanted=("grad_x", "grad_weight")):
-    """The same by the CUDA kernels. What they do not write stays NaN."""
+def run_dual_pool_attention(x, weight, grad_y, wanted=("grad_x", "grad_weight"), padding=None):
+    """The same by the CUDA kernels, with a padding by the padded operator's. What they do not write stays NaN."""
     extension = simt_build.load_extension()
     x, weight, grad_y = x.detach(), weight.detach(), grad_y.detach()
     batch, channels, height, width = x.shape
     sizes = {"batch": batch, "channels": channels, "height": height, "width": width, "dtype": simt_build.dtype_code(x)}
-    bytes_needed = extension.dual_pool_attention_workspace_cuda(**sizes)
+    operator, options = "dual_pool_attention", {"taps": len(weight), "pool_size": 50, "stream": 0}
+    if padding is not None:
+        operator += "_pad2d"
+        options.update(padding=padding, output_dtype=simt_build.dtype_code(grad_y))
+        grad_y = grad_y.contiguous(memory_format=torch.channels_last)
+    workspace = torch.empty(getattr(extension, f"{operator}_workspace_cuda")(**sizes), dtype=torch.uint8)
     mean, scale = torch.full((2, batch, channels), torch.nan, dtype=simt_build.accumulate_dtype(x.dtype))
-    y, grad_x, grad_weight = (torch.full_like(tensor, torch.nan) for tensor in (x, x, weight))
-    common = {
-        **sizes,
-        "x": x.data_ptr(),
-        "weight": weight.data_ptr(),
-        "mean": mean.data_ptr(),
-        "scale": scale.data_ptr(),
-        "taps": len(weight),
-        "pool_size": 50,
-        "stream": 0,
-    }
-    workspace = torch.full((bytes_needed,), 255, dtype=torch.uint8)
-    extension.dual_pool_attention_forward_cuda(y=y.data_ptr(), workspace=workspace.data_ptr(), **common)
+    y, grad_x, grad_weight = (torch.full_like(tensor, torch.nan) for tensor in (grad_y, x, weight))
+    tensors = {"x": x, "weight": weight, "mean": mean, "scale": scale, "workspace": workspace}
+    common = {**sizes, **options, **{name: tensor.data_ptr() for name, tensor in tensors.items()}}
     workspace.fill_(255)
-    extension.dual_pool_attention_backward_cuda(
+    getattr(extension, f"{operator}_forward_cuda")(y=y.data_ptr(), **common)
+    workspace.fill_(255)
+    getattr(extension, f"{operator}_backward_cuda")(
         grad_y=grad_y.data_ptr(),
         grad_x=grad_x.data_ptr() if "grad_x" in wanted else 0,
         grad_weight=grad_weight.data_ptr() if "grad_weight" in wanted else 0,
-        workspace=workspace.data_ptr(),
         **common,
     )
     return y, grad_x, grad_weight

@@ -55,10 +55,16 @@ def dual_pool_attention_pad2d(batch, channels, height, width, padding, dtype, ou
     addresses = {name: values.ctypes.data for name, values in arrays.items()}
     common = {name: addresses[name] for name in ("x", "weight", "mean", "scale")}
     common.update(batch=batch, channels=channels, height=height, width=width, taps=taps, pool_size=50, padding=padding)
-    common.update(dtype=extension.DTYPES[dtype], output_dtype=extension.DTYPES[output_dtype], threads=2)
-    extension.dual_pool_attention_pad2d_forward_cpu(**common, y=addresses["y"])
+    common.update(dtype=extension.DTYPES[dtype], output_dtype=extension.DTYPES[output_dtype])
     gradients = {name: addresses[name] for name in ("grad_y", "grad_x", "grad_weight")}
-    extension.dual_pool_attention_pad2d_backward_cpu(**common, **gradients)
+    sizes = {name: common[name] for name in ("batch", "channels", "height", "width", "dtype")}
+    workspace = array(extension.dual_pool_attention_pad2d_workspace_cuda(**sizes), 1)
+    device = {"workspace": workspace.ctypes.data, "stream": 0}
+    extension.dual_pool_attention_pad2d_forward_cuda(**common, y=addresses["y"], **device)
+    extension.dual_pool_attention_pad2d_backward_cuda(**common, **gradients, **device)
+    if "float16" not in (dtype, output_dtype):
+        extension.dual_pool_attention_pad2d_forward_cpu(**common, y=addresses["y"], threads=2)
+        extension.dual_pool_attention_pad2d_backward_cpu(**common, **gradients, threads=2)
 
 
 def matting_laplacian(batch, channels, height, width, radius, dtype):
@@ -196,7 +202,7 @@ for shape, dtype in itertools.product([(2, 3, 37, 61), (1, 2, 33, 64), (1, 2, 30
     dual_pool_attention(*shape, dtype)
 for sizes, dtypes in itertools.product(
     [(2, 3, 37, 61, 3), (1, 18, 33, 64, 1), (2, 4, 1, 1, 0), (1, 16, 2, 130, 1)],
-    [("float32", "float32"), ("float64", "float64"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")],
+    [*((dtype, dtype) for dtype in BYTES), ("float32", "float16"), ("float32", "bfloat16")],
 ):
     dual_pool_attention_pad2d(*sizes, *dtypes)
 for sizes, dtype in itertools.product(
