@@ -68,7 +68,7 @@ struct TiledMap {
   }
 };
 
-// The tile of one block. Channel tiles of the same pixels are neighbours: together they fill the lines of y.
+// One tile of the map. Channel tiles of the same pixels are neighbours: together they fill the lines of y.
 struct Tile {
   const TiledMap& map;
   int index;  // in its plane
@@ -77,11 +77,11 @@ struct Tile {
   int first_row;
   int first_column;
 
-  __device__ explicit Tile(const TiledMap& map)
+  __device__ Tile(const TiledMap& map, unsigned number)
       : map(map),
-        index(blockIdx.x / map.channel_tiles % map.tiles),
-        image(blockIdx.x / map.channel_tiles / map.tiles),
-        first_channel(blockIdx.x % map.channel_tiles * kTileChannels),
+        index(number / map.channel_tiles % map.tiles),
+        image(number / map.channel_tiles / map.tiles),
+        first_channel(number % map.channel_tiles * kTileChannels),
         first_row(index / map.column_tiles * kTileRows),
         first_column(index % map.column_tiles * kTileColumns) {}
 
@@ -151,7 +151,8 @@ struct Tile {
   }
 };
 
-// y = x · scale with its mirrored pixels, and scale itself.
+// y = x · scale with its mirrored pixels, and scale itself. The tiles come last to first: what the pass before read last
+// is still in the L2 cache.
 template <typename T, typename Y, typename A = AccumulateType<T>>
 __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
     dual_pool_attention_pad2d_forward_kernel(const T* __restrict__ x, const T* __restrict__ weight,
@@ -159,7 +160,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
                                              TiledMap map, int64_t taps) {
   SHARED_ARRAY(A, tile_values, kTurnedNumbers);
   SHARED_ARRAY(A, factors, kTileChannels);
-  const Tile tile(map);
+  const Tile tile(map, gridDim.x - 1 - blockIdx.x);
   A values[kNumbers];
   tile.load_planes(x + tile.image * map.image_elements(), values);
 #pragma unroll
@@ -191,7 +192,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
   constexpr int kWarps = kTileThreads / kWarpThreads, kWarpsInRow = kTileColumns / kWarpThreads;
   SHARED_ARRAY(A, tile_grads, kTurnedNumbers);
   SHARED_ARRAY(A, warp_sums, kWarps * kParts);
-  const Tile tile(map);
+  const Tile tile(map, blockIdx.x);
   tile.turn_folded(grad_y + tile.image * map.padded_elements(), tile_grads);
   A values[kNumbers];
   tile.load_planes(x + tile.image * map.image_elements(), values);
@@ -216,7 +217,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
   }
 }
 
-// grad_x = scale · the gradient before padding + grad_mean · rows · columns.
+// grad_x = scale · the gradient before padding + grad_mean · rows · columns, tiles last to first.
 template <typename T, typename Y, typename A = AccumulateType<T>>
 __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
     dual_pool_attention_pad2d_backward_input_kernel(const Y* __restrict__ grad_y, const T* __restrict__ weight,
@@ -226,7 +227,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
   SHARED_ARRAY(A, tile_grads, kTurnedNumbers);
   SHARED_ARRAY(A, factors, kTileChannels);
   SHARED_ARRAY(A, grad_means, kTileChannels);
-  const Tile tile(map);
+  const Tile tile(map, gridDim.x - 1 - blockIdx.x);
   const int column = tile.first_column + InPlanes::column(0);
   const A column_weight = column < map.width ? columns[column] : A(0);
   const int channel = tile.first_channel + threadIdx.x;

@@ -49,14 +49,13 @@ def _grid(shape):
 
 
 @triton.jit
-def _tile(channels, height, width, CHANNELS: tl.constexpr, PIXELS: tl.constexpr):
+def _tile(program, channels, height, width, CHANNELS: tl.constexpr, PIXELS: tl.constexpr):
     """Image, channels [CHANNELS,1], and number, rows and columns [1,PIXELS] of the pixels' tile; and what is inside.
 
     Channel tiles of the same pixels are neighbours: together they fill the lines of y.
     """
     channel_tiles = tl.cdiv(channels, CHANNELS)
     pixel_tiles = tl.cdiv(height * width, PIXELS)
-    program = tl.program_id(0)
     channel = program % channel_tiles * CHANNELS + tl.arange(0, CHANNELS)[:, None]
     tile = program // channel_tiles % pixel_tiles
     pixel = tile * PIXELS + tl.arange(0, PIXELS)[None, :]
@@ -105,7 +104,9 @@ def dual_pool_attention_pad2d_forward_kernel(
 ):
     """y = x · scale."""
     padded_height, padded_width = height + 2 * padding, width + 2 * padding
-    image, channel, _, row, column, inside = _tile(channels, padded_height, padded_width, CHANNELS, PIXELS)
+    image, channel, _, row, column, inside = _tile(
+        attention.last_first(), channels, padded_height, padded_width, CHANNELS, PIXELS
+    )
     source_row, source_column = _mirrored(row - padding, height), _mirrored(column - padding, width)
     sources = _plane_offsets(image, channel, source_row, source_column, channels, height, width)
     factor = tl.load(scale + image * channels + channel, mask=channel < channels, other=0)
@@ -121,7 +122,9 @@ def dual_pool_attention_pad2d_backward_reduce_kernel(
     """partial[plane, tile] = sum over the tile of grad_y · the x that it mirrors."""
     dtype: tl.constexpr = partial.dtype.element_ty
     padded_height, padded_width = height + 2 * padding, width + 2 * padding
-    image, channel, tile, row, column, inside = _tile(channels, padded_height, padded_width, CHANNELS, PIXELS)
+    image, channel, tile, row, column, inside = _tile(
+        tl.program_id(0), channels, padded_height, padded_width, CHANNELS, PIXELS
+    )
     source_row, source_column = _mirrored(row - padding, height), _mirrored(column - padding, width)
     sources = _plane_offsets(image, channel, source_row, source_column, channels, height, width)
     offsets = _pixel_offsets(image, channel, row, column, channels, padded_height, padded_width)
@@ -139,7 +142,7 @@ def dual_pool_attention_pad2d_backward_input_kernel(
     """grad_x = scale · what came to a pixel and to its mirrors + grad_mean · rows · columns."""
     dtype: tl.constexpr = scale.dtype.element_ty
     padded_height, padded_width = height + 2 * padding, width + 2 * padding
-    image, channel, _, row, column, inside = _tile(channels, height, width, CHANNELS, PIXELS)
+    image, channel, _, row, column, inside = _tile(attention.last_first(), channels, height, width, CHANNELS, PIXELS)
     gradients = tl.zeros([CHANNELS, PIXELS], dtype)
     for row_number in range(_places(row, height, padding)):
         padded_row = _padded_place(row, height, padding, row_number)

@@ -104,7 +104,7 @@ def _tile(program, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _last_first():
+def last_first():
     """Index of this program in a second pass over the same data: what was read last is still in the L2 cache."""
     return tl.num_programs(0) - 1 - tl.program_id(0)
 
@@ -200,7 +200,7 @@ def dual_pool_attention_backward_weight_kernel(grad_logit, mean, grad_weight, pl
 @triton.jit
 def dual_pool_attention_forward_scale_kernel(x, scale, y, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """y = x · scale."""
-    plane, _, _, offsets, inside = _tile(_last_first(), height, width, ROWS, COLUMNS)
+    plane, _, _, offsets, inside = _tile(last_first(), height, width, ROWS, COLUMNS)
     factor = tl.load(scale + plane)
     values = tl.load(x + offsets, mask=inside, other=0).to(factor.dtype)
     tl.store(y + offsets, values * factor, mask=inside)
@@ -211,7 +211,7 @@ def dual_pool_attention_backward_input_kernel(
     grad_y, scale, grad_mean, weights, grad_x, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """grad_x = grad_y · scale + grad_mean · rows · columns."""
-    plane, row, column, offsets, inside = _tile(_last_first(), height, width, ROWS, COLUMNS)
+    plane, row, column, offsets, inside = _tile(last_first(), height, width, ROWS, COLUMNS)
     factor = tl.load(scale + plane)
     gradients = tl.load(grad_y + offsets, mask=inside, other=0).to(factor.dtype) * factor
     gradients += tl.load(grad_mean + plane) * _pooling_weight(weights, row, column, height, width)
