@@ -49,8 +49,8 @@ struct PaddedPlaces {
   }
 };
 
-// The attention's own arguments, but y and grad_y are [B,H+2p,W+2p,C] and of the output dtype: the call's, or bfloat16
-// where that is float32.
+// The attention's own arguments, but y and grad_y are [B,H+2p,W+2p,C] and of the output dtype: the call's, or half
+// precision where that is float32, which on the CPU is bfloat16 alone.
 #define DECLARE_DUAL_POOL_ATTENTION_PAD2D_CPU(isa)                                                                   \
   namespace isa {                                                                                                    \
   void dual_pool_attention_pad2d_forward(const DualPoolAttentionForward&, const DualPoolAttentionPad2dSizes&,        \
