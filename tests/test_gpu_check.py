@@ -83,7 +83,7 @@ def test_commands_leave_a_log(check, monkeypatch):
 
 
 def stop_after(check, monkeypatch, line):
-    """A command has no more time once it has written that line, and half a second when it is asked to end."""
+    """A command has no more time once it has written that line."""
     commands = Counter()
 
     def seconds(name):
@@ -94,7 +94,6 @@ def stop_after(check, monkeypatch, line):
         return 0.2
 
     monkeypatch.setattr(check, "seconds", seconds)
-    monkeypatch.setattr(gpu_check, "SECONDS_TO_END", 0.5)
 
 
 def test_commands_are_stopped(check, monkeypatch):
@@ -103,6 +102,7 @@ def test_commands_are_stopped(check, monkeypatch):
     polite = "import time\ntry: print('ready'); time.sleep(60)\nexcept KeyboardInterrupt: print('found')"
     assert check.run("tests", python(polite)) is None
     assert check.last_line("tests") == "found"
+    monkeypatch.setattr(gpu_check, "SECONDS_TO_END", 0.5)
     stubborn = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('ready'); time.sleep(60)"
     assert check.run("tests", python(stubborn)) is None
 
