@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import ROOT, bench_ccpl, report
+from benchmarks import ROOT, bench_ccpl, report, steps
 from benchmarks.contest import Composite, Contest, Rival
 from benchmarks.measure import judge
 from restoration_kernels._samples import samples
@@ -227,3 +227,28 @@ def test_report_plots(saved, tmp_path, monkeypatch):
 def test_report_rejects_empty_files(tmp_path):
     with pytest.raises(SystemExit, match="holds no benchmarks"):
         report.main([str(saved_file(tmp_path / "empty.json"))])
+
+
+def test_steps_take_turns(monkeypatch, capsys):
+    """Ratios are those of one round; the first round, which alone makes its steps here, does not count."""
+    calls = []
+    seconds = [[9, 9, 9, 9], [2, 1, 4, 1], [8, 6, 8, 2], [2, 3, 2, 1]]
+
+    def measured(call):
+        number = len(calls)
+        calls.append(call)
+        if number < 4:
+            call()
+        return seconds[number // 4][number % 4]
+
+    monkeypatch.setattr(steps, "_seconds", measured)
+    monkeypatch.setattr(sys, "argv", ["steps", "--crop=32", "--blocks=1", "--rounds=3", "--device=cpu"])
+    steps.main()
+    assert calls == calls[:4] * 4
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[-4:]]
+    assert rows == [
+        ["ours", "2.00", "2.00", "1.00"],
+        ["plain autograd", "3.00", "1.00", "0.75"],
+        ["plain autograd, reference operators", "4.00", "2.00", "1.00"],
+        ["ours, bfloat16", "1.00", "1.00", "0.50"],
+    ]
