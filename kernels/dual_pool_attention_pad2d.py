@@ -51,7 +51,7 @@ def dual_pool_attention_pad2d(
     return _OPERATOR.run(backend, x=x, weight=weight, padding=padding, pool_size=pool_size, dtype=dtype or x.dtype)
 
 
-def _kernels_cannot(x, dtype=None, **_):
+def _kernels_cannot(x, dtype):
     if dtype in (None, x.dtype) or (x.dtype == torch.float32 and dtype.itemsize == 2):
         return None
     return f"its kernel returns the dtype of x, or half precision from float32, not {dtype} from {x.dtype}"

@@ -201,41 +201,7 @@ SHAPES = [(2, 5, 37, 61), (1, 4, 33, 64), (2, 3, 7, 200), (1, 2, 3, 1100), (1, 2
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dual_pool_attention(shape, dtype, order):
-    generator = torch.Generator().manual_seed(0)
-    x, grad_y = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
-    weight = torch.randn(5, generator=generator, dtype=torch.float64).to(dtype)
-    exact = define_dual_pool_attention(x.double(), weight.double(), grad_y.double())
-    plain = define_dual_pool_attention(x, weight, grad_y)
-    ours = run_dual_pool_attention(x, weight, grad_y)
-    # Nothing is more exact than float64, so there the definition's own rounding counts.
-    ulps = compare.REFERENCE_ULPS[dtype] if dtype == torch.float64 else compare.ULPS
-    for name, result, right, reference in zip(("y", "grad_x", "grad_weight"), ours, exact, plain, strict=True):
-        compare.judge(name, result, right, reference, ulps)
-
-
-@needs_compiler
-@pytest.mark.parametrize("wanted", ["grad_x", "grad_weight"])
-def test_dual_pool_attention_computes_what_is_wanted(wanted):
-    x, weight, grad_y = torch.randn(2, 3, 5, 7), torch.randn(3), torch.randn(2, 3, 5, 7)
-    everything = run_dual_pool_attention(x, weight, grad_y)
-    one = run_dual_pool_attention(x, weight, grad_y, wanted=(wanted,))
-    for name, alone, together in zip(("grad_x", "grad_weight"), one[1:], everything[1:], strict=True):
-        assert torch.equal(alone, together) if name == wanted else alone.isnan().all()
-
-
-@needs_compiler
-def test_dual_pool_attention_without_images():
-    x = torch.empty(0, 3, 5, 7)
-    y, grad_x, grad_weight = run_dual_pool_attention(x, torch.randn(3), x)
-    assert y.shape == grad_x.shape == x.shape
-    assert torch.equal(grad_weight, torch.zeros(3))
-
-
-@needs_compiler
-def test_dual_pool_attention_refuses_an_unknown_dtype():
-    extension = simt_build.load_extension()
-    with pytest.raises(ValueError, match=r"^dual_pool_attention: dtype must be .*, got code 7$"):
-        extension.dual_pool_attention_workspace_cuda(batch=1, channels=1, height=1, width=1, dtype=7)
+    check_dual_pool_attention(shape, dtype, dtype)
 
 
 # Two tiles of channels, several of rows and columns; padding of nearly a side; less than a tile; one pixel.
@@ -251,37 +217,62 @@ PAD2D_SHAPES = [((2, 18, 37, 70), 1), ((1, 3, 5, 9), 4), ((1, 16, 4, 64), 2), ((
     ids=str,
 )
 def test_dual_pool_attention_pad2d(shape, padding, dtype, output_dtype, order):
-    batch, channels, height, width = shape
-    padded = (batch, channels, height + 2 * padding, width + 2 * padding)
+    check_dual_pool_attention(shape, dtype, output_dtype, padding)
+
+
+def check_dual_pool_attention(shape, dtype, output_dtype, padding=None):
     generator = torch.Generator().manual_seed(0)
-    x, grad_y = (torch.randn(size, generator=generator, dtype=torch.float64) for size in (shape, padded))
+    x, grad_y = (
+        torch.randn(size, generator=generator, dtype=torch.float64) for size in (shape, padded_shape(shape, padding))
+    )
     weight = torch.randn(5, generator=generator, dtype=torch.float64).to(dtype)
     x, grad_y = x.to(dtype), grad_y.to(output_dtype)
     exact = define_dual_pool_attention(x.double(), weight.double(), grad_y.double(), padding)
     plain = define_dual_pool_attention(x, weight, grad_y.to(dtype), padding)
     ours = run_dual_pool_attention(x, weight, grad_y, padding=padding)
+    # Nothing is more exact than float64, so there the definition's own rounding counts.
+    ulps = compare.REFERENCE_ULPS[dtype] if dtype == torch.float64 else compare.ULPS
     for name, result, right, reference in zip(("y", "grad_x", "grad_weight"), ours, exact, plain, strict=True):
-        ulps = compare.REFERENCE_ULPS[dtype] if result.dtype == torch.float64 else compare.ULPS
         compare.judge(name, result, right, reference.to(result.dtype), ulps)
 
 
+def padded_shape(shape, padding):
+    """Of y: that of x, with a padding on every side unless it is None."""
+    batch, channels, height, width = shape
+    return batch, channels, height + 2 * (padding or 0), width + 2 * (padding or 0)
+
+
+either_operator = pytest.mark.parametrize("padding", [None, 1], ids=["plain", "pad2d"])
+
+
 @needs_compiler
+@either_operator
 @pytest.mark.parametrize("wanted", ["grad_x", "grad_weight"])
-def test_dual_pool_attention_pad2d_computes_what_is_wanted(wanted):
-    x, weight, grad_y = torch.randn(2, 3, 5, 7), torch.randn(3), torch.randn(2, 3, 7, 9)
-    everything = run_dual_pool_attention(x, weight, grad_y, padding=1)
-    one = run_dual_pool_attention(x, weight, grad_y, wanted=(wanted,), padding=1)
+def test_dual_pool_attention_computes_what_is_wanted(wanted, padding):
+    x, weight = torch.randn(2, 3, 5, 7), torch.randn(3)
+    grad_y = torch.randn(padded_shape(x.shape, padding))
+    everything = run_dual_pool_attention(x, weight, grad_y, padding=padding)
+    one = run_dual_pool_attention(x, weight, grad_y, wanted=(wanted,), padding=padding)
     for name, alone, together in zip(("grad_x", "grad_weight"), one[1:], everything[1:], strict=True):
         assert torch.equal(alone, together) if name == wanted else alone.isnan().all()
 
 
 @needs_compiler
-def test_dual_pool_attention_pad2d_without_images():
-    x, grad_y = torch.empty(0, 3, 5, 7), torch.empty(0, 3, 7, 9)
-    y, grad_x, grad_weight = run_dual_pool_attention(x, torch.randn(3), grad_y, padding=1)
+@either_operator
+def test_dual_pool_attention_without_images(padding):
+    x = torch.empty(0, 3, 5, 7)
+    grad_y = torch.empty(padded_shape(x.shape, padding))
+    y, grad_x, grad_weight = run_dual_pool_attention(x, torch.randn(3), grad_y, padding=padding)
     assert y.shape == grad_y.shape
     assert grad_x.shape == x.shape
     assert torch.equal(grad_weight, torch.zeros(3))
+
+
+@needs_compiler
+def test_dual_pool_attention_refuses_an_unknown_dtype():
+    extension = simt_build.load_extension()
+    with pytest.raises(ValueError, match=r"^dual_pool_attention: dtype must be .*, got code 7$"):
+        extension.dual_pool_attention_workspace_cuda(batch=1, channels=1, height=1, width=1, dtype=7)
 
 
 # Odd, one window, no window, several tiles each way, one row of windows.
