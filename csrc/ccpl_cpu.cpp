@@ -9,9 +9,6 @@
 namespace restoration::CPU_ISA {
 namespace {
 
-// Calls that touch fewer numbers take less time than waking the threads.
-constexpr int64_t kParallelElements = int64_t{1} << 15;
-
 template <typename T>
 void forward(const NeighborDifferenceForward& arguments, const NeighborDifferenceSizes& sizes, int threads) {
   using A = AccumulateType<T>;

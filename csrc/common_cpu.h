@@ -92,6 +92,9 @@ void dispatch_cpu_dtype(const char* operator_name, DType dtype, Call call) {
   }
 }
 
+// Calls that touch fewer numbers take less time than waking the threads.
+constexpr int64_t kParallelElements = int64_t{1} << 15;
+
 // Outputs larger than this leave a last-level cache (4 MB a core and more is rare) before anyone reads them. Writing
 // them past the caches saves the read that an ordinary store makes of every line before it changes it.
 constexpr int64_t kStreamingBytes = int64_t{8} << 20;
@@ -106,6 +109,14 @@ HOST_DEVICE void advise_huge_pages(void* output, int64_t bytes) {
   const uintptr_t end = (reinterpret_cast<uintptr_t>(output) + bytes) / kHugePage * kHugePage;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
+}
+
+// Whether an output of `count` numbers is to be written past the caches; call it before the first is written.
+template <typename T>
+bool prepare_output(T* output, int64_t count) {
+  const int64_t bytes = count * int64_t{sizeof(T)};
+  if (bytes > kStreamingBytes) advise_huge_pages(output, bytes);
+  return bytes > kStreamingBytes;
 }
 
 // Writes one aligned cache line past the caches.

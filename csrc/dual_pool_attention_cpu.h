@@ -15,9 +15,6 @@ constexpr int64_t kBlock = 2048;
 // short beside a single large plane that all threads share.
 constexpr int64_t kStripElements = int64_t{1} << 16;
 
-// Tensors below this size take less time than waking the threads.
-constexpr int64_t kParallelElements = int64_t{1} << 15;
-
 struct Strips {
   DualPoolAttentionSizes sizes;
   int64_t rows_per_strip;
@@ -75,14 +72,6 @@ inline void sum_strips(const Strips& strips, const double* partial, double* tota
 template <typename A>
 void fill_pooling_weights(A* weights, int64_t size, int64_t bins) {
   for (int64_t index = 0; index < size; ++index) weights[index] = A(pooling_weight<double>(index, size, bins));
-}
-
-// Whether an output of `count` numbers is to be written past the caches; call it before the first is written.
-template <typename T>
-bool prepare_output(T* output, int64_t count) {
-  const int64_t bytes = count * int64_t{sizeof(T)};
-  if (bytes > kStreamingBytes) advise_huge_pages(output, bytes);
-  return bytes > kStreamingBytes;
 }
 
 // mean and scale [B,C] of x [B,C,H,W].

@@ -1,98 +1,36 @@
 // Dual pooling attention into a padded map with channels last, on the CPU: formula in dual_pool_attention_pad2d.h.
-// A tile is as many pixels of a row, and as many channels, as a vector has lanes: it is read along one of the two,
-// turned over in registers, and written along the other.
 // Forward reads x twice: for the scales, then tile by tile to write y. Backward reads grad_y and x for the gradient to
 // the scales, then grad_y again and writes grad_x. Scratch memory: a number a channel and band.
 
 #include "dual_pool_attention_cpu.h"
 #include "dual_pool_attention_pad2d.h"
-#include "vectors_cpu.h"
+#include "turned_tiles_cpu.h"
 
 namespace restoration::CPU_ISA {
 namespace {
 
-// About this many numbers make a band. Those that lie channels last stay in a second-level cache of 1 MB (512 KB of
-// float32) while a few channels after another are read or written.
-constexpr int64_t kBandElements = int64_t{1} << 17;
-
 // Vectors that a lane sums in the accumulate type before float64 takes over, as in blocked_sum.
 constexpr int64_t kSummedVectors = 128;
 
-// Whole rows of all channels of an image: the work of one thread at a time.
-struct Bands {
+// 512 KB of float32, half of a second-level cache of 1 MB.
+constexpr int64_t kBandElements = int64_t{1} << 17;
+
+struct PaddedBands : Bands {
   DualPoolAttentionPad2dSizes sizes;
-  int64_t rows_per_band;
-  int64_t bands_per_image;
 
-  explicit Bands(const DualPoolAttentionPad2dSizes& sizes)
-      : sizes(sizes),
-        rows_per_band(
-            std::max<int64_t>(1, kBandElements / std::max<int64_t>(1, sizes.map.channels * sizes.map.width))),
-        bands_per_image(ceil_divide(sizes.map.height, rows_per_band)) {}
-
-  int64_t count() const { return sizes.map.batch * bands_per_image; }
-  int64_t image(int64_t band) const { return band / bands_per_image; }
-  int64_t first_row(int64_t band) const { return band % bands_per_image * rows_per_band; }
-  int64_t last_row(int64_t band) const { return std::min(sizes.map.height, first_row(band) + rows_per_band); }
+  explicit PaddedBands(const DualPoolAttentionPad2dSizes& sizes)
+      : Bands(kBandElements, sizes.map.batch, sizes.map.channels, sizes.map.height, sizes.map.width), sizes(sizes) {}
 };
-
-bool worth_threads(const DualPoolAttentionSizes& sizes, int threads) {
-  return threads > 1 && sizes.planes() * sizes.pixels() >= kParallelElements;
-}
-
-// The first `count` numbers, at most a vector, from source on; the other lanes are zero.
-template <typename T>
-HOST_DEVICE Vector<AccumulateType<T>> load_numbers(const T* source, int64_t count) {
-  using A = AccumulateType<T>;
-  if (count >= kLanes<A>) return load_vector(source);
-  T numbers[kLanes<A>] = {};
-  for (int64_t lane = 0; lane < count; ++lane) numbers[lane] = source[lane];
-  return load_vector(numbers);
-}
-
-template <typename T>
-HOST_DEVICE void store_numbers(T* destination, Vector<AccumulateType<T>> vector, int64_t count) {
-  using A = AccumulateType<T>;
-  if (count >= kLanes<A>) return store_vector(destination, vector);
-  T numbers[kLanes<A>];
-  store_vector(numbers, vector);
-  std::memcpy(destination, numbers, count * sizeof(T));
-}
-
-// tile[i] = vector(i) for i below count; the other vectors are zero.
-template <typename A, typename Value>
-HOST_DEVICE void fill_tile(Vector<A>* tile, int64_t count, Value vector) {
-  for (int64_t index = 0; index < count; ++index) tile[index] = vector(index);
-  for (int64_t index = count; index < kLanes<A>; ++index) tile[index] = Vector<A>{};
-}
-
-// Calls call(channel, channels, row, column, columns) for the tiles of a band, and next(channel, channels) after the
-// last tile of each few channels. These take turns band by band, not row by row: rows of one plane lie next to each
-// other, the same row of all planes in as many pages, and often in one set of the caches.
-template <typename A, typename Call, typename Next>
-HOST_DEVICE void for_each_tile(const Bands& bands, int64_t band, Call call, Next next) {
-  constexpr int64_t kSide = kLanes<A>;
-  const DualPoolAttentionSizes& map = bands.sizes.map;
-  for (int64_t channel = 0; channel < map.channels; channel += kSide) {
-    const int64_t channels = std::min(kSide, map.channels - channel);
-    for (int64_t row = bands.first_row(band); row < bands.last_row(band); ++row) {
-      for (int64_t column = 0; column < map.width; column += kSide) {
-        call(channel, channels, row, column, std::min(kSide, map.width - column));
-      }
-    }
-    next(channel, channels);
-  }
-}
 
 // The pixels of y [H+2p, W+2p, C], one image, that lie inside the rows of a band.
 template <typename T, typename Y>
-void write_inside(Y* y, const T* x, const AccumulateType<T>* scale, const Bands& bands, int64_t band) {
+void write_inside(Y* y, const T* x, const AccumulateType<T>* scale, const PaddedBands& bands, int64_t band) {
   using A = AccumulateType<T>;
   const DualPoolAttentionPad2dSizes& sizes = bands.sizes;
   const DualPoolAttentionSizes& map = sizes.map;
   for_each_tile<A>(
       bands, band,
-      [&](int64_t channel, int64_t channels, int64_t row, int64_t column, int64_t columns) {
+      [&](int64_t channel, auto channels, int64_t row, int64_t column, auto columns) {
         const T* values = x + channel * map.pixels() + row * map.width + column;
         Vector<A> tile[kLanes<A>];
         fill_tile<A>(tile, channels, [&](int64_t lane) {
@@ -100,16 +38,16 @@ void write_inside(Y* y, const T* x, const AccumulateType<T>* scale, const Bands&
         });
         transpose<A>(tile);
         Y* pixels = y + sizes.padded_place(row, column) * map.channels + channel;
+#pragma GCC unroll 16
         for (int64_t pixel = 0; pixel < columns; ++pixel) {
-          store_numbers(pixels + pixel * map.channels, tile[pixel], channels);
+          store_numbers(pixels + pixel * map.channels, rounded<Y>(tile[pixel]), channels);
         }
-      },
-      [](int64_t, int64_t) {});
+      });
 }
 
 // The padding of y beside the rows of a band, and the rows above or below that mirror them.
 template <typename Y>
-void write_mirrored(Y* y, const Bands& bands, int64_t band) {
+void write_mirrored(Y* y, const PaddedBands& bands, int64_t band) {
   const DualPoolAttentionPad2dSizes& sizes = bands.sizes;
   const DualPoolAttentionSizes& map = sizes.map;
   const int64_t pixel = map.channels, row_pixels = sizes.padded_width() * pixel;
@@ -138,8 +76,8 @@ void forward(const DualPoolAttentionForward& arguments, const DualPoolAttentionP
                  static_cast<A*>(arguments.scale), map, threads);
   const int64_t image_elements = sizes.padded_height() * sizes.padded_width() * map.channels;
   prepare_output(y, map.batch * image_elements);
-  const Bands bands(sizes);
-#pragma omp parallel for schedule(static) num_threads(threads) if (worth_threads(map, threads))
+  const PaddedBands bands(sizes);
+#pragma omp parallel for schedule(static) num_threads(threads) if (bands.worth_threads(threads))
   for (int64_t band = 0; band < bands.count(); ++band) {
     const int64_t image = bands.image(band), first_plane = image * map.channels;
     write_inside(y + image * image_elements, x + first_plane * map.pixels(), scale + first_plane, bands, band);
@@ -177,14 +115,14 @@ class Folded {
 // Calls use(tile, channel, channels, row, column, columns) for the tiles of a band: vectors of the gradient to some
 // columns of a row before padding, one for each channel; and next as above.
 template <typename Y, typename Use, typename Next>
-HOST_DEVICE void for_each_folded_tile(const void* grad_y, const Bands& bands, int64_t band, Use use, Next next) {
+HOST_DEVICE void for_each_folded_tile(const void* grad_y, const PaddedBands& bands, int64_t band, Use use, Next next) {
   using A = AccumulateType<Y>;
   const DualPoolAttentionPad2dSizes& sizes = bands.sizes;
   const int64_t padded = sizes.padded_height() * sizes.padded_width() * sizes.map.channels;
   const Folded<Y> folded(static_cast<const Y*>(grad_y) + bands.image(band) * padded, sizes);
   for_each_tile<A>(
       bands, band,
-      [&](int64_t channel, int64_t channels, int64_t row, int64_t column, int64_t columns) {
+      [&](int64_t channel, auto channels, int64_t row, int64_t column, auto columns) {
         const PaddedPlaces<int64_t> rows(row, sizes.map.height, sizes.padding);
         Vector<A> tile[kLanes<A>];
         fill_tile<A>(tile, columns,
@@ -197,7 +135,7 @@ HOST_DEVICE void for_each_folded_tile(const void* grad_y, const Bands& bands, in
 
 // sums [C] of grad_y · x in the rows of a band.
 template <typename T, typename Y>
-void sum_band(const DualPoolAttentionBackward& arguments, const Bands& bands, int64_t band, double* sums) {
+void sum_band(const DualPoolAttentionBackward& arguments, const PaddedBands& bands, int64_t band, double* sums) {
   using A = AccumulateType<T>;
   const DualPoolAttentionSizes& map = bands.sizes.map;
   const T* x = static_cast<const T*>(arguments.x) + bands.image(band) * map.channels * map.pixels();
@@ -215,8 +153,9 @@ void sum_band(const DualPoolAttentionBackward& arguments, const Bands& bands, in
   };
   for_each_folded_tile<Y>(
       arguments.grad_y, bands, band,
-      [&](const Vector<A>* tile, int64_t channel, int64_t channels, int64_t row, int64_t column, int64_t columns) {
+      [&](const Vector<A>* tile, int64_t channel, auto channels, int64_t row, int64_t column, auto columns) {
         const T* values = x + channel * map.pixels() + row * map.width + column;
+#pragma GCC unroll 16
         for (int64_t lane = 0; lane < channels; ++lane) {
           vectors[lane] += tile[lane] * load_numbers(values + lane * map.pixels(), columns);
         }
@@ -227,7 +166,7 @@ void sum_band(const DualPoolAttentionBackward& arguments, const Bands& bands, in
 
 // grad_x = scale · grad_y + grad_mean · the pixel's share in the mean, in the rows of a band.
 template <typename T, typename Y>
-void write_band(const DualPoolAttentionBackward& arguments, const Bands& bands, int64_t band,
+void write_band(const DualPoolAttentionBackward& arguments, const PaddedBands& bands, int64_t band,
                 const double* grad_mean, const AccumulateType<T>* rows, const AccumulateType<T>* columns) {
   using A = AccumulateType<T>;
   const DualPoolAttentionSizes& map = bands.sizes.map;
@@ -236,12 +175,14 @@ void write_band(const DualPoolAttentionBackward& arguments, const Bands& bands, 
   const A* scale = static_cast<const A*>(arguments.scale) + first_plane;
   for_each_folded_tile<Y>(
       arguments.grad_y, bands, band,
-      [&](const Vector<A>* tile, int64_t channel, int64_t channels, int64_t row, int64_t column, int64_t count) {
+      [&](const Vector<A>* tile, int64_t channel, auto channels, int64_t row, int64_t column, auto count) {
         T* values = grad_x + channel * map.pixels() + row * map.width + column;
         const Vector<A> shares = load_numbers(columns + column, count);
+#pragma GCC unroll 16
         for (int64_t lane = 0; lane < channels; ++lane) {
           const A row_grad = A(grad_mean[first_plane + channel + lane] * rows[row]);
-          store_numbers(values + lane * map.pixels(), tile[lane] * scale[channel + lane] + row_grad * shares, count);
+          const Vector<A> gradient = tile[lane] * scale[channel + lane] + row_grad * shares;
+          store_numbers(values + lane * map.pixels(), rounded<T>(gradient), count);
         }
       },
       [](int64_t, int64_t) {});
@@ -251,10 +192,10 @@ template <typename T, typename Y>
 void backward(const DualPoolAttentionBackward& arguments, const DualPoolAttentionPad2dSizes& sizes, int threads) {
   using A = AccumulateType<T>;
   const DualPoolAttentionSizes& map = sizes.map;
-  const Bands bands(sizes);
+  const PaddedBands bands(sizes);
   const int64_t count = bands.count();
   Buffer<double> partial(count * map.channels), grad_logit(map.planes());
-#pragma omp parallel for schedule(static) num_threads(threads) if (worth_threads(map, threads))
+#pragma omp parallel for schedule(static) num_threads(threads) if (bands.worth_threads(threads))
   for (int64_t band = 0; band < count; ++band) {
     sum_band<T, Y>(arguments, bands, band, partial.data() + band * map.channels);
   }
@@ -282,7 +223,7 @@ void backward(const DualPoolAttentionBackward& arguments, const DualPoolAttentio
   fill_pooling_weights(rows.data(), map.height, map.pool_size);
   fill_pooling_weights(columns.data(), map.width, map.pool_size);
   prepare_output(static_cast<T*>(arguments.grad_x), map.planes() * map.pixels());
-#pragma omp parallel for schedule(static) num_threads(threads) if (worth_threads(map, threads))
+#pragma omp parallel for schedule(static) num_threads(threads) if (bands.worth_threads(threads))
   for (int64_t index = 0; index < count; ++index) {
     write_band<T, Y>(arguments, bands, index, grad_mean.data(), rows.data(), columns.data());
   }

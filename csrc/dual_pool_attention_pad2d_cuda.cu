@@ -1,112 +1,23 @@
 // Dual pooling attention into a padded map with channels last, in CUDA: formula in dual_pool_attention_pad2d.h.
-// x lies in planes, y in pixels. A block owns a tile of some rows, columns and channels: it loads the tile in the order
-// of the one, turns it over in shared memory, and stores it in the order of the other, so that neighbouring threads
-// always touch neighbouring numbers.
+// x lies in planes, y in pixels: a block turns a tile of some rows, columns and channels over (turned_tiles.cuh).
 // Forward: means as in dual_pool_attention.cuh -> y and its mirrored pixels; mean and scale saved.
 // Backward: sum of grad_y · x of each tile -> grad_logit -> grad_x; grad_weight with a block for each tap.
 // Read and written: x twice and y once; grad_y twice, x and grad_x once. No atomics: the same bits on every run.
 
 #include "dual_pool_attention.cuh"
 #include "dual_pool_attention_pad2d.h"
+#include "turned_tiles.cuh"
 
 namespace restoration {
 namespace {
 
-// 16 channels are whole sectors of 32 bytes in every dtype, and all that the network has at full size. A thread has four
-// numbers in each of four rows: 16 loads in flight, and 2,000 blocks for two maps of 16 channels of 512².
-constexpr int kTileChannels = 16;
-constexpr int kTileColumns = 64;
-constexpr int kTileRows = 4;
-constexpr int kParts = kTileChannels * kTileColumns / kTileThreads;
-constexpr int kNumbers = kTileRows * kParts;
-// Between the channels of a turned row: neighbouring channels of two columns then lie in different banks.
-constexpr int kPitch = kTileColumns + 2;
-constexpr int kTurnedNumbers = kTileRows * kTileChannels * kPitch;
-
-// Which numbers of its block's tile a thread has: its row is number / kParts, its column and channel are these.
-struct InPlanes {
-  __device__ static int column(int) { return threadIdx.x % kTileColumns; }
-  __device__ static int channel(int number) {
-    return threadIdx.x / kTileColumns + number % kParts * (kTileThreads / kTileColumns);
-  }
-};
-struct InPixels {
-  __device__ static int column(int number) {
-    return threadIdx.x / kTileChannels + number % kParts * (kTileThreads / kTileChannels);
-  }
-  __device__ static int channel(int) { return threadIdx.x % kTileChannels; }
-};
-
-template <typename Order, typename A>
-__device__ __forceinline__ A& turned(A* tile, int number) {
-  return tile[(number / kParts * kTileChannels + Order::channel(number)) * kPitch + Order::column(number)];
+TiledMap tiled(const DualPoolAttentionPad2dSizes& sizes) {
+  return {sizes.map.channels, sizes.map.height, sizes.map.width, sizes.padding};
 }
 
-// The map and how it is cut into tiles, a block each. In 32 bits, as in plane_tiles.cuh.
-struct TiledMap {
-  int channels;
-  int height;
-  int width;
-  int padding;
-  int column_tiles;
-  int channel_tiles;
-  int tiles;  // of one plane
-
-  explicit TiledMap(const DualPoolAttentionPad2dSizes& sizes)
-      : channels(static_cast<int>(sizes.map.channels)),
-        height(static_cast<int>(sizes.map.height)),
-        width(static_cast<int>(sizes.map.width)),
-        padding(static_cast<int>(sizes.padding)),
-        column_tiles(static_cast<int>(ceil_divide(sizes.map.width, kTileColumns))),
-        channel_tiles(static_cast<int>(ceil_divide(sizes.map.channels, kTileChannels))),
-        tiles(static_cast<int>(column_tiles * ceil_divide(sizes.map.height, kTileRows))) {}
-
-  dim3 grid(int64_t batch) const { return dim3(static_cast<unsigned>(batch * tiles * channel_tiles)); }
-  __device__ int64_t image_elements() const { return int64_t{channels} * height * width; }
-  __device__ int64_t padded_elements() const {
-    return int64_t{channels} * (height + 2 * padding) * (width + 2 * padding);
-  }
-};
-
-// One tile of the map. Channel tiles of the same pixels are neighbours: together they fill the lines of y.
-struct Tile {
-  const TiledMap& map;
-  int index;  // in its plane
-  int64_t image;
-  int first_channel;
-  int first_row;
-  int first_column;
-
-  __device__ Tile(const TiledMap& map, unsigned number)
-      : map(map),
-        index(number / map.channel_tiles % map.tiles),
-        image(number / map.channel_tiles / map.tiles),
-        first_channel(number % map.channel_tiles * kTileChannels),
-        first_row(index / map.column_tiles * kTileRows),
-        first_column(index % map.column_tiles * kTileColumns) {}
-
-  __device__ int row(int number) const { return first_row + number / kParts; }
-
-  template <typename Order>
-  __device__ bool inside(int number) const {
-    return row(number) < map.height && first_column + Order::column(number) < map.width &&
-           first_channel + Order::channel(number) < map.channels;
-  }
-
-  // Of a number in planes [C,H,W].
-  __device__ int64_t plane_offset(int number) const {
-    const int64_t channel = first_channel + InPlanes::channel(number);
-    return (channel * map.height + row(number)) * map.width + first_column + InPlanes::column(number);
-  }
-
-  // Of a number of the thread's channel in pixels [H+2p,W+2p,C], by its place in the padded map.
-  __device__ int64_t pixel_offset(int padded_row, int padded_column) const {
-    const int64_t pixel = int64_t{padded_row} * (map.width + 2 * map.padding) + padded_column;
-    return pixel * map.channels + first_channel + InPixels::channel(0);
-  }
-  __device__ int64_t own_offset(int number) const {
-    return pixel_offset(row(number) + map.padding, first_column + InPixels::column(number) + map.padding);
-  }
+// A tile and what mirrors it in the padding.
+struct PaddedTile : Tile {
+  using Tile::Tile;
 
   // Calls call(number, offset) for the mirrors in pixels of the thread's numbers. Few numbers have any: no loop is
   // unrolled, so that these take no registers from the others.
@@ -129,22 +40,10 @@ struct Tile {
     }
   }
 
-  // The thread's numbers of planes, zero beyond their edges.
-  template <typename T, typename A>
-  __device__ __forceinline__ void load_planes(const T* __restrict__ x, A (&values)[kNumbers]) const {
-#pragma unroll
-    for (int number = 0; number < kNumbers; ++number) {
-      values[number] = inside<InPlanes>(number) ? static_cast<A>(x[plane_offset(number)]) : A(0);
-    }
-  }
-
   // Turns over the gradient before padding, zero beyond its edges.
   template <typename Y, typename A>
   __device__ __forceinline__ void turn_folded(const Y* __restrict__ grad_y, A* tile) const {
-#pragma unroll
-    for (int number = 0; number < kNumbers; ++number) {
-      turned<InPixels>(tile, number) = inside<InPixels>(number) ? static_cast<A>(grad_y[own_offset(number)]) : A(0);
-    }
+    turn_pixels(grad_y, tile);
     for_each_mirror(
         [&](int number, int64_t offset) { turned<InPixels>(tile, number) += static_cast<A>(grad_y[offset]); });
     __syncthreads();
@@ -160,7 +59,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
                                              TiledMap map, int64_t taps) {
   SHARED_ARRAY(A, tile_values, kTurnedNumbers);
   SHARED_ARRAY(A, factors, kTileChannels);
-  const Tile tile(map, gridDim.x - 1 - blockIdx.x);
+  const PaddedTile tile(map, gridDim.x - 1 - blockIdx.x);
   A values[kNumbers];
   tile.load_planes(x + tile.image * map.image_elements(), values);
 #pragma unroll
@@ -192,7 +91,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
   constexpr int kWarps = kTileThreads / kWarpThreads, kWarpsInRow = kTileColumns / kWarpThreads;
   SHARED_ARRAY(A, tile_grads, kTurnedNumbers);
   SHARED_ARRAY(A, warp_sums, kWarps * kParts);
-  const Tile tile(map, blockIdx.x);
+  const PaddedTile tile(map, blockIdx.x);
   tile.turn_folded(grad_y + tile.image * map.padded_elements(), tile_grads);
   A values[kNumbers];
   tile.load_planes(x + tile.image * map.image_elements(), values);
@@ -227,7 +126,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
   SHARED_ARRAY(A, tile_grads, kTurnedNumbers);
   SHARED_ARRAY(A, factors, kTileChannels);
   SHARED_ARRAY(A, grad_means, kTileChannels);
-  const Tile tile(map, gridDim.x - 1 - blockIdx.x);
+  const PaddedTile tile(map, gridDim.x - 1 - blockIdx.x);
   const int column = tile.first_column + InPlanes::column(0);
   const A column_weight = column < map.width ? columns[column] : A(0);
   const int channel = tile.first_channel + threadIdx.x;
@@ -249,7 +148,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
 
 template <typename T>
 Workspace<T> workspace_of(void* memory, const DualPoolAttentionPad2dSizes& sizes) {
-  const int64_t tiles = std::max(Tiling::of<T>(sizes.map.height, sizes.map.width).tiles, TiledMap(sizes).tiles);
+  const int64_t tiles = std::max(Tiling::of<T>(sizes.map.height, sizes.map.width).tiles, tiled(sizes).tiles);
   return Workspace<T>(memory, sizes.map, tiles);
 }
 
@@ -258,7 +157,7 @@ void launch_forward(const DualPoolAttentionForward& arguments, const DualPoolAtt
                     cudaStream_t stream) {
   using A = AccumulateType<T>;
   if (sizes.map.planes() == 0) return;
-  const TiledMap map(sizes);
+  const TiledMap map = tiled(sizes);
   const T* x = static_cast<const T*>(arguments.x);
   A* mean = static_cast<A*>(arguments.mean);
   const auto means = rows_are_aligned<T>(sizes.map.width, x) ? launch_means<T, true> : launch_means<T, false>;
@@ -272,7 +171,7 @@ template <typename T, typename Y>
 void launch_backward(const DualPoolAttentionBackward& arguments, const DualPoolAttentionPad2dSizes& sizes, void* memory,
                      cudaStream_t stream) {
   using A = AccumulateType<T>;
-  const TiledMap map(sizes);
+  const TiledMap map = tiled(sizes);
   const Workspace<T> workspace = workspace_of<T>(memory, sizes);
   const Y* grad_y = static_cast<const Y*>(arguments.grad_y);
   const A* scale = static_cast<const A*>(arguments.scale);

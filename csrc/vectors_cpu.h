@@ -42,35 +42,96 @@ HOST_DEVICE void store(A* destination, Vector<A> vector) {
   std::memcpy(destination, &vector, sizeof(vector));
 }
 
-// A vector of numbers, widened to the type that is summed.
+// A vector of numbers as they are kept: as many as one of what they are summed in has lanes.
 template <typename T>
-HOST_DEVICE Vector<AccumulateType<T>> load_vector(const T* source) {
+struct KeptVectorOf {
+  using Type = Vector<T>;
+};
+template <>
+struct KeptVectorOf<BFloat16> {
+  typedef uint16_t Type __attribute__((vector_size(kVectorBytes / 2)));
+};
+template <typename T>
+using KeptVector = typename KeptVectorOf<T>::Type;
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+
+template <typename T>
+HOST_DEVICE Vector<AccumulateType<T>> widened(KeptVector<T> kept) {
   if constexpr (std::is_same_v<T, BFloat16>) {
-    typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
-    typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
-    Half half;
-    std::memcpy(&half, source, sizeof(half));
-    return (Vector<float>)(__builtin_convertvector(half, Words) << 16);
+    return (Vector<float>)(__builtin_convertvector(kept, Words) << 16);
   } else {
-    return load(source);
+    return kept;
   }
 }
 
-// A vector of numbers, rounded to the type that is kept; AVX512-BF16 rounds denormal numbers to zero.
+// Of numbers that T holds exactly.
 template <typename T>
-HOST_DEVICE void store_vector(T* destination, Vector<AccumulateType<T>> vector) {
+HOST_DEVICE KeptVector<T> narrowed(Vector<AccumulateType<T>> vector) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return __builtin_convertvector((Words)vector >> 16, KeptVector<T>);
+  } else {
+    return vector;
+  }
+}
+
+// AVX512-BF16 rounds denormal numbers to zero.
+template <typename T>
+HOST_DEVICE KeptVector<T> rounded(Vector<AccumulateType<T>> vector) {
   if constexpr (std::is_same_v<T, BFloat16>) {
 #if defined(__AVX512BF16__)
-    const __m256bh half = _mm512_cvtneps_pbh((__m512)vector);
+    return (KeptVector<T>)_mm512_cvtneps_pbh((__m512)vector);
 #else
-    T half[kLanes<float>];
+    T numbers[kLanes<float>];
 #pragma omp simd
-    for (int lane = 0; lane < kLanes<float>; ++lane) assign(half[lane], vector[lane]);
+    for (int lane = 0; lane < kLanes<float>; ++lane) assign(numbers[lane], vector[lane]);
+    KeptVector<T> kept;
+    std::memcpy(&kept, numbers, sizeof(kept));
+    return kept;
 #endif
-    std::memcpy(destination, &half, sizeof(half));
   } else {
-    store(destination, vector);
+    return vector;
   }
+}
+
+// A vector of numbers, widened to the type that is summed.
+template <typename T>
+HOST_DEVICE Vector<AccumulateType<T>> load_vector(const T* source) {
+  KeptVector<T> kept;
+  std::memcpy(&kept, source, sizeof(kept));
+  return widened<T>(kept);
+}
+
+// The first `count` numbers, at most a vector, from source on; the other lanes are zero.
+template <typename T, typename Count>
+HOST_DEVICE Vector<AccumulateType<T>> load_numbers(const T* source, Count count) {
+  if (count >= kLanes<AccumulateType<T>>) return load_vector(source);
+  KeptVector<T> kept = {};
+#if defined(__AVX512F__)
+  const uint32_t lanes = (1u << count) - 1;
+  if constexpr (sizeof(T) == 2) kept = (KeptVector<T>)_mm256_maskz_loadu_epi16(lanes, source);
+  if constexpr (sizeof(T) == 4) kept = (KeptVector<T>)_mm512_maskz_loadu_epi32(lanes, source);
+  if constexpr (sizeof(T) == 8) kept = (KeptVector<T>)_mm512_maskz_loadu_epi64(lanes, source);
+#else
+  std::memcpy(&kept, source, count * sizeof(T));
+#endif
+  return widened<T>(kept);
+}
+
+// The first `count` numbers of a vector, at most all.
+template <typename T, typename Count>
+HOST_DEVICE void store_numbers(T* destination, KeptVector<T> kept, Count count) {
+  if (count >= kLanes<AccumulateType<T>>) {
+    std::memcpy(destination, &kept, sizeof(kept));
+    return;
+  }
+#if defined(__AVX512F__)
+  const uint32_t lanes = (1u << count) - 1;
+  if constexpr (sizeof(T) == 2) _mm256_mask_storeu_epi16(destination, lanes, (__m256i)kept);
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_epi32(destination, lanes, (__m512i)kept);
+  if constexpr (sizeof(T) == 8) _mm512_mask_storeu_epi64(destination, lanes, (__m512i)kept);
+#else
+  std::memcpy(destination, &kept, count * sizeof(T));
+#endif
 }
 
 // Lane i of the result is lane kSource[i] of a and b laid one after the other.

@@ -1,7 +1,6 @@
 """Dual pooling attention into a padded map with channels last, in Triton: formula in dual_pool_attention_pad2d.py.
 
-A program owns some pixels, counted row by row, and some channels of one image. Triton turns them over between x, whose
-pixels are neighbours in memory, and y, whose channels are.
+x lies in planes, y in pixels: a program has a tile of some pixels and channels (turned_tiles_triton.py).
 Forward: mean and scale of each plane as in dual_pool_attention_triton.py -> y, mirrored pixels like all others.
 Backward: sum of grad_y · x of each tile -> grad_logit and grad_mean of each plane -> grad_x; grad_weight tap by tap.
 Read and written: x twice and y once; grad_y twice, x and grad_x once. No atomics: the same bits on every run.
@@ -11,57 +10,31 @@ import triton
 import triton.language as tl
 
 from . import dual_pool_attention_triton as attention
-
-# A tile: whole sectors of 32 bytes in both layouts, all channels of the network's largest maps and, with Triton's 4
-# warps, 16 numbers a thread.
-_CHANNELS, _PIXELS = 16, 128
+from . import turned_tiles_triton as tiles
 
 
 def forward(x, weight, y, mean, scale, padding, pool_size):
     """Fills y [B,H+2p,W+2p,C], and mean and scale [B,C] for backward."""
     attention.compute_scales(x, weight, mean, scale, pool_size)
     _, C, H, W = x.shape
-    dual_pool_attention_pad2d_forward_kernel[_grid(y.shape)](x, scale, y, C, H, W, padding, _CHANNELS, _PIXELS)
+    dual_pool_attention_pad2d_forward_kernel[tiles.grid(y.shape)](
+        x, scale, y, C, H, W, padding, tiles.CHANNELS, tiles.PIXELS
+    )
 
 
 def backward(grad_y, x, weight, mean, scale, grad_x, grad_weight, padding, pool_size):
     """Fills grad_x [B,C,H,W] and grad_weight [k]; one that is None is not computed."""
     B, C, H, W = x.shape
-    partial = mean.new_empty(B * C, _pixel_tiles(*grad_y.shape[1:3]))
-    dual_pool_attention_pad2d_backward_reduce_kernel[_grid(grad_y.shape)](
-        grad_y, x, partial, C, H, W, padding, _CHANNELS, _PIXELS
+    partial = mean.new_empty(B * C, tiles.pixel_tiles(*grad_y.shape[1:3]))
+    dual_pool_attention_pad2d_backward_reduce_kernel[tiles.grid(grad_y.shape)](
+        grad_y, x, partial, C, H, W, padding, tiles.CHANNELS, tiles.PIXELS
     )
     grad_mean = attention.compute_grad_mean(partial, weight, mean, scale, grad_weight)
     if grad_x is not None:
         weights = attention.pooling_weights(mean, H, W, pool_size)
-        dual_pool_attention_pad2d_backward_input_kernel[_grid((B, H, W, C))](
-            grad_y, scale, grad_mean, weights, grad_x, C, H, W, padding, _CHANNELS, _PIXELS
+        dual_pool_attention_pad2d_backward_input_kernel[tiles.grid((B, H, W, C))](
+            grad_y, scale, grad_mean, weights, grad_x, C, H, W, padding, tiles.CHANNELS, tiles.PIXELS
         )
-
-
-def _pixel_tiles(height, width):
-    return triton.cdiv(height * width, _PIXELS)
-
-
-def _grid(shape):
-    B, H, W, C = shape
-    return (B * _pixel_tiles(H, W) * triton.cdiv(C, _CHANNELS),)
-
-
-@triton.jit
-def _tile(program, channels, height, width, CHANNELS: tl.constexpr, PIXELS: tl.constexpr):
-    """Image, channels [CHANNELS,1], and number, rows and columns [1,PIXELS] of the pixels' tile; and what is inside.
-
-    Channel tiles of the same pixels are neighbours: together they fill the lines of y.
-    """
-    channel_tiles = tl.cdiv(channels, CHANNELS)
-    pixel_tiles = tl.cdiv(height * width, PIXELS)
-    channel = program % channel_tiles * CHANNELS + tl.arange(0, CHANNELS)[:, None]
-    tile = program // channel_tiles % pixel_tiles
-    pixel = tile * PIXELS + tl.arange(0, PIXELS)[None, :]
-    image = (program // channel_tiles // pixel_tiles).to(tl.int64)
-    row, column = pixel // width, pixel % width
-    return image, channel, tile, row, column, (channel < channels) & (row < height)
 
 
 @triton.jit
@@ -87,31 +60,19 @@ def _places(place, size, padding):
 
 
 @triton.jit
-def _plane_offsets(image, channel, row, column, channels, height, width):
-    """Offsets in planes [B,C,H,W]."""
-    return ((image * channels + channel) * height + row) * width + column
-
-
-@triton.jit
-def _pixel_offsets(image, channel, row, column, channels, height, width):
-    """Offsets in pixels [B,H,W,C]."""
-    return ((image * height + row) * width + column) * channels + channel
-
-
-@triton.jit
 def dual_pool_attention_pad2d_forward_kernel(
     x, scale, y, channels, height, width, padding, CHANNELS: tl.constexpr, PIXELS: tl.constexpr
 ):
     """y = x · scale."""
     padded_height, padded_width = height + 2 * padding, width + 2 * padding
-    image, channel, _, row, column, inside = _tile(
+    image, channel, _, row, column, inside = tiles.tile_of(
         attention.last_first(), channels, padded_height, padded_width, CHANNELS, PIXELS
     )
     source_row, source_column = _mirrored(row - padding, height), _mirrored(column - padding, width)
-    sources = _plane_offsets(image, channel, source_row, source_column, channels, height, width)
+    sources = tiles.plane_offsets(image, channel, source_row, source_column, channels, height, width)
     factor = tl.load(scale + image * channels + channel, mask=channel < channels, other=0)
     values = tl.load(x + sources, mask=inside, other=0).to(factor.dtype) * factor
-    offsets = _pixel_offsets(image, channel, row, column, channels, padded_height, padded_width)
+    offsets = tiles.pixel_offsets(image, channel, row, column, channels, padded_height, padded_width)
     tl.store(y + offsets, values, mask=inside)
 
 
@@ -122,16 +83,16 @@ def dual_pool_attention_pad2d_backward_reduce_kernel(
     """partial[plane, tile] = sum over the tile of grad_y · the x that it mirrors."""
     dtype: tl.constexpr = partial.dtype.element_ty
     padded_height, padded_width = height + 2 * padding, width + 2 * padding
-    image, channel, tile, row, column, inside = _tile(
+    image, channel, tile, row, column, inside = tiles.tile_of(
         tl.program_id(0), channels, padded_height, padded_width, CHANNELS, PIXELS
     )
     source_row, source_column = _mirrored(row - padding, height), _mirrored(column - padding, width)
-    sources = _plane_offsets(image, channel, source_row, source_column, channels, height, width)
-    offsets = _pixel_offsets(image, channel, row, column, channels, padded_height, padded_width)
+    sources = tiles.plane_offsets(image, channel, source_row, source_column, channels, height, width)
+    offsets = tiles.pixel_offsets(image, channel, row, column, channels, padded_height, padded_width)
     gradients = tl.load(grad_y + offsets, mask=inside, other=0).to(dtype)
     total = tl.sum(gradients * tl.load(x + sources, mask=inside, other=0).to(dtype), 1, keep_dims=True)
-    tiles = tl.cdiv(padded_height * padded_width, PIXELS)
-    tl.store(partial + (image * channels + channel) * tiles + tile, total, mask=channel < channels)
+    count = tl.cdiv(padded_height * padded_width, PIXELS)
+    tl.store(partial + (image * channels + channel) * count + tile, total, mask=channel < channels)
 
 
 @triton.jit
@@ -142,18 +103,22 @@ def dual_pool_attention_pad2d_backward_input_kernel(
     """grad_x = scale · what came to a pixel and to its mirrors + grad_mean · rows · columns."""
     dtype: tl.constexpr = scale.dtype.element_ty
     padded_height, padded_width = height + 2 * padding, width + 2 * padding
-    image, channel, _, row, column, inside = _tile(attention.last_first(), channels, height, width, CHANNELS, PIXELS)
+    image, channel, _, row, column, inside = tiles.tile_of(
+        attention.last_first(), channels, height, width, CHANNELS, PIXELS
+    )
     gradients = tl.zeros([CHANNELS, PIXELS], dtype)
     for row_number in range(_places(row, height, padding)):
         padded_row = _padded_place(row, height, padding, row_number)
         for column_number in range(_places(column, width, padding)):
             padded_column = _padded_place(column, width, padding, column_number)
-            offsets = _pixel_offsets(image, channel, padded_row, padded_column, channels, padded_height, padded_width)
+            offsets = tiles.pixel_offsets(
+                image, channel, padded_row, padded_column, channels, padded_height, padded_width
+            )
             mask = inside & (padded_row >= 0) & (padded_column >= 0)
             gradients += tl.load(grad_y + offsets, mask=mask, other=0).to(dtype)
     plane = image * channels + channel
     gradients *= tl.load(scale + plane, mask=channel < channels, other=0)
     share = tl.load(weights + row, mask=row < height, other=0) * tl.load(weights + height + column)
     gradients += tl.load(grad_mean + plane, mask=channel < channels, other=0) * share
-    offsets = _plane_offsets(image, channel, row, column, channels, height, width)
+    offsets = tiles.plane_offsets(image, channel, row, column, channels, height, width)
     tl.store(grad_x + offsets, gradients, mask=inside)
