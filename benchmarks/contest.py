@@ -214,7 +214,8 @@ class Entry:
     def call(self, arguments):
         """A function of no arguments that works once on prepared ones, waits for the end, and returns what it found.
 
-        That is the output and, where gradients are timed, those of its product with a fixed random tensor, by name.
+        That is the output, or each of several, and, where gradients are timed, those of its product with a fixed random
+        tensor, by name.
         """
         leaves = {
             name: arguments[name].detach().requires_grad_()
@@ -222,18 +223,20 @@ class Entry:
             if torch.is_tensor(arguments.get(name))
         }
         arguments = arguments | leaves
-        cotangent = _cotangent(self.rival.function(**arguments)) if leaves else None
+        cotangents = [_cotangent(output) for output in _tuple(self.rival.function(**arguments))] if leaves else None
 
         def work():
             with torch.set_grad_enabled(bool(leaves)):
-                output = self.rival.function(**arguments)
+                outputs = _tuple(self.rival.function(**arguments))
             # A floor need not use every argument.
             unused = self.rival.floor
             wanted = list(leaves.values())
-            gradients = torch.autograd.grad(output, wanted, cotangent, allow_unused=unused) if leaves else ()
+            gradients = torch.autograd.grad(outputs, wanted, cotangents, allow_unused=unused) if leaves else ()
             if self.device == "cuda":
                 torch.cuda.synchronize()
-            return {"output": output.detach(), **dict(zip(leaves, gradients, strict=True))}
+            names = ("output", *(f"output {number}" for number in range(1, len(outputs))))
+            found = {name: output.detach() for name, output in zip(names, outputs, strict=True)}
+            return found | dict(zip(leaves, gradients, strict=True))
 
         return work
 
@@ -252,6 +255,10 @@ class Entry:
             "megapixels": image.numel() / channels / 1e6,
             "bytes_moved": self.contest.traffic(**arguments)[self.direction],
         }
+
+
+def _tuple(outputs):
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def copy(destination, source):

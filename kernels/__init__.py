@@ -16,6 +16,7 @@ from .matting_laplacian import (
     matting_laplacian_matrix,
 )
 from .pac_conv2d import PacConv2d, pac_conv2d, pac_conv2d_, pac_kernel2d
+from .relu_split import relu_split
 
 __all__ = [
     "CCPLoss",
@@ -32,6 +33,7 @@ __all__ = [
     "pac_conv2d",
     "pac_conv2d_",
     "pac_kernel2d",
+    "relu_split",
     "sample_neighbors",
     "use_backend",
 ]

@@ -190,6 +190,15 @@ def dual_pool_attention_pad2d(x, weight, padding, pool_size, dtype):
         _fail(operator, "dtype", f"be None or one of {', '.join(map(str, _DTYPES))}", dtype)
 
 
+def relu_split(x, channels):
+    """Checks feature maps and where they are split."""
+    operator = "relu_split"
+    _, C, _, _ = _tensor(operator, "x", x, ("B", "C", "H", "W"))
+    if C < 2:
+        _fail(operator, "x", "have at least 2 channels", C)
+    _integer(operator, "channels", channels, 1, C - 1)
+
+
 def _fail(operator, argument, must, got, error=ValueError):
     """Raises the one error of the package's grammar."""
     raise error(f"{operator}: {argument} must {must}, got {got}")

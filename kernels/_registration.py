@@ -64,37 +64,38 @@ def define_in_place(schema, launch):
     return getattr(getattr(torch.ops, _LIBRARY.ns), name).default
 
 
-def differentiate(forward, backward, save, count):
-    """Gives an op its gradients, of its first output by its first tensors.
+def differentiate(forward, backward, save, count, outputs=1):
+    """Gives an op its gradients, of its first outputs by its first tensors.
 
     Args:
-        forward: an op. Outputs after its first are for backward alone.
-        backward: the op ``(Tensor grad_output, ..., bool[] wanted, str backend) -> Tensor[]`` that returns, of the
-            gradients to the first tensors of forward, those that are wanted.
+        forward: an op. Outputs after the first ``outputs`` are for backward alone.
+        backward: the op ``(Tensor grad_output, ..., bool[] wanted, str backend) -> Tensor[]``, with as many grad_output
+            as there are outputs, that returns, of the gradients to the first tensors of forward, those that are wanted.
         save: function of the arguments and the outputs of forward that returns what backward takes between grad_output
             and wanted: tensors, None, and options.
         count: how many of forward's arguments, the first ones, have gradients.
+        outputs: how many of forward's outputs, the first ones, have gradients.
     """
     others = len(forward._schema.arguments) - count
 
     def setup_context(ctx, inputs, output):
-        outputs = output if isinstance(output, tuple) else (output,)
-        saved = save(inputs, outputs)
+        results = output if isinstance(output, tuple) else (output,)
+        saved = save(inputs, results)
         ctx.save_for_backward(*(value if isinstance(value, torch.Tensor) else None for value in saved))
         ctx.options = [None if isinstance(value, torch.Tensor) else value for value in saved]
         ctx.backend = inputs[-1]
-        ctx.mark_non_differentiable(*outputs[1:])
-        # Else zeros would be made for every output that backward makes no use of.
-        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*results[outputs:])
+        # Zeros where one of several outputs is not used; else they would be made for those that are for backward alone.
+        ctx.set_materialize_grads(outputs > 1)
 
-    def gradients(ctx, grad_output, *_):
+    def gradients(ctx, *grad_outputs):
         wanted = ctx.needs_input_grad[:count]
-        if grad_output is None:
+        if grad_outputs[0] is None:
             return (None,) * (count + others)
         saved = [
             option if tensor is None else tensor for tensor, option in zip(ctx.saved_tensors, ctx.options, strict=True)
         ]
-        found = iter(backward(grad_output, *saved, wanted, ctx.backend))
+        found = iter(backward(*grad_outputs[:outputs], *saved, wanted, ctx.backend))
         return (*(next(found) if wish else None for wish in wanted), *(None,) * others)
 
     torch.library.register_autograd(forward, gradients, setup_context=setup_context, lib=_LIBRARY)

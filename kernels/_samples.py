@@ -30,6 +30,7 @@ DIFFERENTIABLE = {
     "matting_laplacian_apply": ("image",),
     "dual_pool_attention": ("x", "weight"),
     "dual_pool_attention_pad2d": ("x", "weight"),
+    "relu_split": ("x",),
 }
 
 
@@ -109,6 +110,15 @@ def _dual_pool_attention(B, C, H, W, k=5, **options):
     return make
 
 
+def _relu_split(B, C, H, W, channels):
+    """x as a convolution leaves it."""
+
+    def make(generator):
+        return dict(x=torch.randn(B, H, W, C, generator=generator).permute(0, 3, 1, 2), channels=channels)
+
+    return make
+
+
 _SAMPLES = [
     Sample("pac_conv2d", "residual", "tiny", _pac_conv2d(2, 2, 3, 2, 6, 5, 3, residual=True, alpha=-0.5, stride=2)),
     Sample("pac_conv2d", "same", "tiny", _pac_conv2d(2, 3, 4, 2, 5, 6, 3, padding=1)),
@@ -165,4 +175,9 @@ _SAMPLES += [
     Sample("dual_pool_attention_pad2d", "odd", "odd", _dual_pool_attention(2, 39, 61, 137, padding=3)),
     Sample("dual_pool_attention_pad2d", "16_at_512", "model", _dual_pool_attention(1, 16, 512, 512)),
     Sample("dual_pool_attention_pad2d", "256_at_128", "model", _dual_pool_attention(1, 256, 128, 128)),
+    Sample("relu_split", "small", "tiny", _relu_split(2, 5, 3, 4, 3)),
+    Sample("relu_split", "one_pixel", "tiny", _relu_split(1, 2, 1, 1, 1)),
+    Sample("relu_split", "odd", "odd", _relu_split(2, 19, 7, 137, 5)),
+    Sample("relu_split", "4_and_8_at_512", "model", _relu_split(1, 12, 512, 512, 4)),
+    Sample("relu_split", "64_and_8_at_128", "model", _relu_split(1, 72, 128, 128, 64)),
 ]

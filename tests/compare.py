@@ -89,15 +89,22 @@ def skip_unless_able(backend, operator, arguments):
 
 
 def differentiate(function, arguments, names):
-    """function's output, and the gradient of its product with a fixed random tensor by each argument named."""
+    """function's output, joined, and the gradient of its product with a fixed random tensor by each argument named."""
     names = [name for name in names if arguments.get(name) is not None]
     leaves = {name: arguments[name].detach().requires_grad_() for name in names}
-    output = function(**{**arguments, **leaves})
-    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    result = function(**{**arguments, **leaves})
+    outputs = result if isinstance(result, tuple) else (result,)
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(output.shape, generator=generator, dtype=torch.float64) for output in outputs]
     # Representable in every dtype: the judge is to see the operator's rounding, not that of its input.
-    cotangent = weights.to(torch.bfloat16).to(output)
-    gradients = torch.autograd.grad(output, list(leaves.values()), cotangent) if leaves else ()
-    return {"output": output.detach(), **dict(zip(names, gradients, strict=True))}
+    cotangents = [weight.to(torch.bfloat16).to(output) for weight, output in zip(weights, outputs, strict=True)]
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), cotangents) if leaves else ()
+    return {"output": joined(result).detach(), **dict(zip(names, gradients, strict=True))}
+
+
+def joined(result):
+    """What an operator returns, as one tensor: several maps follow each other along the channels."""
+    return torch.cat(result, 1) if isinstance(result, tuple) else result
 
 
 def public(operator, backend):
@@ -181,7 +188,7 @@ def check_second_derivatives_refused(backend, sample):
     arguments = arguments_for(backend, sample, torch.float32)
     name = DIFFERENTIABLE[sample.operator][0]
     leaf = arguments[name].requires_grad_()
-    output = public(sample.operator, backend)(**arguments)
+    output = joined(public(sample.operator, backend)(**arguments))
     (gradient,) = torch.autograd.grad(output.square().sum(), leaf, create_graph=True)
     message = f"^{sample.operator}: backend must be 'reference' where second derivatives are taken, got '{backend}'$"
     with pytest.raises(RuntimeError, match=message):
@@ -304,7 +311,7 @@ def check_export(backend, sample, dynamic):
     axes = {name: dict.fromkeys(dynamic.get(name, ()), torch.export.Dim.AUTO) for name in tensors}
     program = torch.export.export(Module(), (tensors,), dynamic_shapes=(axes,)).module()
     for longer in (tensors, {name: _lengthen(value, dynamic.get(name, ())) for name, value in tensors.items()}):
-        judge("output", program(longer), Module()(longer))
+        judge("output", joined(program(longer)), joined(Module()(longer)))
 
 
 def _lengthen(tensor, axes):

@@ -11,7 +11,7 @@ import simt_build
 import torch
 import torch.nn.functional as F
 
-from restoration_kernels import matting_laplacian_apply, matting_laplacian_energy
+from restoration_kernels import matting_laplacian_apply, matting_laplacian_energy, relu_split
 
 needs_compiler = pytest.mark.skipif(simt_build.compiler() is None, reason="no C++ compiler")
 needs_nvcc = pytest.mark.skipif(simt_build.nvcc() is None, reason="no nvcc")
@@ -44,6 +44,7 @@ HOT_KERNELS = {
         f"pac_conv2d_backward_{kernel}_kernel"
         for kernel in ("affinity", "input", "weight", "shared", "centre", "guide", "reduce", "pack")
     ],
+    "relu_split_cuda.cu": ["relu_split_forward_kernel", "relu_split_backward_kernel"],
     # float32 and float64 at radius 1; the windows of radius 2 and 3 are larger than a thread's registers.
     "matting_laplacian_cuda.cu": ["matting_laplacian_kernelIfLi1E", "matting_laplacian_kernelIdLi1E"],
 }
@@ -275,6 +276,29 @@ def test_dual_pool_attention_refuses_an_unknown_dtype():
         extension.dual_pool_attention_workspace_cuda(batch=1, channels=1, height=1, width=1, dtype=7)
 
 
+# Two tiles of channels of which one goes both ways, several of rows and columns; less than a tile; whole tiles.
+RELU_SPLIT_SHAPES = [((2, 18, 37, 70), 5), ((1, 3, 5, 9), 2), ((1, 32, 4, 64), 16), ((3, 2, 1, 1), 1)]
+
+
+@needs_compiler
+@both_orders
+@pytest.mark.parametrize(("shape", "channels"), RELU_SPLIT_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_relu_split(shape, channels, dtype, order):
+    x = torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_()
+    outputs = relu_split(x, channels, backend="reference")
+    gradients = [torch.randn_like(output) for output in outputs]
+    (grad_x,) = torch.autograd.grad(outputs, x, gradients)
+    for ours, expected in zip(run_relu_split(x.detach(), channels, gradients), (*outputs, grad_x), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@needs_compiler
+def test_relu_split_without_images():
+    rectified, rest, grad_x = run_relu_split(torch.empty(0, 3, 5, 7), 2, torch.empty(0, 3, 5, 7).split((2, 1), 1))
+    assert [tensor.shape for tensor in (rectified, rest, grad_x)] == [(0, 2, 5, 7), (0, 1, 5, 7), (0, 3, 5, 7)]
+
+
 # Odd, one window, no window, several tiles each way, one row of windows.
 MATTING_SHAPES = [(2, 3, 37, 61), (1, 1, 3, 3), (5, 2, 2, 6), (1, 2, 40, 70), (1, 4, 3, 80)]
 
@@ -407,6 +431,27 @@ def run_dual_pool_attention(x, weight, grad_y, wanted=("grad_x", "grad_weight"),
         **common,
     )
     return y, grad_x, grad_weight
+
+
+def run_relu_split(x, channels, gradients):
+    """rectified, rest and grad_x by the CUDA kernels. What they do not write stays NaN."""
+    extension = simt_build.load_extension()
+    batch, _, height, width = x.shape
+    sizes = {"batch": batch, "channels": x.shape[1], "split": channels, "height": height, "width": width}
+    options = {**sizes, "dtype": simt_build.dtype_code(x), "stream": 0}
+    x = x.contiguous(memory_format=torch.channels_last)
+    gradients = [gradient.contiguous() for gradient in gradients]
+    rectified, rest = (torch.full_like(gradient, torch.nan) for gradient in gradients)
+    grad_x = torch.full_like(x, torch.nan)
+    extension.relu_split_forward_cuda(x=x.data_ptr(), rectified=rectified.data_ptr(), rest=rest.data_ptr(), **options)
+    extension.relu_split_backward_cuda(
+        grad_rectified=gradients[0].data_ptr(),
+        grad_rest=gradients[1].data_ptr(),
+        rectified=rectified.data_ptr(),
+        grad_x=grad_x.data_ptr(),
+        **options,
+    )
+    return rectified, rest, grad_x
 
 
 def run_matting_laplacian(image, guide, *, eps=1e-7, radius=1, wanted=("energy", "product")):

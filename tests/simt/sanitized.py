@@ -67,6 +67,25 @@ def dual_pool_attention_pad2d(batch, channels, height, width, padding, dtype, ou
         extension.dual_pool_attention_pad2d_backward_cpu(**common, **gradients, threads=2)
 
 
+def relu_split(batch, channels, split, height, width, dtype):
+    pixels = batch * height * width
+    arrays = {
+        **{name: array(pixels * channels, BYTES[dtype]) for name in ("x", "grad_x")},
+        **{name: array(pixels * split, BYTES[dtype]) for name in ("rectified", "grad_rectified")},
+        **{name: array(pixels * (channels - split), BYTES[dtype]) for name in ("rest", "grad_rest")},
+    }
+    addresses = {name: values.ctypes.data for name, values in arrays.items()}
+    sizes = {"batch": batch, "channels": channels, "split": split, "height": height, "width": width}
+    options = {**sizes, "dtype": extension.DTYPES[dtype]}
+    forward = {**{name: addresses[name] for name in ("x", "rectified", "rest")}, **options}
+    backward = {**{name: addresses[name] for name in addresses if name not in ("x", "rest")}, **options}
+    extension.relu_split_forward_cuda(**forward, stream=0)
+    extension.relu_split_backward_cuda(**backward, stream=0)
+    if dtype != "float16":
+        extension.relu_split_forward_cpu(**forward, threads=2)
+        extension.relu_split_backward_cpu(**backward, threads=2)
+
+
 def matting_laplacian(batch, channels, height, width, radius, dtype):
     size = BYTES[dtype]
     sizes = {"batch": batch, "channels": channels, "height": height, "width": width, "radius": radius}
@@ -215,6 +234,8 @@ for sizes, dtype in itertools.product(
     BYTES,
 ):
     pac_conv2d_backward(*sizes, dtype)
+for sizes, dtype in itertools.product([(2, 18, 5, 37, 61), (1, 32, 16, 3, 64), (3, 2, 1, 1, 1)], BYTES):
+    relu_split(*sizes, dtype)
 for shape, radius, dtype in itertools.product(
     [(2, 3, 37, 61), (1, 2, 3, 3), (1, 1, 70, 2), (5, 1, 8, 9)], (1, 2, 3), ("float32", "float64")
 ):
