@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from restoration_kernels import dual_pool_attention_pad2d, pac_conv2d
+from restoration_kernels import dual_pool_attention_pad2d, pac_conv2d, relu_split
 
 # Streams hold multiples of 2^-16: a 256th of an 8-bit level, fine enough to be invisible, and coarse enough that
 # sums below 2^8 fit float32's 24 bits exactly. Addition is then associative and every block exactly invertible.
@@ -64,23 +64,22 @@ class PixelAdaptiveFeatureExtraction(nn.Module):
 
     def __init__(self, channels: int, adaptive: bool = True) -> None:
         super().__init__()
-        value_channels = channels // 4
-        self.value = nn.Conv2d(channels, value_channels, 3)
-        self.guide = None
-        if adaptive:
-            self.guide = nn.Conv2d(channels, GUIDE_CHANNELS, 3)
-            with torch.no_grad():
-                self.guide.weight.mul_(GUIDE_INIT_SCALE)
-        output = nn.Conv2d(value_channels, channels, 3)  # for its initialisation
+        self.value_channels = channels // 4
+        # One convolution for both: each alone has too few outputs to keep a processor busy.
+        self.value_and_guide = nn.Conv2d(channels, self.value_channels + (GUIDE_CHANNELS if adaptive else 0), 3)
+        with torch.no_grad():
+            self.value_and_guide.weight[self.value_channels :].mul_(GUIDE_INIT_SCALE)
+        output = nn.Conv2d(self.value_channels, channels, 3)  # for its initialisation
+        self.adaptive = adaptive
         self.weight = nn.Parameter(output.weight.detach() * OUTPUT_INIT_SCALE)
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, padded: Tensor, residual: Tensor, alpha: float) -> Tensor:
-        value, guide = self._value_and_guide(padded)
-        value = F.relu(value)
-        if guide is None:
-            output = F.conv2d(value, self.weight, self.bias, padding=1)
+        both = self.value_and_guide(padded)
+        if not self.adaptive:
+            output = F.conv2d(F.relu(both), self.weight, self.bias, padding=1)
             return residual + alpha * round_to_quantum(output.to(residual.dtype))
+        value, guide = relu_split(both, self.value_channels)
         return pac_conv2d(
             value,
             guide,
@@ -91,15 +90,6 @@ class PixelAdaptiveFeatureExtraction(nn.Module):
             alpha=alpha,
             quantum=STREAM_QUANTUM,
         )
-
-    def _value_and_guide(self, padded: Tensor) -> tuple[Tensor, Tensor | None]:
-        # One convolution for both: each alone has too few outputs to keep a processor busy.
-        layers = [layer for layer in (self.value, self.guide) if layer is not None]
-        weight = torch.cat([layer.weight for layer in layers])
-        bias = torch.cat([layer.bias for layer in layers])
-        both = F.conv2d(padded, weight, bias)
-        value, *guide = (part.contiguous() for part in both.split([layer.out_channels for layer in layers], 1))
-        return value, guide[0] if guide else None
 
 
 class ReversibleBlock(nn.Module):
