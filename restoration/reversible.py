@@ -8,6 +8,7 @@ hold multiples of a quantum (blocks.STREAM_QUANTUM), and what is rebuilt equals 
 from __future__ import annotations
 
 import contextvars
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ class Rearrangement:
     def run(self, *streams: Tensor) -> Streams:
         return self.apply(*streams)
 
+    @property
     def parameters(self) -> list[nn.Parameter]:
         return []
 
@@ -48,6 +50,8 @@ class Coupling:
     def run(self, *streams: Tensor) -> Streams:
         return self.block.inverse(*streams) if self.inverse else self.block(*streams)
 
+    # Walking through a module takes as long as one of its kernels on a small map.
+    @functools.cached_property
     def parameters(self) -> list[nn.Parameter]:
         return list(self.block.parameters())
 
@@ -57,7 +61,7 @@ class Coupling:
         changed, kept = streams if self.inverse else streams[::-1]
         grad_changed, grad_kept = gradients if self.inverse else gradients[::-1]
         x = kept.detach().requires_grad_()
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        trained = [parameter for parameter in self.parameters if parameter.requires_grad]
         with torch.enable_grad():
             rebuilt = self.block.add(changed, x, -alpha)
         # rebuilt = changed - alpha F(x) where forward had + alpha F(x): the same derivatives but for their sign.
@@ -86,7 +90,7 @@ def run_chain(steps: Sequence[Step], *streams: Tensor, reversible: bool = True) 
         for step in steps:
             streams = step.run(*streams)
         return streams
-    parameters = [parameter for step in steps for parameter in step.parameters()]
+    parameters = [parameter for step in steps for parameter in step.parameters]
     return _Chain.apply(steps, len(streams), *streams, *parameters)
 
 
@@ -113,11 +117,11 @@ class _Chain(torch.autograd.Function):
 def _chain_gradients(ctx, gradients: Streams) -> tuple[Tensor | None, ...]:
     # Detached: saved outputs remember this very chain as their origin, and the steps' own gradients would pass into it.
     streams = tuple(stream.detach() for stream in ctx.saved_tensors)
-    parameters = [parameter for step in ctx.steps for parameter in step.parameters()]
+    parameters = [parameter for step in ctx.steps for parameter in step.parameters]
     found = _room_for_gradients([parameter for parameter in parameters if parameter.requires_grad])
     for step in reversed(ctx.steps):
         streams, gradients, of_parameters = step.backward(streams, gradients)
-        trained = [parameter for parameter in step.parameters() if parameter.requires_grad]
+        trained = [parameter for parameter in step.parameters if parameter.requires_grad]
         if trained:
             torch._foreach_copy_([found[parameter] for parameter in trained], of_parameters)
     return None, None, *gradients, *(found.get(parameter) for parameter in parameters)
