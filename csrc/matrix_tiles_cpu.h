@@ -115,53 +115,66 @@ HOST_DEVICE void for_tile_of(int64_t pixels, Call call) {
   }
 }
 
-// Lane i of the result: lanes i and i^kStep summed, of a where bit kStep of i is 0, of b where it is 1.
-template <int kStep, typename A, int... kLane>
-HOST_DEVICE Vector<A> fold(const Vector<A>& a, const Vector<A>& b, std::integer_sequence<int, kLane...>) {
-  return shuffle<A, ((kLane & kStep) != 0 ? kLanes<A> + kLane : kLane)...>(a, b) +
-         shuffle<A, ((kLane & kStep) != 0 ? kLanes<A> + (kLane ^ kStep) : kLane ^ kStep)...>(a, b);
-}
-
-// vectors[0] = the sums over the lanes of vectors[0], vectors[1] ... vectors[kLanes - 1].
-template <typename A, int kStep = 1>
-HOST_DEVICE void sum_lanes(Vector<A>* vectors) {
-  if constexpr (kStep < kLanes<A>) {
-#pragma GCC unroll 8
-    for (int vector = 0; vector < kLanes<A>; vector += 2 * kStep) {
-      vectors[vector] =
-          fold<kStep, A>(vectors[vector], vectors[vector + kStep], std::make_integer_sequence<int, kLanes<A>>());
-    }
-    sum_lanes<A, 2 * kStep>(vectors);
+// turned = tiles with rows and elements exchanged in each tile of kLanes rows, of which there are `rows` in all.
+template <typename E>
+void turn_tiles(const E* tiles, int64_t rows, E* turned) {
+  constexpr int64_t kElements = int64_t{kLanes<E>} * kLanes<E>;
+  for (int64_t first = 0; first < rows; first += kLanes<E>, tiles += kElements, turned += kElements) {
+    Vector<E> vectors[kLanes<E>];
+#pragma GCC unroll 16
+    for (int row = 0; row < kLanes<E>; ++row) vectors[row] = load(tiles + row * kLanes<E>);
+    transpose<E>(vectors);
+#pragma GCC unroll 16
+    for (int row = 0; row < kLanes<E>; ++row) store(turned + row * kLanes<E>, vectors[row]);
   }
 }
 
-// sums [kBlockRows, kBlockColumns], row by row, += the products of kBlockRows rows of one operand and kBlockColumns of
-// another over all pixels. The rows' vectors lie one after the other, and then those of the next pixels, left_stride or
-// right_stride further on.
-template <typename E>
+// sums, kBlocks blocks one after the other, += the products of kBlocks · kBlockRows rows of one operand, turned by
+// turn_tiles, and kBlockColumns of another over all pixels. The rows' vectors lie one after the other, and then those of
+// the next pixels, left_stride or right_stride further on.
+template <int kBlocks, typename E>
 SEPARATE void add_block_products(const E* left, int64_t left_stride, const E* right, int64_t right_stride,
                                  int64_t vectors, AccumulateType<E>* sums) {
   using A = AccumulateType<E>;
-  Vector<A> block[kBlockSums<E>] = {};
+  // From zero: a sum of sums is rounded less than one sum over all strips.
+  Vector<A> block[kBlockColumns<E>][kBlocks] = {};
   for (int64_t vector = 0; vector < vectors; ++vector, left += left_stride, right += right_stride) {
-    Vector<E> columns[kBlockColumns<E>];
-#pragma GCC unroll 4
-    for (int column = 0; column < kBlockColumns<E>; ++column) columns[column] = load(right + column * kLanes<E>);
-#pragma GCC unroll 4
-    for (int row = 0; row < kBlockRows<E>; ++row) {
-      const Vector<E> factor = load(left + row * kLanes<E>);
-#pragma GCC unroll 4
+    for (int element = 0; element < kLanes<E>; ++element) {
+      Vector<E> rows[kBlocks];
+#pragma GCC unroll 2
+      for (int number = 0; number < kBlocks; ++number) {
+        rows[number] = load(left + (number * kLanes<E> + element) * kLanes<E>);
+      }
+#pragma GCC unroll 12
       for (int column = 0; column < kBlockColumns<E>; ++column) {
-        Vector<A>& sum = block[row * kBlockColumns<E> + column];
-        sum = multiply_add(sum, factor, columns[column]);
+        const E factor = right[column * kLanes<E> + element];
+#pragma GCC unroll 2
+        for (int number = 0; number < kBlocks; ++number) {
+          block[column][number] = add_scaled(block[column][number], factor, rows[number]);
+        }
       }
     }
   }
-#pragma GCC unroll 8
-  for (int first = 0; first < kBlockSums<E>; first += kLanes<A>) {
-    sum_lanes<A>(block + first);
-    store(sums + first, load(sums + first) + block[first]);
+#pragma GCC unroll 12
+  for (int column = 0; column < kBlockColumns<E>; ++column) {
+#pragma GCC unroll 2
+    for (int number = 0; number < kBlocks; ++number) {
+      A* place = sums + number * kBlockSums<E> + column * kBlockRows<E>;
+      store(place, load(place) + block[column][number]);
+    }
   }
+}
+
+// The same for all rows of the left operand, a multiple of kBlockRows.
+template <typename E>
+void add_column_products(const E* left, int64_t left_stride, int64_t rows, const E* right, int64_t right_stride,
+                         int64_t vectors, AccumulateType<E>* sums) {
+  constexpr int64_t kRows = kBlockRows<E>;
+  int64_t row = 0;
+  for (; row + 2 * kRows <= rows; row += 2 * kRows, sums += 2 * kBlockSums<E>) {
+    add_block_products<2>(left + row * kLanes<E>, left_stride, right, right_stride, vectors, sums);
+  }
+  if (row < rows) add_block_products<1>(left + row * kLanes<E>, left_stride, right, right_stride, vectors, sums);
 }
 
 }  // namespace restoration::CPU_ISA

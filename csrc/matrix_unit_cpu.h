@@ -89,7 +89,7 @@ SEPARATE void panel_times_tile(const BFloat16Pair* panel, const BFloat16Pair* ti
   }
 }
 
-// sums, at the places of Blocks, += the products of 32 rows of one operand, transposed in tiles by `transpose_tiles`,
+// sums, at the places of Blocks, += the products of 32 rows of one operand, turned by turn_tiles,
 // and 32 of another over all pixels.
 SEPARATE inline void add_block_products(const BFloat16Pair* left, int64_t left_stride, const BFloat16Pair* right,
                                         int64_t right_stride, int64_t vectors, float* sums) {
@@ -113,33 +113,11 @@ SEPARATE inline void add_block_products(const BFloat16Pair* left, int64_t left_s
   _tile_stored(3, sums + 3 * kUnitTile, kUnitRowBytes);
 }
 
-// Exchanges rows and elements in each tile of some rows, a multiple of 16.
-inline void transpose_tiles(BFloat16Pair* tiles, int64_t tile_rows) {
-  for (int64_t first = 0; first < tile_rows; first += kUnitRows, tiles += kUnitTile) {
-    __m512i rows[kUnitRows], pairs[kUnitRows];
-    for (int row = 0; row < kUnitRows; ++row) rows[row] = _mm512_load_si512(tiles + row * kUnitRows);
-    // Blocks of 4 x 4 elements first, within the quarters of the vectors.
-    for (int row = 0; row < kUnitRows; row += 2) {
-      pairs[row] = _mm512_unpacklo_epi32(rows[row], rows[row + 1]);
-      pairs[row + 1] = _mm512_unpackhi_epi32(rows[row], rows[row + 1]);
-    }
-    for (int row = 0; row < kUnitRows; row += 4) {
-      rows[row] = _mm512_unpacklo_epi64(pairs[row], pairs[row + 2]);
-      rows[row + 1] = _mm512_unpackhi_epi64(pairs[row], pairs[row + 2]);
-      rows[row + 2] = _mm512_unpacklo_epi64(pairs[row + 1], pairs[row + 3]);
-      rows[row + 3] = _mm512_unpackhi_epi64(pairs[row + 1], pairs[row + 3]);
-    }
-    // Then the quarters: row 4q + i of the result is quarter q of rows i, i + 4, i + 8 and i + 12.
-    for (int row = 0; row < 4; ++row) {
-      const __m512i low = _mm512_shuffle_i32x4(rows[row], rows[row + 4], 0x88);
-      const __m512i high = _mm512_shuffle_i32x4(rows[row + 8], rows[row + 12], 0x88);
-      const __m512i low_odd = _mm512_shuffle_i32x4(rows[row], rows[row + 4], 0xdd);
-      const __m512i high_odd = _mm512_shuffle_i32x4(rows[row + 8], rows[row + 12], 0xdd);
-      _mm512_store_si512(tiles + row * kUnitRows, _mm512_shuffle_i32x4(low, high, 0x88));
-      _mm512_store_si512(tiles + (row + 4) * kUnitRows, _mm512_shuffle_i32x4(low_odd, high_odd, 0x88));
-      _mm512_store_si512(tiles + (row + 8) * kUnitRows, _mm512_shuffle_i32x4(low, high, 0xdd));
-      _mm512_store_si512(tiles + (row + 12) * kUnitRows, _mm512_shuffle_i32x4(low_odd, high_odd, 0xdd));
-    }
+// As of vectors.
+inline void add_column_products(const BFloat16Pair* left, int64_t left_stride, int64_t rows, const BFloat16Pair* right,
+                                int64_t right_stride, int64_t vectors, float* sums) {
+  for (int64_t row = 0; row < rows; row += Blocks<BFloat16Pair>::kRows, sums += 4 * kUnitTile) {
+    add_block_products(left + row * kUnitRows, left_stride, right, right_stride, vectors, sums);
   }
 }
 

@@ -99,22 +99,22 @@ template <typename E>
 struct Blocks {
 #if defined(__AVX512F__) || defined(__aarch64__)
   static constexpr int kPanelRows = 8;
-  static constexpr int kRows = 4;
+  static constexpr int kColumns = 12;
 #else
   static constexpr int kPanelRows = 4;
-  static constexpr int kRows = 2;
+  static constexpr int kColumns = 6;
 #endif
   // Elements that a panel is rounded up to.
   static constexpr int kPanelElements = 1;
   // kPanelRows x 3 vectors of sums, 3 of a tile and one number of the panel fill the 32 registers of AVX-512 and NEON
-  // and the 16 of AVX2 and SSE2; of a block, sums and operands fill two thirds of them.
+  // and the 16 of AVX2 and SSE2; as do, of two blocks, kColumns x 2 vectors of sums, 2 of rows and one number.
   static constexpr int kTile = 3 * kLanes<E>;
-  static constexpr int kColumns = 4;
+  static constexpr int kRows = kLanes<E>;
 
   // Of an element in its panel.
   HOST_DEVICE static int64_t panel_place(int64_t row, int64_t element) { return element * kPanelRows + row; }
   // Of a sum in its block.
-  HOST_DEVICE static int64_t sum_place(int64_t row, int64_t column) { return row * kColumns + column; }
+  HOST_DEVICE static int64_t sum_place(int64_t row, int64_t column) { return column * kRows + row; }
 };
 
 template <typename E>

@@ -74,11 +74,9 @@ class Worker {
   void add_weight_gradient(const StripTiles<E>& tiles) {
     const int64_t rows = BackwardScratch<E>::output_rows(sizes_), columns = BackwardScratch<E>::column_rows(sizes_);
     A* sums = own_.grad_weight;
-    for (int64_t column = 0; column < columns; column += kBlockColumns<E>) {
-      for (int64_t row = 0; row < rows; row += kBlockRows<E>, sums += kBlockSums<E>) {
-        add_block_products(own_.grad_y + row * kLanes<E>, own_.grad_y_stride(), own_.columns + column * kLanes<E>,
-                           own_.column_stride(), tiles.blocks(), sums);
-      }
+    for (int64_t column = 0; column < columns; column += kBlockColumns<E>, sums += rows * kBlockColumns<E>) {
+      add_column_products(own_.grad_y_turned, own_.grad_y_stride(), rows, own_.columns + column * kLanes<E>,
+                          own_.column_stride(), tiles.blocks(), sums);
     }
   }
 
@@ -288,7 +286,7 @@ void store_weight(T* grad_weight, const AccumulateType<T>* sums, const PacConv2d
     return;
   }
   const int64_t depth = sizes.depth(), taps = sizes.taps();
-  const int64_t next_columns = BackwardScratch<E>::output_rows(sizes) / kBlockRows<E> * kBlockSums<E>;
+  const int64_t next_columns = BackwardScratch<E>::output_rows(sizes) * kBlockColumns<E>;
 #pragma omp parallel for num_threads(threads) if (sizes.out_channels * depth >= kParallelNumbers)
   for (int64_t output = 0; output < sizes.out_channels; ++output) {
     T* filters = grad_weight + output * depth;

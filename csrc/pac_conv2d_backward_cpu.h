@@ -75,7 +75,8 @@ struct BackwardScratch {
   using A = AccumulateType<E>;
 
   E* columns;       // [blocks, column_rows, kLanes], for sums over pixels, zero where there is no pixel
-  E* grad_y;        // [blocks, output_rows, kLanes]: alpha · grad_y, likewise; for a matrix unit transposed in tiles
+  E* grad_y;        // [blocks, output_rows, kLanes]: alpha · grad_y, likewise
+  E* grad_y_turned; // the same as turn_tiles leaves it; in its place where it serves nothing else
   E* grad_y_steps;  // [vectors, output_rows / kSteps, kLanes]: the same for sums over outputs; if it serves, grad_y
   A* grad_y_row;    // [kSteps, places of a row]
   A* guide_slope;   // [K², places]: m_t(p)
@@ -92,7 +93,7 @@ struct BackwardScratch {
     return (output_rows(sizes) / kSteps<E> | 1) * kLanes<E>;
   }
   static int64_t bytes_per_place(const PacConv2dSizes& sizes) {
-    return (column_rows(sizes) / kSteps<E> + output_rows(sizes)) * int64_t{sizeof(E)};
+    return (column_rows(sizes) + 2 * output_rows(sizes)) / kSteps<E> * int64_t{sizeof(E)};
   }
   static int64_t weight_sums(const PacConv2dSizes& sizes) {
     return sizes.shared ? sizes.taps() : output_rows(sizes) * column_rows(sizes);
@@ -101,6 +102,7 @@ struct BackwardScratch {
   BackwardScratch(Carver& carver, const PacConv2dSizes& sizes, const StripTiles<E>& largest)
       : columns(carver.take<E>(largest.blocks() * column_stride(sizes))),
         grad_y(carver.take<E>(largest.blocks() * grad_y_stride(sizes))),
+        grad_y_turned(kSteps<E> == 1 ? carver.take<E>(largest.blocks() * grad_y_stride(sizes)) : grad_y),
         grad_y_steps(kSteps<E> == 1 ? grad_y
                                     : carver.take<E>(largest.blocks() * kSteps<E> * grad_y_steps_stride(sizes))),
         grad_y_row(carver.take<A>(kSteps<E> * largest.places_per_row())),

@@ -47,12 +47,11 @@ class BackwardOperands : public BackwardScratch<Operand<T>> {
         }
       }
     }
-    if constexpr (kHasMatrixUnit<E>) {
-      // With one filter for all, no matrix is multiplied.
-      if (sizes_.shared || !wants_weight_) return;
-      for (int64_t block = 0; block < tiles.blocks(); ++block) {
-        transpose_tiles(this->grad_y + block * grad_y_stride(), Scratch::output_rows(sizes_));
-      }
+    // With one filter for all, no matrix is multiplied.
+    if (sizes_.shared || !wants_weight_) return;
+    for (int64_t block = 0; block < tiles.blocks(); ++block) {
+      const int64_t offset = block * grad_y_stride();
+      turn_tiles(this->grad_y + offset, Scratch::output_rows(sizes_), this->grad_y_turned + offset);
     }
   }
 
