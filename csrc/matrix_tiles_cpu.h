@@ -130,8 +130,8 @@ void turn_tiles(const E* tiles, int64_t rows, E* turned) {
 }
 
 // sums, kBlocks blocks one after the other, += the products of kBlocks · kBlockRows rows of one operand, turned by
-// turn_tiles, and kBlockColumns of another over all pixels. The rows' vectors lie one after the other, and then those of
-// the next pixels, left_stride or right_stride further on.
+// turn_tiles, and kBlockColumns of another over all pixels. The rows' vectors lie one after the other, and then those
+// of the next pixels, left_stride or right_stride further on.
 template <int kBlocks, typename E>
 SEPARATE void add_block_products(const E* left, int64_t left_stride, const E* right, int64_t right_stride,
                                  int64_t vectors, AccumulateType<E>* sums) {

@@ -113,7 +113,7 @@ SEPARATE inline void add_block_products(const BFloat16Pair* left, int64_t left_s
   _tile_stored(3, sums + 3 * kUnitTile, kUnitRowBytes);
 }
 
-// As of vectors.
+// The same for all rows of the left operand, as matrix_tiles_cpu.h has it for vectors.
 inline void add_column_products(const BFloat16Pair* left, int64_t left_stride, int64_t rows, const BFloat16Pair* right,
                                 int64_t right_stride, int64_t vectors, float* sums) {
   for (int64_t row = 0; row < rows; row += Blocks<BFloat16Pair>::kRows, sums += 4 * kUnitTile) {

@@ -1,5 +1,5 @@
-// ReLU and split of a map of pixels into two of planes, on the CPU: formula in relu_split.h. Everything is read once and
-// written once; nothing is rounded.
+// ReLU and split of a map of pixels into two of planes, on the CPU: formula in relu_split.h. Everything is read once
+// and written once; nothing is rounded.
 
 #include "relu_split.h"
 #include "turned_tiles_cpu.h"

@@ -1,6 +1,6 @@
-// Maps that lie in planes [C,H,W] and maps that lie in pixels [H,W,C], how one is made of the other in CUDA. A block owns
-// a tile of some rows, columns and channels: it loads the tile in the order of the one, turns it over in shared memory,
-// and stores it in the order of the other, so that neighbouring threads always touch neighbouring numbers.
+// Maps that lie in planes [C,H,W] and maps that lie in pixels [H,W,C], how one is made of the other in CUDA. A block
+// owns a tile of some rows, columns and channels: it loads the tile in the order of the one, turns it over in shared
+// memory, and stores it in the order of the other, so that neighbouring threads always touch neighbouring numbers.
 #pragma once
 
 #include "plane_tiles.cuh"
