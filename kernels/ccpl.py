@@ -242,7 +242,7 @@ def _neighbor_difference(backend, features, anchors, neighbors):
     channels_last = not features.is_contiguous() and features.is_contiguous(memory_format=torch.channels_last)
     maps = features.permute(0, 2, 3, 1) if channels_last else features
     places = torch.cat([anchors[:, None], neighbors], dim=1)
-    return _difference_forward(maps, places, channels_last, backend)
+    return _differentiable_difference(maps, places, channels_last, backend)
 
 
 def _allocate_difference_forward(maps, places, channels_last):
@@ -294,7 +294,7 @@ def _save_difference(inputs, outputs):
 
 
 def _info_nce(backend, query, key, temperature):
-    return _nce_forward(query, key.detach(), temperature, backend)[0]
+    return _differentiable_nce(query, key.detach(), temperature, backend)[0]
 
 
 def _allocate_nce_forward(query, key, temperature):
@@ -349,7 +349,9 @@ _difference_backward = _registration.define(
     _allocate_difference_backward,
     _launch_difference_backward,
 )
-_registration.differentiate(_difference_forward, _difference_backward, _save_difference, count=1)
+_differentiable_difference = _registration.differentiate(
+    _difference_forward, _difference_backward, _save_difference, count=1
+)
 
 _nce_forward = _registration.define(
     "info_nce(Tensor query, Tensor key, float temperature, str backend) -> (Tensor loss, Tensor log_sum)",
@@ -362,7 +364,7 @@ _nce_backward = _registration.define(
     _allocate_nce_backward,
     _launch_nce_backward,
 )
-_registration.differentiate(_nce_forward, _nce_backward, _save_nce, count=1)
+_differentiable_nce = _registration.differentiate(_nce_forward, _nce_backward, _save_nce, count=1)
 
 
 def _cpu_cannot(**arguments):

@@ -111,11 +111,11 @@ _backward = _registration.define(
     _allocate_backward,
     _launch_backward,
 )
-_registration.differentiate(_forward, _backward, _save_for_backward, count=2)
+_differentiable = _registration.differentiate(_forward, _backward, _save_for_backward, count=2)
 
 
 def _run(backend, x, weight, pool_size):
-    return _forward(x, weight, pool_size, backend)[0]
+    return _differentiable(x, weight, pool_size, backend)[0]
 
 
 _OPERATOR.register("cuda", functools.partial(_run, "cuda"), _gpu_cannot)

@@ -139,12 +139,12 @@ _backward = _registration.define(
     _allocate_backward,
     _launch_backward,
 )
-_registration.differentiate(_forward, _backward, _save_for_backward, count=2)
+_differentiable = _registration.differentiate(_forward, _backward, _save_for_backward, count=2)
 
 
 def _run(backend, x, weight, padding, pool_size, dtype):
     # The op knows rows of pixels with their channels, the caller a map whose strides say the same.
-    return _forward(x, weight, padding, pool_size, dtype, backend)[0].permute(0, 3, 1, 2)
+    return _differentiable(x, weight, padding, pool_size, dtype, backend)[0].permute(0, 3, 1, 2)
 
 
 _OPERATOR.register("cuda", functools.partial(_run, "cuda"), _cuda_cannot)

@@ -167,7 +167,9 @@ _energy_backward = _registration.define(
     _allocate_energy_backward,
     _launch_energy_backward,
 )
-_registration.differentiate(_energy, _energy_backward, lambda inputs, outputs: (outputs[1],), count=1)
+_differentiable_energy = _registration.differentiate(
+    _energy, _energy_backward, lambda inputs, outputs: (outputs[1],), count=1
+)
 
 _apply = _registration.define(
     "matting_laplacian_apply(Tensor image, Tensor guide, float eps, SymInt radius, str backend) -> Tensor",
@@ -180,16 +182,19 @@ _apply_backward = _registration.define(
     _allocate_apply_backward,
     _launch_apply_backward,
 )
-_registration.differentiate(_apply, _apply_backward, lambda inputs, outputs: inputs[1:4], count=1)
+_differentiable_apply = _registration.differentiate(
+    _apply, _apply_backward, lambda inputs, outputs: inputs[1:4], count=1
+)
 
 
 def _run_energy(backend, image, guide, eps, radius):
     image, guide = _widened(image), _widened(guide)
-    return _energy(image, guide, eps, radius, image.requires_grad and torch.is_grad_enabled(), backend)[0]
+    with_gradient = image.requires_grad and torch.is_grad_enabled()
+    return _differentiable_energy(image, guide, eps, radius, with_gradient, backend)[0]
 
 
 def _run_apply(backend, image, guide, eps, radius):
-    return _apply(_widened(image), _widened(guide), eps, radius, backend).to(image.dtype)
+    return _differentiable_apply(_widened(image), _widened(guide), eps, radius, backend).to(image.dtype)
 
 
 def _widened(tensor):

@@ -375,11 +375,13 @@ _backward = _registration.define(
     _allocate_backward,
     _launch_backward,
 )
-_registration.differentiate(_forward, _backward, _save_for_backward, count=5)
+_differentiable = _registration.differentiate(_forward, _backward, _save_for_backward, count=5)
 
 
 def _run(backend, x, guide, weight, bias, *, residual, stride, padding, dilation, normalize, alpha, quantum):
-    return _forward(x, guide, weight, bias, residual, stride, padding, dilation, normalize, alpha, quantum, backend)
+    return _differentiable(
+        x, guide, weight, bias, residual, stride, padding, dilation, normalize, alpha, quantum, backend
+    )
 
 
 def _run_in_place(backend, residual, x, guide, weight, bias, *, stride, padding, dilation, normalize, alpha, quantum):

@@ -96,12 +96,14 @@ _backward = _registration.define(
     _allocate_backward,
     _launch_backward,
 )
-_registration.differentiate(_forward, _backward, lambda inputs, outputs: (outputs[0],), count=1, outputs=2)
+_differentiable = _registration.differentiate(
+    _forward, _backward, lambda inputs, outputs: (outputs[0],), count=1, outputs=2
+)
 
 
 def _run(backend, x, channels):
     # The op knows rows of pixels with their channels, the caller a map whose strides say the same.
-    return _forward(x.permute(0, 2, 3, 1), channels, backend)
+    return _differentiable(x.permute(0, 2, 3, 1), channels, backend)
 
 
 _OPERATOR.register("cuda", functools.partial(_run, "cuda"), _cuda_cannot)
