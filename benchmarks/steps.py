@@ -2,10 +2,12 @@
 
 pytest times one kind after the other. On a computer that others use, too, minutes change more than there is between two
 kinds; here they take turns step by step, and what is told of a kind beside its time is the median, over the rounds, of
-its time divided by that of ours in the same round.
+its time divided by that of ours in the same round. Each has a process of its own, as in training: what one of them
+leaves in the memory of a process slows the others down.
 """
 
 import argparse
+import multiprocessing
 import statistics
 import time
 
@@ -24,21 +26,41 @@ def main():
     options = parser.parse_args()
 
     kinds = CONTESTS[0].kinds
-    calls = []
-    for kind in kinds:
-        entry = StepEntry(kind, options.crop, options.batch, options.blocks, options.device)
-        calls.append(entry.call(kind.prepare(entry.arguments())))
-    rounds = [[_seconds(call) for call in calls] for _ in range(options.rounds + 1)][1:]
+    settings = (options.crop, options.batch, options.blocks, options.device)
+    turns = [_start(number, settings) for number in range(len(kinds))]
+    rounds = [[_seconds(turn) for turn in turns] for _ in range(options.rounds + 1)][1:]
+    for turn in turns:
+        turn.send(False)
     print(f"Threads: {torch.get_num_threads()}\n\n| kind | seconds, median | least | of ours |\n|:--|--:|--:|--:|")
     for kind, times in zip(kinds, zip(*rounds, strict=True), strict=True):
         ratio = statistics.median(seconds / ours for seconds, (ours, *_) in zip(times, rounds, strict=True))
         print(f"| {kind.name} | {statistics.median(times):.2f} | {min(times):.2f} | {ratio:.2f} |")
 
 
-def _seconds(call):
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
+def _start(number, settings):
+    """A connection to a new process that makes steps of a kind."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    context.Process(target=_make_steps, args=(theirs, number, settings), daemon=True).start()
+    theirs.close()  # else nobody would notice here that the process has died
+    return ours
+
+
+def _make_steps(connection, number, settings):
+    """Answers every True with the seconds that a step took."""
+    kind = CONTESTS[0].kinds[number]
+    entry = StepEntry(kind, *settings)
+    call = entry.call(kind.prepare(entry.arguments()))
+    while connection.recv():
+        began = time.perf_counter()
+        call()
+        connection.send(time.perf_counter() - began)
+
+
+def _seconds(connection):
+    """Lets the process behind a connection make one step."""
+    connection.send(True)
+    return connection.recv()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import types
 from dataclasses import replace
 
 import pytest
@@ -229,22 +230,29 @@ def test_report_rejects_empty_files(tmp_path):
         report.main([str(saved_file(tmp_path / "empty.json"))])
 
 
+def test_steps_are_made_in_a_process_of_their_own():
+    turn = steps._start(0, (32, 1, 1, "cpu"))
+    assert all(steps._seconds(turn) > 0 for _ in range(2))
+    turn.send(False)
+    with pytest.raises(EOFError):
+        turn.recv()
+
+
 def test_steps_take_turns(monkeypatch, capsys):
-    """Ratios are those of one round; the first round, which alone makes its steps here, does not count."""
-    calls = []
+    """Ratios are those of one round; the first round does not count."""
+    turns = []
     seconds = [[9, 9, 9, 9], [2, 1, 4, 1], [8, 6, 8, 2], [2, 3, 2, 1]]
 
-    def measured(call):
-        number = len(calls)
-        calls.append(call)
-        if number < 4:
-            call()
+    def measured(turn):
+        number = len(turns)
+        turns.append(turn)
         return seconds[number // 4][number % 4]
 
+    monkeypatch.setattr(steps, "_start", lambda number, settings: types.SimpleNamespace(number=number, send=bool))
     monkeypatch.setattr(steps, "_seconds", measured)
     monkeypatch.setattr(sys, "argv", ["steps", "--crop=32", "--blocks=1", "--rounds=3", "--device=cpu"])
     steps.main()
-    assert calls == calls[:4] * 4
+    assert [turn.number for turn in turns] == [0, 1, 2, 3] * 4
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[-4:]]
     assert rows == [
         ["ours", "2.00", "2.00", "1.00"],
