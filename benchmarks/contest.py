@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from compare import KERNELS, public
+from compare import KERNELS, as_tuple, public
 
 from restoration_kernels._backend import BACKENDS, OPERATORS, why_not_on
 from restoration_kernels._samples import DIFFERENTIABLE, Sample, samples
@@ -223,11 +223,11 @@ class Entry:
             if torch.is_tensor(arguments.get(name))
         }
         arguments = arguments | leaves
-        cotangents = [_cotangent(output) for output in _tuple(self.rival.function(**arguments))] if leaves else None
+        cotangents = [_cotangent(output) for output in as_tuple(self.rival.function(**arguments))] if leaves else None
 
         def work():
             with torch.set_grad_enabled(bool(leaves)):
-                outputs = _tuple(self.rival.function(**arguments))
+                outputs = as_tuple(self.rival.function(**arguments))
             # A floor need not use every argument.
             unused = self.rival.floor
             wanted = list(leaves.values())
@@ -255,10 +255,6 @@ class Entry:
             "megapixels": image.numel() / channels / 1e6,
             "bytes_moved": self.contest.traffic(**arguments)[self.direction],
         }
-
-
-def _tuple(outputs):
-    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def copy(destination, source):

@@ -30,6 +30,12 @@ struct ReluSplitBackward {
   void* grad_x;
 };
 
+// value where decider is above zero, or NaN; else zero. Of numbers, or of each lane of vectors.
+template <typename V>
+HOST_DEVICE V where_positive(V decider, V value) {
+  return decider <= V{} ? V{} : value;
+}
+
 // Where the planes of the two maps lie: one of each channel of x, of one image.
 template <typename T>
 struct SplitPlanes {

@@ -14,12 +14,6 @@ Bands bands_of(const ReluSplitSizes& sizes) {
   return {kBandElements, sizes.batch, sizes.channels, sizes.height, sizes.width};
 }
 
-// vector where the lanes of decider are above zero, or NaN; else zero.
-template <typename A>
-HOST_DEVICE Vector<A> where_positive(Vector<A> decider, Vector<A> vector) {
-  return decider <= Vector<A>{} ? Vector<A>{} : vector;
-}
-
 template <typename T>
 void forward(const ReluSplitForward& arguments, const ReluSplitSizes& sizes, int threads) {
   using A = AccumulateType<T>;
@@ -45,7 +39,7 @@ void forward(const ReluSplitForward& arguments, const ReluSplitSizes& sizes, int
 #pragma GCC unroll 16
           for (int64_t lane = 0; lane < channels; ++lane) {
             Vector<A> vector = tile[lane];
-            if (channel + lane < sizes.split) vector = where_positive<A>(vector, vector);
+            if (channel + lane < sizes.split) vector = where_positive(vector, vector);
             store_numbers(planes.plane(channel + lane) + pixel, narrowed<T>(vector), columns);
           }
         });
@@ -75,7 +69,7 @@ void backward(const ReluSplitBackward& arguments, const ReluSplitSizes& sizes, i
             const Vector<A> gradient = load_numbers(gradients.plane(channel + lane) + pixel, columns);
             if (channel + lane >= sizes.split) return gradient;
             const T* decider = deciders + (channel + lane) * sizes.pixels() + pixel;
-            return where_positive<A>(load_numbers(decider, columns), gradient);
+            return where_positive(load_numbers(decider, columns), gradient);
           });
           transpose<A>(tile);
           T* values = grad_x + pixel * sizes.channels + channel;

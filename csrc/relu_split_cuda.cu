@@ -10,12 +10,6 @@ namespace {
 
 TiledMap tiled(const ReluSplitSizes& sizes) { return {sizes.channels, sizes.height, sizes.width, 0}; }
 
-// value where decider is above zero, or NaN; else zero.
-template <typename A>
-__device__ __forceinline__ A where_positive(A decider, A value) {
-  return decider <= A(0) ? A(0) : value;
-}
-
 template <typename T>
 __device__ __forceinline__ SplitPlanes<T> planes_of(const Tile& tile, int split, T* rectified, T* rest) {
   return {rectified, rest, tile.image, tile.map.channels, split, int64_t{tile.map.height} * tile.map.width};

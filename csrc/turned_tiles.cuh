@@ -63,7 +63,7 @@ struct TiledMap {
   }
 };
 
-// One tile of the map. Channel tiles of the same pixels are neighbours: together they fill the lines of y.
+// One tile of the map. Channel tiles of the same pixels are neighbours: together they fill the lines of pixels.
 struct Tile {
   const TiledMap& map;
   int index;  // in its plane

@@ -93,13 +93,18 @@ def differentiate(function, arguments, names):
     names = [name for name in names if arguments.get(name) is not None]
     leaves = {name: arguments[name].detach().requires_grad_() for name in names}
     result = function(**{**arguments, **leaves})
-    outputs = result if isinstance(result, tuple) else (result,)
+    outputs = as_tuple(result)
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(output.shape, generator=generator, dtype=torch.float64) for output in outputs]
     # Representable in every dtype: the judge is to see the operator's rounding, not that of its input.
     cotangents = [weight.to(torch.bfloat16).to(output) for weight, output in zip(weights, outputs, strict=True)]
     gradients = torch.autograd.grad(outputs, list(leaves.values()), cotangents) if leaves else ()
     return {"output": joined(result).detach(), **dict(zip(names, gradients, strict=True))}
+
+
+def as_tuple(result):
+    """What an operator returns, one map or several."""
+    return result if isinstance(result, tuple) else (result,)
 
 
 def joined(result):

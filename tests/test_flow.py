@@ -58,7 +58,9 @@ def test_ablated_networks_are_exactly_invertible_too(switches):
 def test_ablation_switches_remove_the_modules_parameters():
     full, reduced = (network(**switches).state_dict() for switches in ({}, {"dpca": False, "cafe": False}))
     assert any("attention" in name for name in full)
+    assert any("guide" in name for name in full)
     assert not any("attention" in name for name in reduced)
+    assert {name.split(".")[-1] for name in reduced} == {"weight", "bias"}
     for name, parameter in reduced.items():
         guides = GUIDE_CHANNELS if "value_and_guide" in name else 0
         assert len(parameter) == len(full[name]) - guides
