@@ -72,7 +72,13 @@ class Check:
             output.write(f"$ {shlex.join(command)}\n")
             output.flush()
             process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_heed_interrupts,
             )
             status = _wait(process, self.seconds(name))
         if log.stat().st_size > LOG_BYTES:
@@ -94,6 +100,11 @@ class Check:
         """What a log ends with: most tools say there how it went."""
         lines = (self.out / f"{name}.log").read_text(errors="replace").split("\n")
         return next((line.strip(" =") for line in reversed(lines) if line.strip(" =")), "")
+
+
+def _heed_interrupts():
+    # Shells start what shall run in the background with interrupts ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _wait(process, seconds):

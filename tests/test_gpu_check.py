@@ -1,6 +1,7 @@
 """The check for machines with a GPU: what it skips, what fails it, and that it keeps to its limits."""
 
 import json
+import signal
 import sys
 import time
 from collections import Counter
@@ -96,7 +97,17 @@ def stop_after(check, monkeypatch, line):
     monkeypatch.setattr(check, "seconds", seconds)
 
 
-def test_commands_are_stopped(check, monkeypatch):
+@pytest.fixture(params=["foreground", "background"])
+def interrupts(request):
+    """As a shell leaves them for what it starts: in the background they are ignored."""
+    before = signal.signal(
+        signal.SIGINT, {"foreground": signal.default_int_handler, "background": signal.SIG_IGN}[request.param]
+    )
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_commands_are_stopped(check, monkeypatch, interrupts):
     """Politely at first: pytest then still says what it has found."""
     stop_after(check, monkeypatch, "ready")
     polite = "import time\ntry: print('ready'); time.sleep(60)\nexcept KeyboardInterrupt: print('found')"

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -40,9 +41,17 @@ def test_values_under_the_interpreter(tmp_path):
     # The interpreter takes half a minute, or a whole one, for one of these operators' odd samples.
     others = "test_many_tiles or test_spoiled_guide or test_guide_of_any_magnitude or test_half_precision"
     chosen = f"triton and ({values} or {others}) and not ((pac_conv2d or pad2d) and odd)"
-    options = ["-q", "-p", "no:cacheprovider", "-k", chosen, f"--junitxml={tmp_path / 'report.xml'}"]
-    run(["-m", "pytest", *options, *(str(path) for path in files if path.exists())], TRITON_INTERPRET="1")
-    cases = list(ElementTree.parse(tmp_path / "report.xml").iter("testcase"))
+    options = ["-q", "-p", "no:cacheprovider", "-k", chosen]
+
+    def report(file):
+        path = tmp_path / f"{file.stem}.xml"
+        run(["-m", "pytest", *options, f"--junitxml={path}", str(file)], TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+        return ElementTree.parse(path)
+
+    # The interpreter keeps one core busy, and is the longest of all tests.
+    with ThreadPoolExecutor(os.cpu_count()) as processes:
+        reports = list(processes.map(report, filter(Path.exists, files)))
+    cases = [case for report in reports for case in report.iter("testcase")]
     assert not [case.get("name") for case in cases if case.find("skipped") is not None]
     for name, operator in OPERATORS.items():
         assert operator.has("triton") == any(f"triton-{name}-" in case.get("name") for case in cases)
