@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from restoration.blocks import STREAM_LIMIT, ReversibleBlock, round_to_quantum
+from restoration.blocks import STREAM_LIMIT, PixelAdaptiveFeatureExtraction, ReversibleBlock, round_to_quantum
 from restoration.reversible import Coupling, Rearrangement, Step, Streams, run_chain
 from restoration.whitening import Transfer, transfer_statistics
 
@@ -70,6 +70,7 @@ class ReversibleNetwork(nn.Module):
         half = architecture.half_channels
         self.stages = nn.ModuleList(blocks(architecture.blocks_per_stage, half * 4**stage) for stage in range(3))
         self.refinement = blocks(architecture.refinement_blocks, half * 4**2)
+        self._rounded = RoundedCopy()
 
     def _residual_precision(self, device: torch.device) -> AbstractContextManager[None]:
         if self.precision == "fp32":
@@ -93,19 +94,30 @@ class ReversibleNetwork(nn.Module):
         image = first[:, :IMAGE_CHANNELS]
         return image if size is None else image[..., : size[0], : size[1]]
 
+    def _couplings(self, inverse: bool = False) -> list[list[Coupling]]:
+        """Of the blocks of each stage, and of the refinement, in the order of encode."""
+        sections = nn.ModuleList([*self.stages, self.refinement])
+        # Plain autograd differentiates the rounding of each parameter, too.
+        copies = self._rounded.of(sections) if self.precision == "bf16" and self.reversible else sections
+        return [
+            [Coupling(block, inverse, source) for block, source in zip(*section, strict=True)]
+            for section in zip(copies, sections, strict=True)
+        ]
+
     def _encoding(self) -> list[Step]:
+        *stages, refinement = self._couplings()
         steps: list[Step] = [Rearrangement(self._expand, self._reduce)]
-        for index, stage in enumerate(self.stages):
+        for index, stage in enumerate(stages):
             if index > 0:
                 steps.append(Rearrangement(_squeeze, _unsqueeze))
-            steps += map(Coupling, stage)
-        return [*steps, *map(Coupling, self.refinement), Rearrangement(_merge, _split)]
+            steps += stage
+        return [*steps, *refinement, Rearrangement(_merge, _split)]
 
     def _decoding(self) -> list[Step]:
-        inverse = functools.partial(Coupling, inverse=True)
-        steps: list[Step] = [Rearrangement(_split, _merge), *map(inverse, reversed(self.refinement))]
-        for index, stage in reversed(list(enumerate(self.stages))):
-            steps += map(inverse, reversed(stage))
+        *stages, refinement = self._couplings(inverse=True)
+        steps: list[Step] = [Rearrangement(_split, _merge), *reversed(refinement)]
+        for index, stage in reversed(list(enumerate(stages))):
+            steps += reversed(stage)
             if index > 0:
                 steps.append(Rearrangement(_unsqueeze, _squeeze))
         return steps
@@ -122,6 +134,30 @@ class ReversibleNetwork(nn.Module):
         """Recolours degraded [B,3,H,W] after reference [B,3,h,w], both in [0,1]; sizes need not match."""
         transfer = transfer_statistics(self.encode(degraded), self.encode(reference), strength=strength)
         return Reconstruction(self.decode(transfer.z, degraded.shape[-2:]), transfer)
+
+
+class RoundedCopy:
+    """A copy of blocks whose convolutions have weights in bfloat16, as autocast would round them in every block.
+
+    Of float32 weights alone: autocast leaves float64 as it is, and so does this.
+    """
+
+    def __init__(self) -> None:
+        self._copy: nn.Module | None = None
+
+    @torch.no_grad()
+    def of(self, blocks: nn.Module) -> nn.Module:
+        """The copy with the numbers that the blocks have now; the same tensors in each call on the same device."""
+        parameters = list(blocks.parameters())
+        if any(parameter.dtype != torch.float32 for parameter in parameters):
+            return blocks
+        if self._copy is None or next(self._copy.parameters()).device != parameters[0].device:
+            self._copy = copy.deepcopy(blocks).requires_grad_()
+            for module in self._copy.modules():
+                if isinstance(module, PixelAdaptiveFeatureExtraction):
+                    module.to(torch.bfloat16)
+        torch._foreach_copy_(list(self._copy.parameters()), parameters)
+        return self._copy
 
 
 def _squeeze(first: Tensor, second: Tensor) -> Streams:

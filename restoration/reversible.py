@@ -42,10 +42,12 @@ class Coupling:
     """A reversible block as a step: (a, b) -> (b, a + F(b)), or with inverse=True its inverse (a, b) -> (b - F(a), a).
 
     block is a blocks.ReversibleBlock: both directions, and add(residual, x, alpha), which is residual + alpha · F(x).
+    Where its parameters are copies in another precision, gradients go to those of source, in their order.
     """
 
     block: nn.Module
     inverse: bool = False
+    source: nn.Module | None = None
 
     def run(self, *streams: Tensor) -> Streams:
         return self.block.inverse(*streams) if self.inverse else self.block(*streams)
@@ -53,7 +55,13 @@ class Coupling:
     # Walking through a module takes as long as one of its kernels on a small map.
     @functools.cached_property
     def parameters(self) -> list[nn.Parameter]:
-        return list(self.block.parameters())
+        return list((self.source or self.block).parameters())
+
+    @functools.cached_property
+    def _trained(self) -> list[nn.Parameter]:
+        """Parameters of block, of which those of source take part in training."""
+        pairs = zip(self.block.parameters(), self.parameters, strict=True)
+        return [own for own, parameter in pairs if parameter.requires_grad]
 
     def backward(self, streams: Streams, gradients: Streams) -> tuple[Streams, Streams, list[Tensor]]:
         """As of Rearrangement. F is evaluated once: taking back what was added is also what is differentiated."""
@@ -61,11 +69,10 @@ class Coupling:
         changed, kept = streams if self.inverse else streams[::-1]
         grad_changed, grad_kept = gradients if self.inverse else gradients[::-1]
         x = kept.detach().requires_grad_()
-        trained = [parameter for parameter in self.parameters if parameter.requires_grad]
         with torch.enable_grad():
             rebuilt = self.block.add(changed, x, -alpha)
         # rebuilt = changed - alpha F(x) where forward had + alpha F(x): the same derivatives but for their sign.
-        grad_x, *found = torch.autograd.grad(rebuilt, (x, *trained), grad_changed)
+        grad_x, *found = torch.autograd.grad(rebuilt, (x, *self._trained), grad_changed)
         torch.sub(grad_kept, grad_x, out=grad_x)
         if found:
             torch._foreach_neg_(found)

@@ -50,7 +50,7 @@ class TrainingStep(nn.Module):
 
     def forward(self, degraded: Tensor, reference: Tensor, generator: torch.Generator) -> StepResult:
         with part("encode"):
-            content, style = self.network.encode(degraded), self.network.encode(reference)
+            content, style = self._encode_both(degraded, reference)
         with part("transfer"):
             own, wanted = moments(content), moments(style)
         result, fallbacks = self._recoloured(content, own, wanted, degraded)
@@ -61,12 +61,21 @@ class TrainingStep(nn.Module):
         cycled, more_fallbacks = self._recoloured(encoded_result, reached, own, degraded)
         streams = (content, style, encoded_result)
         return_freed_pages(degraded.device)  # of the network, before the loss network takes the most
+        if cycled.requires_grad:
+            cycled.register_hook(_return_freed_pages)  # of the loss network, before the network goes backward
         return StepResult(
             losses=self.losses(degraded, reference, result, cycled, generator),
             result=result.detach(),
             ridge_fallbacks=fallbacks + more_fallbacks,
             largest_stream=torch.stack([torch.linalg.vector_norm(z.detach(), math.inf) for z in streams]).amax(),
         )
+
+    def _encode_both(self, degraded: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+        """In one batch if sizes agree: half as many kernels to start, each with twice the work."""
+        if degraded.shape != reference.shape:
+            return self.network.encode(degraded), self.network.encode(reference)
+        content, style = self.network.encode(torch.cat((degraded, reference))).chunk(2)
+        return content, style
 
     def _recoloured(self, z: Tensor, own: Moments, wanted: Moments, like: Tensor) -> tuple[Tensor, Tensor]:
         """The picture, in the size of like, that z [B,C,H',W'] becomes, and how many images needed a larger ridge."""
@@ -154,6 +163,10 @@ class Optimisation:
         self.optimizer.found_inf = skipped
         self.optimizer.step()
         return norm, skipped
+
+
+def _return_freed_pages(gradient: Tensor) -> None:
+    return_freed_pages(gradient.device)
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from restoration import graph, step
+from restoration.blocks import STREAM_QUANTUM
 from restoration.config import make_config
 from restoration.errors import UserError
 from restoration.journal import Journal
@@ -52,15 +53,41 @@ def test_an_outcome_names_its_numbers():
     assert found["skipped"] == 0 and found["gradient_norm"] > 0 and 0 < found["largest_stream"] < 256
 
 
-def test_a_step_returns_pages_before_its_losses_and_before_it_goes_backward(monkeypatch):
+def test_both_paintings_are_encoded_at_once_where_sizes_agree(monkeypatch):
+    """To the same numbers, but for sums in another order that are rounded to another quantum."""
+    module = optimisation().module
+    degraded, reference = crops()
+    apart = module.network.encode(degraded), module.network.encode(reference)
+    batches = []
+    encode = module.network.encode
+    monkeypatch.setattr(module.network, "encode", lambda image: batches.append(len(image)) or encode(image))
+    module(degraded, reference, torch.Generator())
+    assert batches == [2, 1]
+    for together, alone in zip(module._encode_both(degraded, reference), apart, strict=True):
+        torch.testing.assert_close(together, alone, rtol=0, atol=16 * STREAM_QUANTUM)
+    batches.clear()
+    module(degraded, reference[..., :24], torch.Generator())
+    assert batches == [1, 1, 1]
+
+
+def _note(output, events, name):
+    """Puts down when the gradient of an output is known, if it has one."""
+    if output.requires_grad:
+        output.register_hook(lambda _: events.append(name))
+
+
+def test_a_step_returns_pages_before_each_network_goes_forward_or_backward(monkeypatch):
     optimise = optimisation()
     events = []
     monkeypatch.setattr(step, "return_freed_pages", lambda device: events.append(f"pages of {device}"))
     optimise.module.losses.register_forward_pre_hook(lambda *_: events.append("losses"))
+    features = optimise.module.losses.features
+    features.register_forward_hook(lambda _, __, maps: _note(maps[0], events, "loss network"))
     next(optimise.module.network.parameters()).register_hook(lambda gradient: events.append("gradient"))
     optimise(0, *crops())
-    assert events == ["pages of cpu", "losses", "pages of cpu", *["gradient"] * events.count("gradient")]
-    assert events[-1] == "gradient"
+    pages, gradients = "pages of cpu", ["gradient"] * events.count("gradient")
+    assert events == [pages, "losses", pages, "loss network", pages, *gradients]
+    assert gradients
 
 
 @pytest.mark.parametrize("poison", ["input", "stream"])
