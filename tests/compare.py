@@ -341,7 +341,7 @@ def every_lesser_instruction_set():
     """Parametrises a test over what the CPU kernels do on older processors; other tests run the best of this one."""
     dtypes = (torch.float32, torch.float32, torch.bfloat16, torch.bfloat16)
     return pytest.mark.parametrize(
-        ("isa", "dtype"), zip(INSTRUCTION_SETS, dtypes, strict=False), ids=INSTRUCTION_SETS[:4]
+        ("isa", "dtype"), list(zip(INSTRUCTION_SETS, dtypes, strict=False)), ids=INSTRUCTION_SETS[:4]
     )
 
 
