@@ -70,7 +70,7 @@ class ReversibleNetwork(nn.Module):
         half = architecture.half_channels
         self.stages = nn.ModuleList(blocks(architecture.blocks_per_stage, half * 4**stage) for stage in range(3))
         self.refinement = blocks(architecture.refinement_blocks, half * 4**2)
-        self._rounded = RoundedCopy()
+        self._rounded = _RoundedCopy()
 
     def _residual_precision(self, device: torch.device) -> AbstractContextManager[None]:
         if self.precision == "fp32":
@@ -136,10 +136,11 @@ class ReversibleNetwork(nn.Module):
         return Reconstruction(self.decode(transfer.z, degraded.shape[-2:]), transfer)
 
 
-class RoundedCopy:
-    """A copy of blocks whose convolutions have weights in bfloat16, as autocast would round them in every block.
+class _RoundedCopy:
+    """A copy of blocks whose convolutions have their weights in bfloat16: rounded once a pass of the network.
 
-    Of float32 weights alone: autocast leaves float64 as it is, and so does this.
+    Autocast would do it in every block, forward and backward, and as often turn gradients into float32. The copy has
+    the forward hooks that the blocks had when it was made.
     """
 
     def __init__(self) -> None:
@@ -147,10 +148,8 @@ class RoundedCopy:
 
     @torch.no_grad()
     def of(self, blocks: nn.Module) -> nn.Module:
-        """The copy with the numbers that the blocks have now; the same tensors in each call on the same device."""
+        """The copy with the numbers that the blocks have now; on one device always the same tensors."""
         parameters = list(blocks.parameters())
-        if any(parameter.dtype != torch.float32 for parameter in parameters):
-            return blocks
         if self._copy is None or next(self._copy.parameters()).device != parameters[0].device:
             self._copy = copy.deepcopy(blocks).requires_grad_()
             for module in self._copy.modules():

@@ -1,5 +1,6 @@
 """Backpropagation through rebuilt activations: bits of what is rebuilt, gradients, what is kept, and when."""
 
+import copy
 import weakref
 
 import pytest
@@ -173,6 +174,19 @@ def test_backward_recomputes_under_the_circumstances_of_forward():
     image = picture(9, 8)
     for compute in (cast, on_reference):
         assert_equal_gradients(network(), network(False), image, 1e-5, compute)
+
+
+def test_rounded_weights_are_those_of_now_and_nobody_elses():
+    """Plain autograd rounds them in every block, this network once a pass, in a copy that it keeps to itself."""
+    net, plain = (network(reversible, "bf16") for reversible in (True, False))
+    image = picture(8, 12)
+    for _ in range(2):
+        assert torch.equal(net.encode(image), plain.encode(image))
+        assert torch.equal(copy.deepcopy(net).encode(image), plain.encode(image))
+        for parameter in (*net.parameters(), *plain.parameters()):
+            parameter.data.mul_(1.25)
+    assert net.state_dict().keys() == plain.state_dict().keys()
+    assert all(parameter.dtype == torch.float32 for parameter in net.parameters())
 
 
 def test_channels_last_streams_are_rebuilt_as_well():
