@@ -61,8 +61,6 @@ class TrainingStep(nn.Module):
         cycled, more_fallbacks = self._recoloured(encoded_result, reached, own, degraded)
         streams = (content, style, encoded_result)
         return_freed_pages(degraded.device)  # of the network, before the loss network takes the most
-        if cycled.requires_grad:
-            cycled.register_hook(_return_freed_pages)  # of the loss network, before the network goes backward
         return StepResult(
             losses=self.losses(degraded, reference, result, cycled, generator),
             result=result.detach(),
@@ -74,7 +72,10 @@ class TrainingStep(nn.Module):
         """In one batch if sizes agree: half as many kernels to start, each with twice the work."""
         if degraded.shape != reference.shape:
             return self.network.encode(degraded), self.network.encode(reference)
-        content, style = self.network.encode(torch.cat((degraded, reference))).chunk(2)
+        both = self.network.encode(torch.cat((degraded, reference)))
+        if both.requires_grad:
+            both.register_hook(_return_freed_pages)  # of all passes of one image each: two do not fit into them
+        content, style = both.chunk(2)
         return content, style
 
     def _recoloured(self, z: Tensor, own: Moments, wanted: Moments, like: Tensor) -> tuple[Tensor, Tensor]:
