@@ -74,7 +74,8 @@ class TrainingStep(nn.Module):
             return self.network.encode(degraded), self.network.encode(reference)
         both = self.network.encode(torch.cat((degraded, reference)))
         if both.requires_grad:
-            both.register_hook(_return_freed_pages)  # of all passes of one image each: two do not fit into them
+            # Its backward comes last: what smaller batches have freed by then lies in pieces too small for this one.
+            both.register_hook(_return_freed_pages)
         content, style = both.chunk(2)
         return content, style
 
@@ -167,6 +168,7 @@ class Optimisation:
 
 
 def _return_freed_pages(gradient: Tensor) -> None:
+    """As a hook, which must return nothing."""
     return_freed_pages(gradient.device)
 
 

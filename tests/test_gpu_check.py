@@ -97,12 +97,10 @@ def stop_after(check, monkeypatch, line):
     monkeypatch.setattr(check, "seconds", seconds)
 
 
-@pytest.fixture(params=["foreground", "background"])
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["foreground", "background"])
 def interrupts(request):
     """As a shell leaves them for what it starts: in the background they are ignored."""
-    before = signal.signal(
-        signal.SIGINT, {"foreground": signal.default_int_handler, "background": signal.SIG_IGN}[request.param]
-    )
+    before = signal.signal(signal.SIGINT, request.param)
     yield
     signal.signal(signal.SIGINT, before)
 

@@ -43,14 +43,14 @@ def test_values_under_the_interpreter(tmp_path):
     chosen = f"triton and ({values} or {others}) and not ((pac_conv2d or pad2d) and odd)"
     options = ["-q", "-p", "no:cacheprovider", "-k", chosen]
 
-    def report(file):
+    def judged(file):
         path = tmp_path / f"{file.stem}.xml"
         run(["-m", "pytest", *options, f"--junitxml={path}", str(file)], TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
         return ElementTree.parse(path)
 
     # The interpreter keeps one core busy, and is the longest of all tests.
     with ThreadPoolExecutor(os.cpu_count()) as processes:
-        reports = list(processes.map(report, filter(Path.exists, files)))
+        reports = list(processes.map(judged, filter(Path.exists, files)))
     cases = [case for report in reports for case in report.iter("testcase")]
     assert not [case.get("name") for case in cases if case.find("skipped") is not None]
     for name, operator in OPERATORS.items():
