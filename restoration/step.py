@@ -59,6 +59,8 @@ class TrainingStep(nn.Module):
         with part("transfer"):
             reached = moments(encoded_result)
         cycled, more_fallbacks = self._recoloured(encoded_result, reached, own, degraded)
+        # The loss network has gone backward by then, with the largest maps of all.
+        _return_freed_pages_before_backward(cycled)
         streams = (content, style, encoded_result)
         return_freed_pages(degraded.device)  # of the network, before the loss network takes the most
         return StepResult(
@@ -73,9 +75,8 @@ class TrainingStep(nn.Module):
         if degraded.shape != reference.shape:
             return self.network.encode(degraded), self.network.encode(reference)
         both = self.network.encode(torch.cat((degraded, reference)))
-        if both.requires_grad:
-            # Its backward comes last: what smaller batches have freed by then lies in pieces too small for this one.
-            both.register_hook(_return_freed_pages)
+        # Its backward comes last: what smaller batches have freed by then lies in pieces too small for this one.
+        _return_freed_pages_before_backward(both)
         content, style = both.chunk(2)
         return content, style
 
@@ -167,9 +168,14 @@ class Optimisation:
         return norm, skipped
 
 
-def _return_freed_pages(gradient: Tensor) -> None:
-    """As a hook, which must return nothing."""
-    return_freed_pages(gradient.device)
+def _return_freed_pages_before_backward(output: Tensor) -> None:
+    """Of the pass of the network that ends with output."""
+
+    def hook(gradient: Tensor) -> None:  # what a hook returns takes the place of the gradient
+        return_freed_pages(gradient.device)
+
+    if output.requires_grad:
+        output.register_hook(hook)
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:

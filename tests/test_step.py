@@ -72,17 +72,25 @@ def test_both_paintings_are_encoded_at_once_where_sizes_agree(monkeypatch):
 
 
 def test_a_step_returns_pages_before_what_takes_the_most(monkeypatch):
-    """Before its losses, before they go backward, and before the pass of two paintings does, the last of all."""
+    """Before its losses, before they go backward, when the loss network has, and before the pass of both does."""
     optimise = optimisation()
     events = []
     monkeypatch.setattr(step, "return_freed_pages", lambda device: events.append(f"pages of {device}"))
     optimise.module.losses.register_forward_pre_hook(lambda *_: events.append("losses"))
+
+    def marked(module, inputs):
+        (image,) = (image.view_as(image) for image in inputs)
+        if image.requires_grad:
+            image.register_hook(lambda gradient: events.append("loss network"))
+        return image
+
+    optimise.module.losses.features.register_forward_pre_hook(marked)
     monkeypatch.setattr(
         "restoration.reversible._chain_gradients", lambda *given: events.append("pass") or _chain_gradients(*given)
     )
     optimise(0, *crops())
     pages = "pages of cpu"
-    assert events == [pages, "losses", pages, "pass", "pass", "pass", pages, "pass"]
+    assert events == [pages, "losses", pages, "loss network", pages, "pass", "pass", "pass", pages, "pass"]
 
 
 @pytest.mark.parametrize("poison", ["input", "stream"])
