@@ -129,9 +129,7 @@ class Worker {
   template <typename Call>
   HOST_DEVICE void for_each_tile(const StripTiles<E>& tiles, Call call) {
     for (int64_t row = 0; row < tiles.strip.rows; ++row) {
-      for (int64_t place = 0; place < tiles.strip.columns; place += kTile<E>) {
-        call(row, place, std::min<int64_t>(kTile<E>, tiles.strip.columns - place));
-      }
+      tiles.for_each_tile([&](int64_t place, int64_t pixels) { call(row, place, pixels); });
     }
   }
 

@@ -1,10 +1,10 @@
 // Pixel-adaptive convolution on the CPU, forward: formula in pac_conv2d.h.
 // A thread takes a strip of output pixels. It copies the rows of x that the taps of one row of the strip reach into its
 // own cache, and multiplies what lies under each tap with that tap's weights [O, C], kPanelRows x kTile sums at a time
-// in registers. k_t(p) scales a tap's sums, or x on its way into the registers: no scaled column is ever written, but
-// for a matrix unit, whose registers take them from memory: those of one row of the strip, in the cache. Bias,
-// rounding, alpha and residual follow while a tile of sums is at hand. Read: x, guide, residual once (and neighbouring
-// rows again from the cache). Written: y once. Scratch memory: a strip for each thread, and one copy of the weights.
+// in registers. k_t(p) scales a tap's sums, or x on its way into the registers; where the processor multiplies pairs of
+// bfloat16 numbers, scaled columns of one row of the strip are written to the cache. Bias, rounding, alpha and residual
+// follow while a tile of sums is at hand. Read: x, guide, residual once (and neighbouring rows again from the cache).
+// Written: y once. Scratch memory: a strip for each thread, and one copy of the weights.
 
 #include "pac_conv2d_forward_cpu.h"
 
@@ -78,15 +78,14 @@ void multiply_row(const StripTiles<E>& tiles, const PacConv2dSizes& sizes, int64
   for (int64_t first = 0; first < sizes.out_channels; first += kPanelRows<E>) {
     const E* panel = panels + first * panel_elements<E>(sizes.taps(), sizes.channels);
     const int64_t last = std::min<int64_t>(first + kPanelRows<E>, sizes.out_channels);
-    for (int64_t place = 0; place < tiles.strip.columns; place += kTile<E>) {
-      const int64_t pixels = std::min<int64_t>(kTile<E>, tiles.strip.columns - place);
+    tiles.for_each_tile([&](int64_t place, int64_t pixels) {
       for_tile_of<E>(pixels,
                      [&](auto vectors) { operand.template multiply<decltype(vectors)::value>(panel, place, product); });
       for (int64_t channel = first; channel < last; ++channel) {
         finish(product + (channel - first) * kTile<E>, channel, tiles.output_offset(sizes, channel, row) + place,
                pixels);
       }
-    }
+    });
   }
 }
 

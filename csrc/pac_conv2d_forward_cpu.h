@@ -107,20 +107,19 @@ class TapRows {
 
 // product [kPanelRows, kTile] = sum over taps of k_t · (panel_t^T · x under t), for kVectors vectors of pixels from
 // place `first` of a row on.
-template <int kVectors, typename E>
-SEPARATE void multiply_taps(const E* panel, Taps<E> taps, int64_t first, const AccumulateType<E>* kernel,
-                            int64_t kernel_stride, AccumulateType<E>* product) {
-  using A = AccumulateType<E>;
-  std::memset(product, 0, kPanelRows<E> * kTile<E> * sizeof(A));
-  for (int64_t tap = 0; tap < taps.count; ++tap, kernel += kernel_stride, panel += taps.elements * kPanelRows<E>) {
-    PanelSums<kVectors, E> sums = {};
-    add_panel_products<kVectors>(panel, taps.under[tap] + first, taps.elements, taps.pitch, kLanes<E>, nullptr, sums);
+template <int kVectors, typename A>
+SEPARATE void multiply_taps(const A* panel, Taps<A> taps, int64_t first, const A* kernel, int64_t kernel_stride,
+                            A* product) {
+  std::memset(product, 0, kPanelRows<A> * kTile<A> * sizeof(A));
+  for (int64_t tap = 0; tap < taps.count; ++tap, kernel += kernel_stride, panel += taps.elements * kPanelRows<A>) {
+    PanelSums<kVectors, A> sums = {};
+    add_panel_products<kVectors>(panel, taps.under[tap] + first, taps.elements, taps.pitch, kLanes<A>, nullptr, sums);
 #pragma GCC unroll 4
     for (int vector = 0; vector < kVectors; ++vector) {
       const Vector<A> factor = load(kernel + vector * kLanes<A>);
 #pragma GCC unroll 8
-      for (int sum = 0; sum < kPanelRows<E>; ++sum) {
-        A* total = product + sum * kTile<E> + vector * kLanes<A>;
+      for (int sum = 0; sum < kPanelRows<A>; ++sum) {
+        A* total = product + sum * kTile<A> + vector * kLanes<A>;
         store(total, load(total) + factor * sums[sum][vector]);
       }
     }
@@ -145,20 +144,18 @@ SEPARATE void multiply_scaled_taps(const A* panel, Taps<A> taps, int64_t first, 
 // and 64 channels.
 constexpr int64_t kFewChannels = 16;
 
-// A row of a strip for products by vectors: x as it is, and k.
-template <typename E>
+// A row of a strip for products of single numbers: x as it is, and k.
+template <typename A>
 class TapProducts {
  public:
-  using A = AccumulateType<E>;
+  static int64_t bytes_per_place(const PacConv2dSizes& sizes) { return TapRows<A>::bytes_per_place(sizes); }
 
-  static int64_t bytes_per_place(const PacConv2dSizes& sizes) { return TapRows<E>::bytes_per_place(sizes); }
-
-  TapProducts(Carver& carver, const PacConv2dSizes& sizes, const StripTiles<E>& largest)
+  TapProducts(Carver& carver, const PacConv2dSizes& sizes, const StripTiles<A>& largest)
       : few_channels_(sizes.channels <= kFewChannels), rows_(carver, sizes, largest) {}
 
   // kernel: k_t of the row's places, one tap after the other, kernel_stride apart.
   template <typename T>
-  void fill(const StripTiles<E>& tiles, int64_t row, const T* x, const A* kernel) {
+  void fill(const StripTiles<A>& tiles, int64_t row, const T* x, const A* kernel) {
     taps_ = rows_.fill(tiles, row, x);
     kernel_ = kernel;
     kernel_stride_ = tiles.places();
@@ -166,24 +163,24 @@ class TapProducts {
 
   // product [kPanelRows, kTile] of a panel and kVectors vectors of pixels from `place` on.
   template <int kVectors>
-  HOST_DEVICE void multiply(const E* panel, int64_t place, A* product) const {
-    if constexpr (kSteps<E> == 1) {
-      if (few_channels_) {
-        return multiply_scaled_taps<kVectors>(panel, taps_, place, kernel_ + place, kernel_stride_, product);
-      }
+  HOST_DEVICE void multiply(const A* panel, int64_t place, A* product) const {
+    if (few_channels_) {
+      multiply_scaled_taps<kVectors>(panel, taps_, place, kernel_ + place, kernel_stride_, product);
+    } else {
+      multiply_taps<kVectors>(panel, taps_, place, kernel_ + place, kernel_stride_, product);
     }
-    multiply_taps<kVectors>(panel, taps_, place, kernel_ + place, kernel_stride_, product);
   }
 
  private:
   bool few_channels_;
-  TapRows<E> rows_;
-  Taps<E> taps_;
+  TapRows<A> rows_;
+  Taps<A> taps_;
   const A* kernel_;
   int64_t kernel_stride_;
 };
 
-// The same for a matrix unit, which takes its operands from memory: x under every tap, scaled with k.
+// The same for products of pairs: x under every tap, scaled with k. A matrix unit takes its operands from memory only,
+// and with vectors a sum over all taps takes less time than sums of each, which are twice as short as of numbers.
 template <typename E>
 class ScaledColumns {
  public:
@@ -231,7 +228,7 @@ class ScaledColumns {
 
 // What one row of a strip is multiplied from.
 template <typename E>
-using RowOperand = std::conditional_t<kHasMatrixUnit<E>, ScaledColumns<E>, TapProducts<E>>;
+using RowOperand = std::conditional_t<kSteps<E> == 1, TapProducts<E>, ScaledColumns<E>>;
 
 // All of it, with the weights in passing, stays in a second-level cache: of 1 MB, or of 2 MB, which every processor
 // with a matrix unit has.

@@ -44,12 +44,24 @@ struct StripTiles {
 
   Strip strip;
 
-  int64_t tiles_per_row() const { return ceil_divide(strip.columns, kTile<E>); }
   // Places in memory, all of which are computed: those of the pixels, row by row, and after each row some more.
   int64_t places_per_row() const { return round_up(strip.columns, kBlock); }
   int64_t places() const { return strip.rows * places_per_row(); }
   int64_t blocks_per_row() const { return places_per_row() / kBlock; }
   int64_t blocks() const { return strip.rows * blocks_per_row(); }
+  // Calls call(place, pixels) for the tiles of a row, no two of which differ by more than a vector: in one of a single
+  // vector, too few sums are under way at a time.
+  template <typename Call>
+  HOST_DEVICE void for_each_tile(Call call) const {
+    constexpr int64_t kLanes = CPU_ISA::kLanes<AccumulateType<E>>;
+    const int64_t vectors = ceil_divide(strip.columns, kLanes), tiles = ceil_divide(strip.columns, kTile<E>);
+    int64_t place = 0;
+    for (int64_t tile = 1; tile <= tiles; ++tile) {
+      const int64_t next = std::min(vectors * tile / tiles * kLanes, strip.columns);
+      call(place, next - place);
+      place = next;
+    }
+  }
   // Where row `row` of the strip begins in an output [B,O,H',W'].
   int64_t output_offset(const PacConv2dSizes& sizes, int64_t channel, int64_t row) const {
     const int64_t plane = strip.image * sizes.out_channels + channel;
