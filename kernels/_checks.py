@@ -209,12 +209,15 @@ def _tensor(operator, argument, value, shape, *, like=None, device_of=None, dtyp
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
         _fail(operator, argument, f"be a dense tensor of shape {_named(shape)}", _kind(value), TypeError)
     sizes = tuple(value.shape)
-    if len(sizes) != len(shape) or any(
-        size != wanted for size, wanted in zip(sizes, shape, strict=True) if not isinstance(wanted, str)
-    ):
+    if len(sizes) != len(shape):
         _fail(operator, argument, f"be of shape {_named(shape)}", _shape(value))
-    if any(size == 0 for size, wanted in zip(sizes, shape, strict=True) if isinstance(wanted, str) and wanted != "B"):
-        _fail(operator, argument, f"be empty along no axis of {_named(shape)} but B", _shape(value))
+    # Loops: any() of an expression takes twice as long.
+    for size, wanted in zip(sizes, shape, strict=True):
+        if size != wanted and not isinstance(wanted, str):
+            _fail(operator, argument, f"be of shape {_named(shape)}", _shape(value))
+    for size, wanted in zip(sizes, shape, strict=True):
+        if size == 0 and isinstance(wanted, str) and wanted != "B":
+            _fail(operator, argument, f"be empty along no axis of {_named(shape)} but B", _shape(value))
     if like is not None and value.dtype != like[1].dtype:
         _fail(operator, argument, f"have the dtype of {like[0]}, {like[1].dtype}", value.dtype)
     if value.dtype not in dtypes:

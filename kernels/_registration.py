@@ -95,7 +95,8 @@ def differentiate(forward, backward, save, count, outputs=1):
         saved = [
             option if tensor is None else tensor for tensor, option in zip(ctx.saved_tensors, ctx.options, strict=True)
         ]
-        found = iter(backward(*grad_outputs[:outputs], *saved, wanted, ctx.backend))
+        arguments = (*grad_outputs[:outputs], *saved, wanted, ctx.backend)
+        found = iter(backward(*arguments) if torch.is_grad_enabled() else _below_autograd(backward, arguments))
         return (*(next(found) if wish else None for wish in wanted), *(None,) * others)
 
     torch.library.register_autograd(forward, gradients, setup_context=setup_context, lib=_LIBRARY)
@@ -110,7 +111,7 @@ def _eager(forward, gradients, setup_context):
     """
 
     def run(ctx, *arguments):
-        output = forward(*arguments)
+        output = _below_autograd(forward, arguments)
         setup_context(ctx, arguments, output)
         return output
 
@@ -119,11 +120,17 @@ def _eager(forward, gradients, setup_context):
 
     def call(*arguments):
         # A compiler knows the op, and what was registered for it.
-        if torch.compiler.is_compiling() or not _needs_graph(arguments):
+        if torch.compiler.is_compiling():
             return forward(*arguments)
-        return function.apply(*arguments)
+        return function.apply(*arguments) if _needs_graph(arguments) else _below_autograd(forward, arguments)
 
     return call
+
+
+def _below_autograd(op, arguments):
+    """Calls an op where nothing is to be differentiated: to find that out, torch.library takes two calls of Python."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
 
 
 def _needs_graph(arguments):
