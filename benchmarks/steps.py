@@ -14,6 +14,7 @@ import time
 import torch
 
 from benchmarks.bench_restoration import CONTESTS, StepEntry
+from restoration.cli import prefer_large_pages
 
 
 def main():
@@ -25,6 +26,7 @@ def main():
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
 
+    prefer_large_pages()  # in the processes of the kinds, as in training
     kinds = CONTESTS[0].kinds
     settings = (options.crop, options.batch, options.blocks, options.device)
     turns = [_start(number, settings) for number in range(len(kinds))]

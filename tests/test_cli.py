@@ -1,8 +1,10 @@
 """The command line as a person meets it: one line for mistakes, exit codes, every command end to end."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,6 +58,30 @@ def test_module_runs_and_helps():
 def test_help_does_not_wait_for_pytorch():
     code = "import sys; import restoration.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not LARGE_PAGES.exists() or "[madvise]" not in LARGE_PAGES.read_text(), reason="the system gives none when asked"
+)
+@pytest.mark.parametrize(("wish", "given"), [(None, True), ("0", False)])
+def test_commands_work_in_large_pages_unless_told_not_to(wish, given):
+    code = """
+import re, sys
+from pathlib import Path
+from restoration import cli
+cli.app = lambda: None
+cli.main()
+import torch
+x = torch.ones(2**24)
+print(re.search(r"AnonHugePages: +([0-9]+)", Path("/proc/self/smaps_rollup").read_text())[1])
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    environment |= {} if wish is None else {"THP_MEM_ALLOC_ENABLE": wish}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (int(done.stdout) >= 2**15) == given  # kB, of twice as many
 
 
 def test_reconstruct(workshop, tmp_path, capsys, monkeypatch):
