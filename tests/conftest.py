@@ -25,6 +25,12 @@ def float32_in_full_width(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
+@pytest.fixture(autouse=True)
+def pages_of_the_system(monkeypatch):
+    """Else a test of the command line, which asks for large ones, would leave that to all tests after it."""
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+
+
 @pytest.fixture
 def simulated_gpu(monkeypatch):
     """Lets the cuda backend run on CPU tensors, in the runner of simt_build."""

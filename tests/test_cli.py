@@ -1,7 +1,6 @@
 """The command line as a person meets it: one line for mistakes, exit codes, every command end to end."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -67,9 +66,9 @@ LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     not LARGE_PAGES.exists() or "[madvise]" not in LARGE_PAGES.read_text(), reason="the system gives none when asked"
 )
 @pytest.mark.parametrize(("wish", "given"), [(None, True), ("0", False)])
-def test_commands_work_in_large_pages_unless_told_not_to(wish, given):
+def test_commands_work_in_large_pages_unless_told_not_to(wish, given, monkeypatch):
     code = """
-import re, sys
+import re
 from pathlib import Path
 from restoration import cli
 cli.app = lambda: None
@@ -78,9 +77,10 @@ import torch
 x = torch.ones(2**24)
 print(re.search(r"AnonHugePages: +([0-9]+)", Path("/proc/self/smaps_rollup").read_text())[1])
 """
-    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
-    environment |= {} if wish is None else {"THP_MEM_ALLOC_ENABLE": wish}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+    if wish is not None:
+        monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", wish)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (int(done.stdout) >= 2**15) == given  # kB, of twice as many
 
 
