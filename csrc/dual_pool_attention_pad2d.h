@@ -50,12 +50,17 @@ struct PaddedPlaces {
 };
 
 // The attention's own arguments, but y and grad_y are [B,H+2p,W+2p,C] and of the output dtype: the call's, or half
-// precision where that is float32, which on the CPU is bfloat16 alone.
+// precision where that is float32, which on the CPU is bfloat16 alone. What lies at grad_addend [B,C,H,W], unless it is
+// null, is added to grad_x.
+struct DualPoolAttentionPad2dBackward : DualPoolAttentionBackward {
+  const void* grad_addend;
+};
+
 #define DECLARE_DUAL_POOL_ATTENTION_PAD2D_CPU(isa)                                                                   \
   namespace isa {                                                                                                    \
   void dual_pool_attention_pad2d_forward(const DualPoolAttentionForward&, const DualPoolAttentionPad2dSizes&,        \
                                          DType dtype, DType output_dtype, int threads);                              \
-  void dual_pool_attention_pad2d_backward(const DualPoolAttentionBackward&, const DualPoolAttentionPad2dSizes&,      \
+  void dual_pool_attention_pad2d_backward(const DualPoolAttentionPad2dBackward&, const DualPoolAttentionPad2dSizes&, \
                                           DType dtype, DType output_dtype, int threads);                             \
   }
 FOR_EACH_CPU_ISA(DECLARE_DUAL_POOL_ATTENTION_PAD2D_CPU)
@@ -64,7 +69,8 @@ FOR_EACH_CPU_ISA(DECLARE_DUAL_POOL_ATTENTION_PAD2D_CPU)
 int64_t dual_pool_attention_pad2d_workspace(const DualPoolAttentionPad2dSizes&, DType);
 void launch_dual_pool_attention_pad2d_forward(const DualPoolAttentionForward&, const DualPoolAttentionPad2dSizes&,
                                               DType dtype, DType output_dtype, void* workspace, void* stream);
-void launch_dual_pool_attention_pad2d_backward(const DualPoolAttentionBackward&, const DualPoolAttentionPad2dSizes&,
-                                               DType dtype, DType output_dtype, void* workspace, void* stream);
+void launch_dual_pool_attention_pad2d_backward(const DualPoolAttentionPad2dBackward&,
+                                               const DualPoolAttentionPad2dSizes&, DType dtype, DType output_dtype,
+                                               void* workspace, void* stream);
 
 }  // namespace restoration

@@ -1,6 +1,6 @@
 // Dual pooling attention into a padded map with channels last, on the CPU: formula in dual_pool_attention_pad2d.h.
 // Forward reads x twice: for the scales, then tile by tile to write y. Backward reads grad_y and x for the gradient to
-// the scales, then grad_y again and writes grad_x. Scratch memory: a number a channel and band.
+// the scales, then grad_y again and grad_addend, and writes grad_x. Scratch memory: a number a channel and band.
 
 #include "dual_pool_attention_cpu.h"
 #include "dual_pool_attention_pad2d.h"
@@ -164,32 +164,36 @@ void sum_band(const DualPoolAttentionBackward& arguments, const PaddedBands& ban
       empty_vectors);
 }
 
-// grad_x = scale · grad_y + grad_mean · the pixel's share in the mean, in the rows of a band.
+// grad_x = scale · grad_y + grad_mean · the pixel's share in the mean + grad_addend, in the rows of a band.
 template <typename T, typename Y>
-void write_band(const DualPoolAttentionBackward& arguments, const PaddedBands& bands, int64_t band,
+void write_band(const DualPoolAttentionPad2dBackward& arguments, const PaddedBands& bands, int64_t band,
                 const double* grad_mean, const AccumulateType<T>* rows, const AccumulateType<T>* columns) {
   using A = AccumulateType<T>;
   const DualPoolAttentionSizes& map = bands.sizes.map;
   const int64_t first_plane = bands.image(band) * map.channels;
   T* grad_x = static_cast<T*>(arguments.grad_x) + first_plane * map.pixels();
+  const T* grad_addend = static_cast<const T*>(arguments.grad_addend);
+  if (grad_addend != nullptr) grad_addend += first_plane * map.pixels();
   const A* scale = static_cast<const A*>(arguments.scale) + first_plane;
   for_each_folded_tile<Y>(
       arguments.grad_y, bands, band,
       [&](const Vector<A>* tile, int64_t channel, auto channels, int64_t row, int64_t column, auto count) {
-        T* values = grad_x + channel * map.pixels() + row * map.width + column;
+        const int64_t place = channel * map.pixels() + row * map.width + column;
         const Vector<A> shares = load_numbers(columns + column, count);
 #pragma GCC unroll 16
         for (int64_t lane = 0; lane < channels; ++lane) {
           const A row_grad = A(grad_mean[first_plane + channel + lane] * rows[row]);
-          const Vector<A> gradient = tile[lane] * scale[channel + lane] + row_grad * shares;
-          store_numbers(values + lane * map.pixels(), rounded<T>(gradient), count);
+          const int64_t lane_place = place + lane * map.pixels();
+          Vector<A> gradient = tile[lane] * scale[channel + lane] + row_grad * shares;
+          if (grad_addend != nullptr) gradient += load_numbers(grad_addend + lane_place, count);
+          store_numbers(grad_x + lane_place, rounded<T>(gradient), count);
         }
       },
       [](int64_t, int64_t) {});
 }
 
 template <typename T, typename Y>
-void backward(const DualPoolAttentionBackward& arguments, const DualPoolAttentionPad2dSizes& sizes, int threads) {
+void backward(const DualPoolAttentionPad2dBackward& arguments, const DualPoolAttentionPad2dSizes& sizes, int threads) {
   using A = AccumulateType<T>;
   const DualPoolAttentionSizes& map = sizes.map;
   const PaddedBands bands(sizes);
@@ -252,7 +256,7 @@ void dual_pool_attention_pad2d_forward(const DualPoolAttentionForward& arguments
   });
 }
 
-void dual_pool_attention_pad2d_backward(const DualPoolAttentionBackward& arguments,
+void dual_pool_attention_pad2d_backward(const DualPoolAttentionPad2dBackward& arguments,
                                         const DualPoolAttentionPad2dSizes& sizes, DType dtype, DType output_dtype,
                                         int threads) {
   dispatch_dtypes(dtype, output_dtype, [&](auto tag, auto output_tag) {

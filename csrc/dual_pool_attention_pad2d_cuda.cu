@@ -2,7 +2,7 @@
 // x lies in planes, y in pixels: a block turns a tile of some rows, columns and channels over (turned_tiles.cuh).
 // Forward: means as in dual_pool_attention.cuh -> y and its mirrored pixels; mean and scale saved.
 // Backward: sum of grad_y · x of each tile -> grad_logit -> grad_x; grad_weight with a block for each tap.
-// Read and written: x twice and y once; grad_y twice, x and grad_x once. No atomics: the same bits on every run.
+// Read and written: x twice and y once; grad_y twice, x, grad_addend and grad_x once. No atomics: the same bits always.
 
 #include "dual_pool_attention.cuh"
 #include "dual_pool_attention_pad2d.h"
@@ -116,13 +116,14 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
   }
 }
 
-// grad_x = scale · the gradient before padding + grad_mean · rows · columns, tiles last to first.
+// grad_x = scale · the gradient before padding + grad_mean · rows · columns + grad_addend, tiles last to first.
 template <typename T, typename Y, typename A = AccumulateType<T>>
 __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
     dual_pool_attention_pad2d_backward_input_kernel(const Y* __restrict__ grad_y, const T* __restrict__ weight,
                                                     const A* __restrict__ scale, const A* __restrict__ grad_logit,
                                                     const A* __restrict__ rows, const A* __restrict__ columns,
-                                                    T* __restrict__ grad_x, TiledMap map, int64_t taps) {
+                                                    const T* __restrict__ grad_addend, T* __restrict__ grad_x,
+                                                    TiledMap map, int64_t taps) {
   SHARED_ARRAY(A, tile_grads, kTurnedNumbers);
   SHARED_ARRAY(A, factors, kTileChannels);
   SHARED_ARRAY(A, grad_means, kTileChannels);
@@ -136,13 +137,26 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
     grad_means[threadIdx.x] = channel_grad_mean(grad_logit + first_plane, weight, taps, channel, map.channels);
   }
   tile.turn_folded(grad_y + tile.image * map.padded_elements(), tile_grads);
-  T* image_grad_x = grad_x + tile.image * map.image_elements();
+  const int64_t first = tile.image * map.image_elements();
+  // A row's loads are in flight together; those of all rows would take more registers than there are.
+#pragma unroll 1
+  for (int row = 0; row < kNumbers; row += kParts) {
+    A addends[kParts] = {};
+    if (grad_addend != nullptr) {
 #pragma unroll
-  for (int number = 0; number < kNumbers; ++number) {
-    if (!tile.inside<InPlanes>(number)) continue;
-    const int channel = InPlanes::channel(number);
-    const A mean_share = grad_means[channel] * rows[tile.row(number)] * column_weight;
-    image_grad_x[tile.plane_offset(number)] = T(turned<InPlanes>(tile_grads, number) * factors[channel] + mean_share);
+      for (int part = 0; part < kParts; ++part) {
+        if (!tile.inside<InPlanes>(row + part)) continue;
+        addends[part] = static_cast<A>(grad_addend[first + tile.plane_offset(row + part)]);
+      }
+    }
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      const int number = row + part, channel = InPlanes::channel(number);
+      if (!tile.inside<InPlanes>(number)) continue;
+      const A mean_share = grad_means[channel] * rows[tile.row(number)] * column_weight;
+      const A gradient = turned<InPlanes>(tile_grads, number) * factors[channel] + mean_share;
+      grad_x[first + tile.plane_offset(number)] = T(gradient + addends[part]);
+    }
   }
 }
 
@@ -168,8 +182,8 @@ void launch_forward(const DualPoolAttentionForward& arguments, const DualPoolAtt
 }
 
 template <typename T, typename Y>
-void launch_backward(const DualPoolAttentionBackward& arguments, const DualPoolAttentionPad2dSizes& sizes, void* memory,
-                     cudaStream_t stream) {
+void launch_backward(const DualPoolAttentionPad2dBackward& arguments, const DualPoolAttentionPad2dSizes& sizes,
+                     void* memory, cudaStream_t stream) {
   using A = AccumulateType<T>;
   const TiledMap map = tiled(sizes);
   const Workspace<T> workspace = workspace_of<T>(memory, sizes);
@@ -189,7 +203,8 @@ void launch_backward(const DualPoolAttentionBackward& arguments, const DualPoolA
     launch_weights(workspace.rows, workspace.columns, sizes.map, stream);
     LAUNCH((dual_pool_attention_pad2d_backward_input_kernel<T, Y>), map.grid(batch), dim3(kTileThreads), 0, stream,
            grad_y, static_cast<const T*>(arguments.weight), scale, workspace.grad_logit, workspace.rows,
-           workspace.columns, static_cast<T*>(arguments.grad_x), map, sizes.map.taps);
+           workspace.columns, static_cast<const T*>(arguments.grad_addend), static_cast<T*>(arguments.grad_x), map,
+           sizes.map.taps);
   }
 }
 
@@ -226,7 +241,7 @@ void launch_dual_pool_attention_pad2d_forward(const DualPoolAttentionForward& ar
   });
 }
 
-void launch_dual_pool_attention_pad2d_backward(const DualPoolAttentionBackward& arguments,
+void launch_dual_pool_attention_pad2d_backward(const DualPoolAttentionPad2dBackward& arguments,
                                                const DualPoolAttentionPad2dSizes& sizes, DType dtype,
                                                DType output_dtype, void* workspace, void* stream) {
   dispatch_dtypes(dtype, output_dtype, [&](auto tag, auto output_tag) {

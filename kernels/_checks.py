@@ -179,8 +179,8 @@ def dual_pool_attention(x, weight, pool_size, operator="dual_pool_attention"):
     _integer(operator, "pool_size", pool_size, 1)
 
 
-def dual_pool_attention_pad2d(x, weight, padding, pool_size, dtype):
-    """Checks as :func:`dual_pool_attention`, and that there is something to reflect."""
+def dual_pool_attention_pad2d(x, weight, padding, pool_size, dtype, grad_addend):
+    """Checks as :func:`dual_pool_attention`, that there is something to reflect, and what the gradient starts from."""
     operator = "dual_pool_attention_pad2d"
     dual_pool_attention(x, weight, pool_size, operator)
     _integer(operator, "padding", padding, 0)
@@ -188,6 +188,10 @@ def dual_pool_attention_pad2d(x, weight, padding, pool_size, dtype):
         _fail(operator, "padding", f"be less than both sides of x, {list(x.shape[2:])}", padding)
     if dtype is not None and dtype not in _DTYPES:
         _fail(operator, "dtype", f"be None or one of {', '.join(map(str, _DTYPES))}", dtype)
+    if grad_addend is not None:
+        _tensor(operator, "grad_addend", grad_addend, tuple(x.shape), like=("x", x))
+        if grad_addend.requires_grad:
+            _fail(operator, "grad_addend", "be without gradients", "one that requires them")
 
 
 def relu_split(x, channels):

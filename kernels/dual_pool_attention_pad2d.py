@@ -19,6 +19,7 @@ def dual_pool_attention_pad2d(
     *,
     pool_size: int = 50,
     dtype: torch.dtype | None = None,
+    grad_addend: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """dual_pool_attention(x, weight), padded by reflection: what a convolution without padding of its own reads.
@@ -33,6 +34,9 @@ def dual_pool_attention_pad2d(
         padding: pixels on every side, at least 0 and less than H and W.
         pool_size: rows and columns of the attention's first pooling, at least 1.
         dtype: of the result; None is that of x.
+        grad_addend: [B, C, H, W] of the dtype and device of x, without gradients of its own: added to the gradient of
+            x while that is written. What reaches x beside this call, where it is known beforehand, as in the backward
+            pass of a reversible network, takes no pass of its own then.
         backend: "cuda", "triton", "cpu" or "reference"; None leaves the choice to :func:`use_backend`.
 
     Returns:
@@ -47,8 +51,16 @@ def dual_pool_attention_pad2d(
     Source: Sun, Zhang, Wu (2025), doi 10.1038/s40494-025-01595-0, Fig. 3; the padding is that of their convolutions.
     """
     (weight,) = _backend.autocast((weight,), getattr(x, "dtype", None))
-    _checks.dual_pool_attention_pad2d(x, weight, padding, pool_size, dtype)
-    return _OPERATOR.run(backend, x=x, weight=weight, padding=padding, pool_size=pool_size, dtype=dtype or x.dtype)
+    _checks.dual_pool_attention_pad2d(x, weight, padding, pool_size, dtype, grad_addend)
+    return _OPERATOR.run(
+        backend,
+        x=x,
+        weight=weight,
+        padding=padding,
+        pool_size=pool_size,
+        dtype=dtype or x.dtype,
+        grad_addend=grad_addend,
+    )
 
 
 def _kernels_cannot(x, dtype):
@@ -78,30 +90,30 @@ def _padded(x, padding):
     return [side + 2 * padding for side in x.shape[2:]]
 
 
-def _allocate_forward(x, weight, padding, pool_size, dtype):
+def _allocate_forward(x, weight, grad_addend, padding, pool_size, dtype):
     B, C = x.shape[:2]
     mean = x.new_empty((B, C), dtype=torch.promote_types(x.dtype, torch.float32))
     return x.new_empty((B, *_padded(x, padding), C), dtype=dtype), mean, torch.empty_like(mean)
 
 
-def _launch_forward(backend, outputs, x, weight, padding, pool_size, dtype):
+def _launch_forward(backend, outputs, x, weight, grad_addend, padding, pool_size, dtype):
     y, mean, scale = outputs
     _launch_kernel(
         "forward", backend, {"x": x, "weight": weight, "y": y, "mean": mean, "scale": scale}, padding, pool_size, dtype
     )
 
 
-def _allocate_backward(grad_y, x, weight, mean, scale, padding, pool_size, dtype, wanted):
+def _allocate_backward(grad_y, x, weight, mean, scale, grad_addend, padding, pool_size, dtype, wanted):
     return [
         torch.empty_like(value, memory_format=torch.contiguous_format) if wish else None
         for value, wish in zip((x, weight), wanted, strict=True)
     ]
 
 
-def _launch_backward(backend, outputs, grad_y, x, weight, mean, scale, padding, pool_size, dtype, wanted):
+def _launch_backward(backend, outputs, grad_y, x, weight, mean, scale, grad_addend, padding, pool_size, dtype, wanted):
     grad_x, grad_weight = outputs
     tensors = {"grad_y": grad_y, "x": x, "weight": weight, "mean": mean, "scale": scale}
-    tensors |= {"grad_x": grad_x, "grad_weight": grad_weight}
+    tensors |= {"grad_addend": grad_addend, "grad_x": grad_x, "grad_weight": grad_weight}
     _launch_kernel("backward", backend, tensors, padding, pool_size, dtype)
 
 
@@ -122,29 +134,29 @@ def _launch_kernel(direction, backend, tensors, padding, pool_size, dtype):
 
 
 def _save_for_backward(inputs, outputs):
-    x, weight, padding, pool_size, dtype, _ = inputs
+    x, weight, grad_addend, padding, pool_size, dtype, _ = inputs
     _, mean, scale = outputs
-    return x, weight, mean, scale, padding, pool_size, dtype
+    return x, weight, mean, scale, grad_addend, padding, pool_size, dtype
 
 
 _forward = _registration.define(
-    "dual_pool_attention_pad2d(Tensor x, Tensor weight, SymInt padding, SymInt pool_size, ScalarType dtype,"
-    " str backend) -> (Tensor y, Tensor mean, Tensor scale)",
+    "dual_pool_attention_pad2d(Tensor x, Tensor weight, Tensor? grad_addend, SymInt padding, SymInt pool_size,"
+    " ScalarType dtype, str backend) -> (Tensor y, Tensor mean, Tensor scale)",
     _allocate_forward,
     _launch_forward,
 )
 _backward = _registration.define(
     "dual_pool_attention_pad2d_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor mean, Tensor scale,"
-    " SymInt padding, SymInt pool_size, ScalarType dtype, bool[] wanted, str backend) -> Tensor[]",
+    " Tensor? grad_addend, SymInt padding, SymInt pool_size, ScalarType dtype, bool[] wanted, str backend) -> Tensor[]",
     _allocate_backward,
     _launch_backward,
 )
 _differentiable = _registration.differentiate(_forward, _backward, _save_for_backward, count=2)
 
 
-def _run(backend, x, weight, padding, pool_size, dtype):
+def _run(backend, x, weight, padding, pool_size, dtype, grad_addend):
     # The op knows rows of pixels with their channels, the caller a map whose strides say the same.
-    return _differentiable(x, weight, padding, pool_size, dtype, backend)[0].permute(0, 3, 1, 2)
+    return _differentiable(x, weight, grad_addend, padding, pool_size, dtype, backend)[0].permute(0, 3, 1, 2)
 
 
 _OPERATOR.register("cuda", functools.partial(_run, "cuda"), _cuda_cannot)

@@ -3,7 +3,7 @@
 x lies in planes, y in pixels: a program has a tile of some pixels and channels (turned_tiles_triton.py).
 Forward: mean and scale of each plane as in dual_pool_attention_triton.py -> y, mirrored pixels like all others.
 Backward: sum of grad_y · x of each tile -> grad_logit and grad_mean of each plane -> grad_x; grad_weight tap by tap.
-Read and written: x twice and y once; grad_y twice, x and grad_x once. No atomics: the same bits on every run.
+Read and written: x twice and y once; grad_y twice, x, grad_addend and grad_x once. No atomics: the same bits always.
 """
 
 import triton
@@ -22,8 +22,8 @@ def forward(x, weight, y, mean, scale, padding, pool_size):
     )
 
 
-def backward(grad_y, x, weight, mean, scale, grad_x, grad_weight, padding, pool_size):
-    """Fills grad_x [B,C,H,W] and grad_weight [k]; one that is None is not computed."""
+def backward(grad_y, x, weight, mean, scale, grad_addend, grad_x, grad_weight, padding, pool_size):
+    """Fills grad_x [B,C,H,W], grad_addend included, and grad_weight [k]; one that is None is not computed."""
     B, C, H, W = x.shape
     partial = mean.new_empty(B * C, tiles.pixel_tiles(*grad_y.shape[1:3]))
     dual_pool_attention_pad2d_backward_reduce_kernel[tiles.grid(grad_y.shape)](
@@ -33,7 +33,7 @@ def backward(grad_y, x, weight, mean, scale, grad_x, grad_weight, padding, pool_
     if grad_x is not None:
         weights = attention.pooling_weights(mean, H, W, pool_size)
         dual_pool_attention_pad2d_backward_input_kernel[tiles.grid((B, H, W, C))](
-            grad_y, scale, grad_mean, weights, grad_x, C, H, W, padding, tiles.CHANNELS, tiles.PIXELS
+            grad_y, scale, grad_mean, weights, grad_addend, grad_x, C, H, W, padding, tiles.CHANNELS, tiles.PIXELS
         )
 
 
@@ -97,10 +97,10 @@ def dual_pool_attention_pad2d_backward_reduce_kernel(
 
 @triton.jit
 def dual_pool_attention_pad2d_backward_input_kernel(
-    grad_y, scale, grad_mean, weights, grad_x, channels, height, width, padding,
+    grad_y, scale, grad_mean, weights, grad_addend, grad_x, channels, height, width, padding,
     CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """grad_x = scale · what came to a pixel and to its mirrors + grad_mean · rows · columns."""
+    """grad_x = scale · what came to a pixel and to its mirrors + grad_mean · rows · columns + grad_addend."""
     dtype: tl.constexpr = scale.dtype.element_ty
     padded_height, padded_width = height + 2 * padding, width + 2 * padding
     image, channel, _, row, column, inside = tiles.tile_of(
@@ -121,4 +121,6 @@ def dual_pool_attention_pad2d_backward_input_kernel(
     share = tl.load(weights + row, mask=row < height, other=0) * tl.load(weights + height + column)
     gradients += tl.load(grad_mean + plane, mask=channel < channels, other=0) * share
     offsets = tiles.plane_offsets(image, channel, row, column, channels, height, width)
+    if grad_addend is not None:
+        gradients += tl.load(grad_addend + offsets, mask=inside, other=0).to(dtype)
     tl.store(grad_x + offsets, gradients, mask=inside)

@@ -38,11 +38,23 @@ class _RoundToQuantum(torch.autograd.Function):
         return gradient
 
 
+class _AddToGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, grad_addend: Tensor) -> Tensor:
+        ctx.save_for_backward(grad_addend)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        (grad_addend,) = ctx.saved_tensors
+        return gradient + grad_addend, None
+
+
 class DualPoolingChannelAttention(nn.Module):
     """DPCA (Fig. 3): pooling to 50 x 50, then to one, convolution over channels, sigmoid, scaling.
 
-    Called as module(x, dtype), x [B,C,H,W]: returns what the convolution after it reads, in dtype, channels last, and
-    one pixel wider on every side, by reflection.
+    Called as module(x, dtype, grad_addend), x [B,C,H,W]: returns what the convolution after it reads, in dtype,
+    channels last, and one pixel wider on every side, by reflection. grad_addend, if any, is added to the gradient of x.
     """
 
     def __init__(self) -> None:
@@ -50,8 +62,8 @@ class DualPoolingChannelAttention(nn.Module):
         convolution = nn.Conv1d(1, 1, ATTENTION_TAPS, bias=False)  # for its initialisation
         self.weight = nn.Parameter(convolution.weight.detach().reshape(ATTENTION_TAPS).clone())
 
-    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return dual_pool_attention_pad2d(x, self.weight, padding=1, dtype=dtype)
+    def forward(self, x: Tensor, dtype: torch.dtype, grad_addend: Tensor | None = None) -> Tensor:
+        return dual_pool_attention_pad2d(x, self.weight, padding=1, dtype=dtype, grad_addend=grad_addend)
 
 
 class PixelAdaptiveFeatureExtraction(nn.Module):
@@ -104,15 +116,20 @@ class ReversibleBlock(nn.Module):
         self.attention = DualPoolingChannelAttention() if dpca else None
         self.features = PixelAdaptiveFeatureExtraction(channels, adaptive=cafe)
 
-    def add(self, residual: Tensor, x: Tensor, alpha: float) -> Tensor:
-        """residual + alpha · F(x), for streams [B,C,H,W] and alpha 1 or -1."""
+    def add(self, residual: Tensor, x: Tensor, alpha: float, grad_addend: Tensor | None = None) -> Tensor:
+        """residual + alpha · F(x), for streams [B,C,H,W] and alpha 1 or -1.
+
+        grad_addend, of the shape of x, is added to the gradient of x: what reaches x by another way.
+        """
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         # One memory layout both ways: libraries choose the order of a sum by strides, and F must repeat to the bit.
         x = x.contiguous()
         if self.attention is not None:
-            padded = self.attention(x, dtype)
+            padded = self.attention(x, dtype, grad_addend)
         else:
+            if grad_addend is not None:
+                x = _AddToGradient.apply(x, grad_addend)
             # Without autocast, which pads in float32 on a CPU: two more copies of x, and two of its gradient.
             with torch.autocast(kind, enabled=False):
                 padded = F.pad(x.to(dtype, memory_format=torch.channels_last), (1, 1, 1, 1), mode="reflect")

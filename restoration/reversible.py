@@ -19,6 +19,28 @@ Streams = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
+class Gradients:
+    """Gradients to streams; that to the stream of the index `negated`, if any, is held with the opposite sign.
+
+    A coupling subtracts the gradient through its residual function from that to one of two streams. Held with opposite
+    signs, the two are added instead, by the kernel that computes the former, and stay of opposite signs.
+    """
+
+    of: Streams
+    negated: int | None = None
+
+    def plain(self) -> Streams:
+        """All with their own sign; what is held negated is negated in place."""
+        if self.negated is not None:
+            self.of[self.negated].neg_()
+        return self.of
+
+    def opposed(self) -> Gradients:
+        """Of two streams, one negated."""
+        return self if self.negated is not None else Gradients((self.of[0], -self.of[1]), negated=1)
+
+
+@dataclass(frozen=True)
 class Rearrangement:
     """A step that moves numbers about: `apply` and its inverse `undo`, which is also the gradient of it."""
 
@@ -32,16 +54,17 @@ class Rearrangement:
     def parameters(self) -> list[nn.Parameter]:
         return []
 
-    def backward(self, streams: Streams, gradients: Streams) -> tuple[Streams, Streams, list[Tensor]]:
+    def backward(self, streams: Streams, gradients: Gradients) -> tuple[Streams, Gradients, list[Tensor]]:
         """Streams and gradients on entering the step, of those on leaving it, and its parameters' gradients."""
-        return self.undo(*streams), self.undo(*gradients), []
+        return self.undo(*streams), Gradients(self.undo(*gradients.plain())), []
 
 
 @dataclass(frozen=True)
 class Coupling:
     """A reversible block as a step: (a, b) -> (b, a + F(b)), or with inverse=True its inverse (a, b) -> (b - F(a), a).
 
-    block is a blocks.ReversibleBlock: both directions, and add(residual, x, alpha), which is residual + alpha · F(x).
+    block is a blocks.ReversibleBlock: both directions, and add(residual, x, alpha, grad_addend), which is residual +
+    alpha · F(x), and adds grad_addend to the gradient of x.
     Where its parameters are copies in another precision, gradients go to those of source, in their order.
     """
 
@@ -63,23 +86,24 @@ class Coupling:
         pairs = zip(self.block.parameters(), self.parameters, strict=True)
         return [own for own, parameter in pairs if parameter.requires_grad]
 
-    def backward(self, streams: Streams, gradients: Streams) -> tuple[Streams, Streams, list[Tensor]]:
+    def backward(self, streams: Streams, gradients: Gradients) -> tuple[Streams, Gradients, list[Tensor]]:
         """As of Rearrangement. F is evaluated once: taking back what was added is also what is differentiated."""
         alpha = -1.0 if self.inverse else 1.0
-        changed, kept = streams if self.inverse else streams[::-1]
-        grad_changed, grad_kept = gradients if self.inverse else gradients[::-1]
+        changing, keeping = (0, 1) if self.inverse else (1, 0)
+        changed, kept = streams[changing], streams[keeping]
+        gradients = gradients.opposed()
+        grad_changed, grad_kept = gradients.of[changing], gradients.of[keeping]
         x = kept.detach().requires_grad_()
         with torch.enable_grad():
-            rebuilt = self.block.add(changed, x, -alpha)
+            rebuilt = self.block.add(changed, x, -alpha, grad_kept)
         # rebuilt = changed - alpha F(x) where forward had + alpha F(x): the same derivatives but for their sign.
-        grad_x, *found = torch.autograd.grad(rebuilt, (x, *self._trained), grad_changed)
-        torch.sub(grad_kept, grad_x, out=grad_x)
-        if found:
+        grad_kept, *found = torch.autograd.grad(rebuilt, (x, *self._trained), grad_changed)
+        if found and gradients.negated == keeping:
             torch._foreach_neg_(found)
-        before, grad_before = (rebuilt.detach(), kept), (grad_changed, grad_x)
+        before, grad_before = (rebuilt.detach(), kept), (grad_changed, grad_kept)
         if self.inverse:
             before, grad_before = before[::-1], grad_before[::-1]
-        return before, grad_before, found
+        return before, Gradients(grad_before, 1 - gradients.negated), found
 
 
 Step = Rearrangement | Coupling
@@ -121,9 +145,10 @@ class _Chain(torch.autograd.Function):
         return ctx.circumstances.run(_chain_gradients, ctx, gradients)
 
 
-def _chain_gradients(ctx, gradients: Streams) -> tuple[Tensor | None, ...]:
+def _chain_gradients(ctx, of_outputs: Streams) -> tuple[Tensor | None, ...]:
     # Detached: saved outputs remember this very chain as their origin, and the steps' own gradients would pass into it.
     streams = tuple(stream.detach() for stream in ctx.saved_tensors)
+    gradients = Gradients(tuple(gradient.detach() for gradient in of_outputs))
     parameters = [parameter for step in ctx.steps for parameter in step.parameters]
     found = _room_for_gradients([parameter for parameter in parameters if parameter.requires_grad])
     for step in reversed(ctx.steps):
@@ -131,7 +156,7 @@ def _chain_gradients(ctx, gradients: Streams) -> tuple[Tensor | None, ...]:
         trained = [parameter for parameter in step.parameters if parameter.requires_grad]
         if trained:
             torch._foreach_copy_([found[parameter] for parameter in trained], of_parameters)
-    return None, None, *gradients, *(found.get(parameter) for parameter in parameters)
+    return None, None, *gradients.plain(), *(found.get(parameter) for parameter in parameters)
 
 
 def _room_for_gradients(parameters: list[nn.Parameter]) -> dict[nn.Parameter, Tensor]:

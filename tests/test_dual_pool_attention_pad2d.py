@@ -6,7 +6,7 @@ import test_dual_pool_attention
 import torch
 
 from restoration_kernels import dual_pool_attention, dual_pool_attention_pad2d
-from restoration_kernels._samples import samples
+from restoration_kernels._samples import Sample, samples
 
 OPERATOR = "dual_pool_attention_pad2d"
 
@@ -124,9 +124,42 @@ def test_identity_inside_is_the_attention(backend, sample):
     assert torch.equal(inside, dual_pool_attention(**arguments, backend=backend))
 
 
+def with_addend(sample):
+    """The sample, its gradient to x starting from a random map."""
+
+    def make(generator):
+        arguments = sample.make(generator)
+        return {**arguments, "grad_addend": torch.randn(arguments["x"].shape, generator=generator)}
+
+    return Sample(OPERATOR, f"{sample.name}_addend", sample.size, make)
+
+
+@compare.every_case(OPERATOR)
+@compare.every_dtype()
+def test_grad_addend(backend, sample, dtype):
+    """It is added to the gradient of x, and changes nothing else."""
+    arguments = compare.arguments_for(backend, with_addend(sample), dtype)
+    grad_addend = arguments.pop("grad_addend")
+    function = compare.public(OPERATOR, backend)
+    expected = compare.differentiate(function, arguments, ("x", "weight"))
+    found = compare.differentiate(function, {**arguments, "grad_addend": grad_addend}, ("x", "weight"))
+    compare.judge("x", found.pop("x"), expected.pop("x").double() + grad_addend.double())
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
+
+
+@compare.one_case(OPERATOR)
+def test_grad_addend_in_other_layouts_and_graphs(backend, sample):
+    sample = with_addend(sample)
+    compare.check_layouts(backend, sample, "channels_last")
+    compare.check_compile(backend, sample)
+    if backend != "reference":
+        compare.check_opcheck(backend, sample)
+
+
 @compare.every_lesser_instruction_set()
 def test_lesser_instruction_sets(isa, dtype, tmp_path):
-    compare.check_instruction_set(samples(OPERATOR, "odd")[0], isa, dtype, tmp_path)
+    compare.check_instruction_set(with_addend(samples(OPERATOR, "odd")[0]), isa, dtype, tmp_path)
 
 
 X = torch.randn(1, 4, 5, 6)
@@ -140,6 +173,12 @@ WEIGHT = torch.randn(3)
         ({"padding": 1.0}, "padding must be an integer of at least 0, got 1.0"),
         ({"padding": 5}, r"padding must be less than both sides of x, \[5, 6\], got 5"),
         ({"dtype": torch.int64}, r"dtype must be None or one of torch.float16, .*, got torch.int64"),
+        ({"grad_addend": X[:, 1:]}, r"grad_addend must be of shape \[1, 4, 5, 6\], got shape \[1, 3, 5, 6\]"),
+        ({"grad_addend": X.double()}, "grad_addend must have the dtype of x, torch.float32, got torch.float64"),
+        (
+            {"grad_addend": X.clone().requires_grad_()},
+            "grad_addend must be without gradients, got one that requires them",
+        ),
         ({"pool_size": 0}, "pool_size must be an integer of at least 1, got 0"),
         ({"weight": WEIGHT[:2]}, "weight must have an odd number of entries, got 2"),
     ],

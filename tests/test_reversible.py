@@ -8,7 +8,7 @@ import torch
 
 from restoration.blocks import STREAM_QUANTUM, ReversibleBlock
 from restoration.flow import Architecture, ReversibleNetwork
-from restoration.reversible import Coupling
+from restoration.reversible import Coupling, Gradients
 from restoration_kernels import use_backend
 
 PRECISIONS = ("fp32", "bf16")
@@ -73,7 +73,7 @@ def test_every_step_rebuilds_its_input_bit_for_bit(precision, direction):
         for step in steps:
             with torch.no_grad():
                 left = step.run(*streams)
-            rebuilt, _, _ = step.backward(left, tuple(map(torch.ones_like, left)))
+            rebuilt, _, _ = step.backward(left, Gradients(tuple(map(torch.ones_like, left))))
             for tensor, expected in zip(rebuilt, streams, strict=True):
                 assert torch.equal(tensor, expected), step
             streams = left
@@ -84,7 +84,7 @@ def test_backward_evaluates_the_residual_function_once():
     calls = []
     block.features.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     streams = tuple(torch.zeros(1, 8, 5, 5) for _ in range(2))
-    Coupling(block).backward(streams, streams)
+    Coupling(block).backward(streams, Gradients(streams))
     assert calls == [True]
 
 

@@ -228,9 +228,11 @@ def check_dual_pool_attention(shape, dtype, output_dtype, padding=None):
     )
     weight = torch.randn(5, generator=generator, dtype=torch.float64).to(dtype)
     x, grad_y = x.to(dtype), grad_y.to(output_dtype)
-    exact = define_dual_pool_attention(x.double(), weight.double(), grad_y.double(), padding)
-    plain = define_dual_pool_attention(x, weight, grad_y.to(dtype), padding)
-    ours = run_dual_pool_attention(x, weight, grad_y, padding=padding)
+    # The padded operator adds to the gradient of x.
+    grad_addend = None if padding is None else torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    exact = define_dual_pool_attention(x.double(), weight.double(), grad_y.double(), padding, grad_addend)
+    plain = define_dual_pool_attention(x, weight, grad_y.to(dtype), padding, grad_addend)
+    ours = run_dual_pool_attention(x, weight, grad_y, padding=padding, grad_addend=grad_addend)
     # Nothing is more exact than float64, so there the definition's own rounding counts.
     ulps = compare.REFERENCE_ULPS[dtype] if dtype == torch.float64 else compare.ULPS
     for name, result, right, reference in zip(("y", "grad_x", "grad_weight"), ours, exact, plain, strict=True):
@@ -394,7 +396,7 @@ ptxas info    : Used 10 registers, used 0 barriers
     ]
 
 
-def define_dual_pool_attention(x, weight, grad_y, padding=None):
+def define_dual_pool_attention(x, weight, grad_y, padding=None, grad_addend=None):
     """The definition, with torch's own pooling and padding: y, grad_x, grad_weight."""
     x, weight = x.requires_grad_(), weight.requires_grad_()
     mean = F.adaptive_avg_pool2d(x, 50).mean((2, 3))
@@ -402,10 +404,11 @@ def define_dual_pool_attention(x, weight, grad_y, padding=None):
     y = x * scale[:, :, None, None]
     if padding is not None:
         y = F.pad(y, (padding,) * 4, mode="reflect")
-    return y.detach(), *torch.autograd.grad(y, (x, weight), grad_y)
+    grad_x, grad_weight = torch.autograd.grad(y, (x, weight), grad_y)
+    return y.detach(), grad_x if grad_addend is None else grad_x + grad_addend, grad_weight
 
 
-def run_dual_pool_attention(x, weight, grad_y, wanted=("grad_x", "grad_weight"), padding=None):
+def run_dual_pool_attention(x, weight, grad_y, wanted=("grad_x", "grad_weight"), padding=None, grad_addend=None):
     """The same by the CUDA kernels, with a padding by the padded operator's. What they do not write stays NaN."""
     extension = simt_build.load_extension()
     x, weight, grad_y = x.detach(), weight.detach(), grad_y.detach()
@@ -424,6 +427,8 @@ def run_dual_pool_attention(x, weight, grad_y, wanted=("grad_x", "grad_weight"),
     workspace.fill_(255)
     getattr(extension, f"{operator}_forward_cuda")(y=y.data_ptr(), **common)
     workspace.fill_(255)
+    if padding is not None:
+        common["grad_addend"] = 0 if grad_addend is None else grad_addend.data_ptr()
     getattr(extension, f"{operator}_backward_cuda")(
         grad_y=grad_y.data_ptr(),
         grad_x=grad_x.data_ptr() if "grad_x" in wanted else 0,

@@ -47,7 +47,7 @@ def dual_pool_attention_pad2d(batch, channels, height, width, padding, dtype, ou
     size, output_size, accumulate_size, taps = BYTES[dtype], BYTES[output_dtype], max(4, BYTES[dtype]), 5
     padded = batch * channels * (height + 2 * padding) * (width + 2 * padding)
     arrays = {
-        **{name: array(batch * channels * height * width, size) for name in ("x", "grad_x")},
+        **{name: array(batch * channels * height * width, size) for name in ("x", "grad_addend", "grad_x")},
         **{name: array(padded, output_size) for name in ("y", "grad_y")},
         **{name: array(taps, size) for name in ("weight", "grad_weight")},
         **{name: array(batch * channels, accumulate_size) for name in ("mean", "scale")},
@@ -56,7 +56,7 @@ def dual_pool_attention_pad2d(batch, channels, height, width, padding, dtype, ou
     common = {name: addresses[name] for name in ("x", "weight", "mean", "scale")}
     common.update(batch=batch, channels=channels, height=height, width=width, taps=taps, pool_size=50, padding=padding)
     common.update(dtype=extension.DTYPES[dtype], output_dtype=extension.DTYPES[output_dtype])
-    gradients = {name: addresses[name] for name in ("grad_y", "grad_x", "grad_weight")}
+    gradients = {name: addresses[name] for name in ("grad_y", "grad_addend", "grad_x", "grad_weight")}
     sizes = {name: common[name] for name in ("batch", "channels", "height", "width", "dtype")}
     workspace = array(extension.dual_pool_attention_pad2d_workspace_cuda(**sizes), 1)
     device = {"workspace": workspace.ctypes.data, "stream": 0}
