@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -48,7 +51,13 @@ def load_batches(
 
     ``workers`` processes work ahead (0: this one does it all). Copying to a GPU goes on while that still computes.
     """
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda")
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_obey_the_parent_alone,
+    )
     loaded = _with_plain_errors(loader)
     if device.type != "cuda":
         yield from loaded
@@ -64,6 +73,21 @@ def load_batches(
             if isinstance(value, Tensor):
                 value.record_stream(computing)  # its memory is not given to the next copy before the step is done
         yield moved
+
+
+def _obey_the_parent_alone(worker: int) -> None:
+    # Ctrl-C, torchrun and job managers signal every process of a job: the parent then ends its step and saves, which a
+    # worker that has died would break off. Where the parent itself ends, PyTorch has its workers end, too.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # which tells who sent a signal; macOS has none
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_at_the_word_of_the_parent, daemon=True).start()
+
+
+def _end_at_the_word_of_the_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _with_plain_errors(loader: DataLoader) -> Iterator[dict[str, Any]]:

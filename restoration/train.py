@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import threading
 import time
@@ -39,7 +40,7 @@ from restoration.vgg import VGG19Features, loss_features, measure_channel_means,
 
 LOSSES_PREFIX = "losses."
 OPTIMIZER_PREFIX = "optimizer."
-CHECKPOINT_PATTERN = "checkpoint-*.safetensors"
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d{7,})\.safetensors")
 SMOOTHING = 0.98  # of the losses shown: they jump tenfold from batch to batch
 LOG_EVERY = 10  # steps between TensorBoard scalars
 # Steps between readings of what a GPU computed, each of which waits for it; a CPU has nothing to wait for.
@@ -85,6 +86,7 @@ def train(
     dataset = world.decide(lambda: training_pairs(paintings, config, vgg))
     with ExitStack() as held:
         world.decide(lambda: held.enter_context(sole_writer(run)))
+        world.decide(lambda: _check_unchanged(run, checkpoint_path))
         world.decide(lambda: save_settings(run, config))
         loaded = load_batches(dataset, batches, config.workers, device)
         return _run_steps(run, config, step_module, optimise, loaded, start, world)
@@ -100,6 +102,15 @@ def _checkpoint_to_resume(run: Path, resume: bool, initial_weights: Path | None)
     if newest is not None and not resume:
         raise UserError(f"{run}: holds a training run already; give --resume to go on, or another --out")
     return newest
+
+
+def _check_unchanged(run: Path, checkpoint_path: Path | None) -> None:
+    """UserError where another run has gone on in the folder between the look at it and the lock."""
+    newest = newest_checkpoint(run)
+    if newest != checkpoint_path:
+        raise UserError(
+            f"{run}: another run has written {newest.name} meanwhile; give --resume to go on, or another --out"
+        )
 
 
 def check_precision(config: TrainingConfig, device: torch.device) -> None:
@@ -260,7 +271,7 @@ def save_training(
         "step": step,
     }
     save_checkpoint(path, tensors, description)
-    for old in sorted(run.glob(CHECKPOINT_PATTERN))[: -config.keep_checkpoints]:
+    for old in checkpoints_of(run)[: -config.keep_checkpoints]:
         old.unlink(missing_ok=True)
     return path
 
@@ -287,8 +298,14 @@ def _trained_losses(step_module: TrainingStep) -> dict[str, Tensor]:
     return {name: value for name, value in step_module.losses.named_parameters()}
 
 
+def checkpoints_of(run: Path) -> list[Path]:
+    """The run's own, oldest first; a copy that somebody keeps there under another name is none of them."""
+    named = ((CHECKPOINT_NAME.fullmatch(path.name), path) for path in run.glob("checkpoint-*"))
+    return [path for _, path in sorted((int(match[1]), path) for match, path in named if match)]
+
+
 def newest_checkpoint(run: Path) -> Path | None:
-    return max(run.glob(CHECKPOINT_PATTERN), default=None)
+    return next(reversed(checkpoints_of(run)), None)
 
 
 def resumed_config(run: Path, overrides: dict[str, object]) -> TrainingConfig:

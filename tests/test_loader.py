@@ -1,5 +1,8 @@
 """Batches on their way to the device: the same with any workers and any cache, and plain errors."""
 
+import multiprocessing
+import subprocess
+
 import pytest
 import torch
 from PIL import Image
@@ -42,6 +45,19 @@ def test_batches_arrive_whole_on_a_gpu(folders):
         torch.cuda._sleep(10_000_000)  # the batch is used much later than the next one is copied
         found = batch["degraded"] + 0
         assert torch.equal(found.cpu(), expected["degraded"])
+
+
+def test_a_signal_to_all_processes_leaves_workers_at_work(folders):
+    dataset = PairDataset(find_paintings(folders), 8)
+    batches = load_batches(dataset, [range(1)] * 20, 1, CPU)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    subprocess.run(f"kill -INT {worker.pid}; kill -TERM {worker.pid}", shell=True, check=True)
+    assert len([next(batches) for _ in range(18)]) == 18
+    # As Python ends a process whose batches were not all taken.
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
 
 
 @pytest.mark.parametrize("workers", [0, 1])

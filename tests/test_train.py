@@ -1,5 +1,6 @@
 """The training loop: resuming to the bit, stopping, divergence, what a run leaves behind."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -16,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from restoration.checkpoints import load_checkpoint, load_network
 from restoration.config import TrainingConfig, make_config
 from restoration.errors import UserError
+from restoration.files import sole_writer
 from restoration.journal import SKIPPED_IN_A_ROW, TrainingDivergedError
 from restoration.losses import LossWeights
 from restoration.parts import Stopwatch, measuring, part
@@ -122,6 +124,40 @@ def test_parameters_move_and_only_the_newest_checkpoints_stay(paintings, tmp_pat
     assert len(moved) > 10
 
 
+def test_copies_of_checkpoints_under_other_names_are_left_alone(paintings, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    copies = [
+        "checkpoint-0000001-good.safetensors",
+        "checkpoint-best.safetensors",
+        "checkpoint-0000002.safetensors.old",
+    ]
+    for name in copies:
+        (run / name).touch()
+    last = train(paintings, run, config(checkpoint_every=1, keep_checkpoints=1), device=CPU)
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == sorted([*copies, last.name])
+    assert newest_checkpoint(run) == last
+    later = run / "checkpoint-10000000.safetensors"
+    later.touch()
+    assert newest_checkpoint(run) == later
+
+
+def test_a_run_that_went_on_in_the_folder_meanwhile_is_not_mixed_with_this_one(paintings, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    other = run / "checkpoint-0000089.safetensors"
+
+    @contextlib.contextmanager
+    def slow(folder):
+        with sole_writer(folder):
+            other.touch()
+            yield
+
+    monkeypatch.setattr("restoration.train.sole_writer", slow)
+    with pytest.raises(UserError, match=r"another run has written .*89\.safetensors meanwhile; give --resume to go on"):
+        train(paintings, run, config(), device=CPU)
+    assert sorted(path.name for path in run.iterdir()) == [".lock", other.name]
+
+
 def test_bf16_and_nearest_pairs_and_ablations_train(paintings, tmp_path):
     settings = {"precision": "bf16", "pairing": "nearest", "dpca": False, "cafe": False, "ccpl": False}
     last = train(paintings, tmp_path / "run", config(iterations=2, **settings), device=CPU)
@@ -166,18 +202,24 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(paintings, tmp_path
 def test_signals_save_before_leaving(paintings, tmp_path, number):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "restoration", "train", "--data", paintings, "--out", run, "--preset", "small"]
-    options = ["--crop", "24", "--batch", "1", "--blocks", "1", "--checkpoint-every", "1000000"]
+    options = ["--crop", "24", "--batch", "1", "--blocks", "1", "--checkpoint-every", "2", "--workers", "1"]
     process = subprocess.Popen(
-        [*map(str, command), *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+        [*map(str, command), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 120
-    while not list(run.glob("events*")) and time.monotonic() < deadline:
+    while newest_checkpoint(run) is None and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # the loader's process, too
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + number
     assert "stopped by signal" in errors and "Traceback" not in errors
-    assert load_checkpoint(newest_checkpoint(run)).description["step"] >= 1
+    assert f"saved {newest_checkpoint(run)}" in errors.replace("\n", "")
+    assert load_checkpoint(newest_checkpoint(run)).description["step"] >= 2
 
 
 def test_rejects(paintings, tmp_path):
