@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from restoration.errors import LostPeerError, ReportedError, UserError
+from restoration.errors import ReportedError, UserError
 
 # Commands import what they need when they run: `--help` must not wait for PyTorch.
 
@@ -47,16 +48,34 @@ def main() -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     prefer_large_pages()
     try:
-        app()
+        with _one_line_errors():
+            app()
+    except BaseException as error:
+        if not _has_peers():
+            raise
+        # Taken down in order, what talked to the other processes would at times wait for them for ever, and torchrun,
+        # which ends them, for this one.
+        if not isinstance(error, SystemExit):
+            traceback.print_exception(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
     except UserError as error:
         if not isinstance(error, ReportedError):
             print(f"error: {error}", file=sys.stderr)
-        if isinstance(error, LostPeerError):
-            # Taken down in order, the threads that talked to the lost process would at times wait for it for ever.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(USAGE_ERROR)
         raise SystemExit(USAGE_ERROR) from None
+
+
+def _has_peers() -> bool:
+    """Whether this process has joined others for a job, and has not left them in order."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def prefer_large_pages() -> None:

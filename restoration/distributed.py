@@ -20,9 +20,10 @@ from restoration.errors import LostPeerError, ReportedError, UserError
 Answer = TypeVar("Answer")
 Item = TypeVar("Item")
 
-# The longest that one process may work while the others wait: the first one decodes every painting before a run, some
-# 100,000 in this time. A process that ends is noticed at once, whatever this is.
-PATIENCE = timedelta(minutes=30)
+# The longest that one process may work while the others wait: the first one decodes every painting before a run, and
+# of a folder of large scans one share may take hours longer than another. A process that ends is noticed at once,
+# whatever this is.
+PATIENCE = timedelta(days=1)
 
 
 class Mute:
@@ -162,6 +163,8 @@ def joined() -> Iterator[World]:
     """Joins the processes that torchrun started for this job, if it did.
 
     LostPeerError where another one of them ends before the job does: connections to it break, and nobody waits for it.
+    After an error the group is left as it is, for cli.main: NCCL takes it down with all of its processes together, and
+    some may be waiting for this one.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or "RANK" not in os.environ:
@@ -173,7 +176,10 @@ def joined() -> Iterator[World]:
         yield World(dist.get_rank(), size)
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise LostPeerError("another process of this job has ended; its message or torchrun's says why") from error
+            hours = PATIENCE / timedelta(hours=1)
+            raise LostPeerError(
+                f"another process of this job has ended, or has not answered for {hours:g} hours; "
+                "its message or torchrun's says why"
+            ) from error
         raise
-    finally:
-        dist.destroy_process_group()
+    dist.destroy_process_group()

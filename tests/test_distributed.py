@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -214,6 +215,43 @@ def test_the_others_leave_when_one_fails(paintings, tmp_path, failure):
     assert type(first) is LostPeerError
 
 
+def test_the_group_is_taken_down_in_order_only_where_nothing_failed(monkeypatch):
+    taken_down = []
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **options: None)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: taken_down.append(True))
+    with pytest.raises(MemoryError), joined():
+        raise MemoryError
+    assert not taken_down
+    with joined():
+        pass
+    assert taken_down
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "message"),
+    [("MemoryError('full')", 1, "MemoryError: full"), ("errors.UserError('--crop')", 2, "error: --crop")],
+)
+def test_a_process_that_fails_leaves_its_peers_at_once(failure, code, message):
+    script = f"""
+import atexit, torch.distributed
+from restoration import cli, errors
+
+def app():
+    raise {failure}
+
+cli.app = app
+torch.distributed.is_initialized = lambda: True
+atexit.register(print, "taken down in order")
+cli.main()
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (code, "")
+    assert ended.stderr.splitlines()[-1] == message
+
+
 def report(world, question):
     answers = []
     for ask in (world.decide, world.together):
@@ -258,7 +296,9 @@ def command(*arguments):
     """Exit code, standard output and standard error of a command."""
     sys.argv = ["restoration", *map(str, arguments)]
     out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
+    # A process with peers leaves by it: here to send what it has said.
+    leaving = mock.patch("os._exit", sys.exit)
+    with redirect_stdout(out), redirect_stderr(err), leaving:
         try:
             main()
             code = 0
