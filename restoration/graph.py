@@ -78,10 +78,10 @@ class CapturedUpdate:
         except RuntimeError as error:
             self._remaining = None
             self._graph = None
-            reason = str(error).split("\n")[0]
+            reason = str(_first_of(error)).split("\n")[0]
             # Where CUDA itself broke the capture off, PyTorch has left the stream as it was within.
             torch.cuda.set_stream(current)
-            if not self._still_draws():
+            if not self._can_go_on():
                 raise UserError(
                     f"the step cannot be captured as a CUDA graph ({reason}), and this PyTorch cannot go on after the "
                     "attempt; give --no-capture"
@@ -98,10 +98,15 @@ class CapturedUpdate:
             self._outcome = self._update(*self._inputs)
         self._graph = graph
 
-    def _still_draws(self) -> bool:
-        """False where a broken capture has left the generator in it, as before PyTorch 2.12: nothing can be drawn."""
+    def _can_go_on(self) -> bool:
+        """False where a broken capture has left something in it.
+
+        Before PyTorch 2.12 that is the generator: nothing can be drawn. In some versions it is the memory: what other
+        streams have used is kept for ever.
+        """
         try:
             torch.rand(1, generator=self._generator, device=self._generator.device)
+            torch.cuda.empty_cache()
         except RuntimeError:
             return False
         return True
@@ -113,3 +118,10 @@ class CapturedUpdate:
         # The next replay writes over what this one found.
         copies = {name: value.clone() for name, value in vars(self._outcome).items() if isinstance(value, Tensor)}
         return dataclasses.replace(self._outcome, **copies)
+
+
+def _first_of(error: BaseException) -> BaseException:
+    """What broke the capture off: the error of ending it, which says only that there was another, takes its place."""
+    while isinstance(error.__context__, RuntimeError):
+        error = error.__context__
+    return error

@@ -222,7 +222,10 @@ def test_a_failed_capture_is_reported_once_and_steps_go_on(monkeypatch, caplog):
     update = graph.CapturedUpdate(lambda *images: seen.append(images), torch.Generator())
 
     def fail(images):
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        finally:  # as torch.cuda.graph ends it
+            raise RuntimeError("operation failed due to a previous error during capture")
 
     monkeypatch.setattr(update, "_warm_up", lambda images: update._update(*images))
     monkeypatch.setattr(update, "_capture", fail)
@@ -238,7 +241,7 @@ def test_a_failed_capture_is_reported_once_and_steps_go_on(monkeypatch, caplog):
     assert streams == ["the stream before"]
     update = graph.CapturedUpdate(update._update, torch.Generator())
     monkeypatch.setattr(update, "_capture", fail)
-    monkeypatch.setattr(update, "_still_draws", lambda: False)
+    monkeypatch.setattr(update, "_can_go_on", lambda: False)
     with pytest.raises(UserError, match=r"captured as a CUDA graph \(operation not permitted .*; give --no-capture"):
         update._try_to_capture(crops())
 
