@@ -113,15 +113,13 @@ def regularised_cholesky(covariance: Tensor) -> tuple[Tensor, Tensor]:
     C = covariance.shape[-1]
     identity = torch.eye(C, dtype=covariance.dtype, device=covariance.device)
     scale = covariance.diagonal(dim1=-2, dim2=-1).sum(-1) / C
+    ridges = torch.stack([share * scale + RIDGE_FLOOR for share in RIDGE_LADDER])
     with torch.no_grad():
-        ridge = torch.full_like(scale, RIDGE_LADDER[-1])
-        rung = torch.full_like(scale, len(RIDGE_LADDER) - 1, dtype=torch.int64)
-        for index in reversed(range(len(RIDGE_LADDER) - 1)):
-            candidate = covariance + (RIDGE_LADDER[index] * scale + RIDGE_FLOOR)[:, None, None] * identity
-            works = torch.linalg.cholesky_ex(candidate).info == 0
-            ridge = torch.where(works, RIDGE_LADDER[index], ridge)
-            rung = torch.where(works, index, rung)
-    regularised = covariance + (ridge * scale + RIDGE_FLOOR)[:, None, None] * identity
+        # The last rung is taken where none of these works, untried.
+        candidates = covariance + ridges[:-1, :, None, None] * identity
+        works = torch.linalg.cholesky_ex(candidates).info == 0
+        rung = torch.cat((works, works.new_ones(1, len(covariance)))).int().argmax(0)  # the first of several that work
+    regularised = covariance + ridges.gather(0, rung[None])[0, :, None, None] * identity
     factor, info = torch.linalg.cholesky_ex(regularised)
     failed = info != 0
     return factor.masked_fill(failed[:, None, None], torch.nan), rung.masked_fill(failed, len(RIDGE_LADDER))
@@ -135,8 +133,9 @@ def transfer_moments(z: Tensor, content: Moments, style: Moments, strength: floa
     """
     if not 0.0 <= strength <= 1.0:
         raise ValueError(f"transfer_moments: strength must lie in [0, 1], got {strength}")
-    content_factor, content_ridge = regularised_cholesky(content.covariance)
-    style_factor, style_ridge = regularised_cholesky(style.covariance)
+    counts = [len(content.covariance), len(style.covariance)]
+    factors, ridges = regularised_cholesky(torch.cat((content.covariance, style.covariance)))
+    (content_factor, style_factor), (content_ridge, style_ridge) = factors.split(counts), ridges.split(counts)
     matrix = torch.linalg.solve_triangular(content_factor, style_factor, upper=False, left=False)
     C = z.shape[1]
     change = matrix - torch.eye(C, dtype=matrix.dtype, device=matrix.device)
