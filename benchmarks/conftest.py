@@ -1,6 +1,7 @@
 """Options and the one fixture of the benchmarks; a bench file is a list CONTESTS and a function that takes both."""
 
 import collections
+import gc
 import shlex
 import time
 
@@ -28,6 +29,7 @@ def pytest_configure(config):
     config.stash[COPY_SECONDS] = {}
     config.stash[OUT_OF_MEMORY] = []
     config.stash[STARTED] = time.monotonic()
+    torch.backends.cudnn.allow_tf32 = False  # rivals that are no convolutions have no tf32
 
 
 def pytest_generate_tests(metafunc):
@@ -83,6 +85,9 @@ def measure(benchmark, peaks, pytestconfig):
     def run(entry):
         if option.time_limit is not None and time.monotonic() - pytestconfig.stash[STARTED] > option.time_limit:
             pytest.skip(f"later than {option.time_limit:g} s")
+        if entry.device == "cuda":
+            gc.collect()  # what the entry before has left, a captured step among it, hangs in cycles
+            torch.cuda.empty_cache()
         arguments = entry.arguments()
         reason = entry.why_not(arguments)
         if reason is not None:
@@ -95,7 +100,7 @@ def measure(benchmark, peaks, pytestconfig):
         call = entry.call(entry.rival.prepare(arguments))
         facts["judged"] = not entry.rival.floor and peak_of[str(entry.reference)] != peak_memory.OUT_OF_MEMORY
         if facts["judged"]:
-            judge(entry, call)
+            facts["judged"] = judge(entry, call)
         benchmark.group = entry.group
         benchmark.pedantic(call, rounds=rounds(call, option.quick))
         if benchmark.stats is not None:
