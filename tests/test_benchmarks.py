@@ -8,8 +8,9 @@ import types
 from dataclasses import replace
 
 import pytest
+import torch
 
-from benchmarks import ROOT, bench_ccpl, report, steps
+from benchmarks import ROOT, bench_ccpl, measure, report, steps
 from benchmarks.contest import Composite, Contest, Rival
 from benchmarks.measure import judge
 from restoration_kernels._samples import samples
@@ -128,6 +129,18 @@ def test_gate(function, passes):
         else:
             with pytest.raises(AssertionError, match="error"):
                 judge(entry, call)
+
+
+def test_gate_without_memory_for_the_exact_values(monkeypatch):
+    def exhausted(reference):
+        raise torch.OutOfMemoryError
+
+    contest = Contest("dual_pool_attention", lambda **_: {}, rivals=[Rival("rival", right)])
+    entry = contest.entries("cpu", quick=True)[0]
+    call = entry.call(entry.arguments())
+    assert judge(entry, call)
+    monkeypatch.setattr(measure, "_truth", exhausted)
+    assert not judge(entry, call)
 
 
 @pytest.mark.parametrize("factor", [1, 1.0001])
