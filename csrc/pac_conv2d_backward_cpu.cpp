@@ -50,11 +50,13 @@ class Worker {
 
   int64_t memory_used() const { return carver_.used(); }
   A* grad_weight() const { return own_.grad_weight; }
-  A* grad_bias() const { return own_.grad_bias; }
+  double* grad_filter() const { return own_.grad_filter; }
+  double* grad_bias() const { return own_.grad_bias; }
 
   void clear() {
-    std::memset(own_.grad_bias, 0, sizes_.out_channels * sizeof(A));
     std::memset(own_.grad_weight, 0, BackwardScratch<E>::weight_sums(sizes_) * sizeof(A));
+    std::memset(own_.grad_filter, 0, BackwardScratch<E>::filter_sums(sizes_) * sizeof(double));
+    std::memset(own_.grad_bias, 0, sizes_.out_channels * sizeof(double));
   }
 
   void run(const Strip& strip) {
@@ -87,7 +89,7 @@ class Worker {
         sum = multiply_add(sum, load(own_.columns + block * own_.column_stride() + row * kLanes<E>),
                            load(own_.grad_y + block * own_.grad_y_stride() + row % sizes_.channels * kLanes<E>));
       }
-      for (int lane = 0; lane < kLanes<A>; ++lane) own_.grad_weight[row / sizes_.channels] += sum[lane];
+      for (int lane = 0; lane < kLanes<A>; ++lane) own_.grad_filter[row / sizes_.channels] += sum[lane];
     }
   }
 
@@ -279,10 +281,6 @@ void pack_transposed_weight(E* panels, const PacConv2dSizes& sizes, const T* wei
 template <typename T>
 void store_weight(T* grad_weight, const AccumulateType<T>* sums, const PacConv2dSizes& sizes, int threads) {
   using E = Operand<T>;
-  if (sizes.shared) {
-    for (int64_t tap = 0; tap < sizes.taps(); ++tap) grad_weight[tap] = T(sums[tap]);
-    return;
-  }
   const int64_t depth = sizes.depth(), taps = sizes.taps();
   const int64_t next_columns = BackwardScratch<E>::output_rows(sizes) * kBlockColumns<E>;
 #pragma omp parallel for num_threads(threads) if (sizes.out_channels * depth >= kParallelNumbers)
@@ -350,23 +348,27 @@ void backward(const PacConv2dBackward& arguments, const PacConv2dSizes& sizes, i
   grad_guide.finish();
   // Sums of all threads in the first one's memory, in their order.
   auto sum_of_workers = [&](auto sums_of, int64_t count) {
-    A* totals = sums_of(worker(memory.data()));
+    auto* totals = sums_of(worker(memory.data()));
     for (int number = 1; number < workers; ++number) {
-      const A* sums = sums_of(worker(memory.data() + number * worker_memory));
+      const auto* sums = sums_of(worker(memory.data() + number * worker_memory));
 #pragma omp simd
       for (int64_t index = 0; index < count; ++index) totals[index] += sums[index];
     }
     return totals;
   };
-  if (arguments.grad_weight != nullptr) {
+  auto store = [&](void* gradient, auto sums_of, int64_t count) {
+    const double* sums = sum_of_workers(sums_of, count);
+    for (int64_t index = 0; index < count; ++index) static_cast<T*>(gradient)[index] = T(static_cast<A>(sums[index]));
+  };
+  if (arguments.grad_weight != nullptr && sizes.shared) {
+    store(arguments.grad_weight, [](const auto& worker) { return worker.grad_filter(); }, sizes.taps());
+  } else if (arguments.grad_weight != nullptr) {
     const A* sums =
         sum_of_workers([](const auto& worker) { return worker.grad_weight(); }, BackwardScratch<E>::weight_sums(sizes));
     store_weight(static_cast<T*>(arguments.grad_weight), sums, sizes, workers);
   }
   if (arguments.grad_bias != nullptr) {
-    const A* sums = sum_of_workers([](const auto& worker) { return worker.grad_bias(); }, sizes.out_channels);
-    T* grad_bias = static_cast<T*>(arguments.grad_bias);
-    for (int64_t output = 0; output < sizes.out_channels; ++output) grad_bias[output] = T(sums[output]);
+    store(arguments.grad_bias, [](const auto& worker) { return worker.grad_bias(); }, sizes.out_channels);
   }
 }
 

@@ -81,8 +81,10 @@ struct BackwardScratch {
   A* grad_y_row;    // [kSteps, places of a row]
   A* guide_slope;   // [K², places]: m_t(p)
   A* guide_row;     // gradient of one row of the guide under the centre tap
-  A* grad_bias;     // [O]
-  A* grad_weight;   // in blocks as add_block_products makes them; with shared filters [K²]
+  A* grad_weight;   // in blocks as add_block_products makes them
+  // One number each of a whole image: in float32 the last of its places would be added to a sum a million times theirs.
+  double* grad_filter;  // [K²], with shared filters in place of grad_weight
+  double* grad_bias;    // [O]
 
   static int64_t column_rows(const PacConv2dSizes& sizes) { return round_up(sizes.depth(), kBlockColumns<E>); }
   static int64_t output_rows(const PacConv2dSizes& sizes) { return round_up(sizes.out_channels, kBlockRows<E>); }
@@ -96,8 +98,9 @@ struct BackwardScratch {
     return (column_rows(sizes) + 2 * output_rows(sizes)) / kSteps<E> * int64_t{sizeof(E)};
   }
   static int64_t weight_sums(const PacConv2dSizes& sizes) {
-    return sizes.shared ? sizes.taps() : output_rows(sizes) * column_rows(sizes);
+    return sizes.shared ? 0 : output_rows(sizes) * column_rows(sizes);
   }
+  static int64_t filter_sums(const PacConv2dSizes& sizes) { return sizes.shared ? sizes.taps() : 0; }
 
   BackwardScratch(Carver& carver, const PacConv2dSizes& sizes, const StripTiles<E>& largest)
       : columns(carver.take<E>(largest.blocks() * column_stride(sizes))),
@@ -108,8 +111,9 @@ struct BackwardScratch {
         grad_y_row(carver.take<A>(kSteps<E> * largest.places_per_row())),
         guide_slope(carver.take<A>(sizes.taps() * largest.places())),
         guide_row(carver.take<A>(largest.places_per_row())),
-        grad_bias(carver.take<A>(sizes.out_channels)),
-        grad_weight(carver.take<A>(weight_sums(sizes))) {}
+        grad_weight(carver.take<A>(weight_sums(sizes))),
+        grad_filter(carver.take<double>(filter_sums(sizes))),
+        grad_bias(carver.take<double>(sizes.out_channels)) {}
 };
 
 }  // namespace restoration::CPU_ISA

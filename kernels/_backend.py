@@ -40,7 +40,7 @@ class Operator:
     def __init__(self, name, reference):
         self.name = name
         self._runs = {"reference": reference}
-        self._predicates = {"reference": lambda **arguments: None}
+        self._predicates = {}
         self._warned = False
         OPERATORS[name] = self
 
@@ -60,7 +60,9 @@ class Operator:
         """None if the backend can run this call on this machine, else the reason."""
         if not self.has(backend):
             return f"no {backend} kernel in this version"
-        return why_not_on(backend, _device(arguments)) or self._predicates[backend](**arguments)
+        if backend == "reference":
+            return None
+        return why_not_on(backend, _device(arguments)) or _why_not_now() or self._predicates[backend](**arguments)
 
     def run(self, wish, **arguments):
         """Runs a checked call on the backend wished for (None: by context, environment, or the fastest that can)."""
@@ -113,7 +115,8 @@ def use_backend(name: str | None) -> contextlib.AbstractContextManager[None]:
     """Context manager: every operator inside runs on this backend, unless its argument ``backend`` names another.
 
     The wish holds for this thread or asynchronous task alone. It cannot be met by every call: one that the backend
-    cannot run raises RuntimeError and says why. ``torch.compile`` reads the wish once, while it traces.
+    cannot run raises RuntimeError and says why. ``torch.compile`` reads the wish once, while it traces; inside of a
+    function that is compiled with ``fullgraph=True`` there can be none.
 
     Args:
         name: "cuda", "triton", "cpu" or "reference"; None takes an outer wish and the environment's back.
@@ -183,6 +186,17 @@ def why_not_on(backend, device):
     return _why_not_on_gpu(device.index) if backend == "cuda" else None
 
 
+def _why_not_now():
+    """None if kernels can run where the call stands, else the reason: torch would leave derivatives out in silence."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active():
+        return "its kernel knows no transforms of torch.func"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "its kernel knows no forward-mode differentiation"
+    return None
+
+
 @functools.cache
 def _why_not_on_gpu(index):
     with torch.cuda.device(index):
@@ -199,7 +213,7 @@ def autocast(tensors, dtype=None):
     device = next((tensor.device for tensor in tensors if isinstance(tensor, torch.Tensor)), None)
     if device is None or not _autocasts(device):
         return tensors
-    dtype = dtype or torch.get_autocast_dtype(device.type)
+    dtype = dtype if isinstance(dtype, torch.dtype) else torch.get_autocast_dtype(device.type)
     return tuple(
         tensor.to(dtype) if isinstance(tensor, torch.Tensor) and tensor.dtype in _AUTOCAST_DTYPES else tensor
         for tensor in tensors

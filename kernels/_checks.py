@@ -4,10 +4,14 @@ One function for each operator, made of the few questions at the end of the file
 """
 
 import math
+import sys
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# float32's powers of two: multiples of others cannot be computed in it.
+_LEAST_QUANTUM, _LARGEST_QUANTUM = 2.0**-126, 2.0**127
 
 
 def backend(operator, name, source, names):
@@ -30,7 +34,7 @@ def usable(operator, name, device, reason):
         _fail(operator, "backend", f"be able to run here on {device.type}", f"{name!r}: {reason}", RuntimeError)
 
 
-def pac_conv2d(operator, x, guide, weight, bias, stride, padding, dilation, residual, alpha, quantum):
+def pac_conv2d(operator, x, guide, weight, bias, stride, padding, dilation, normalize, residual, alpha, quantum):
     """Checks a pixel-adaptive convolution; returns stride, padding and dilation as (vertical, horizontal) pairs."""
     B, C, H, W = _tensor(operator, "x", x, ("B", "C", "H", "W"))
     _tensor(operator, "guide", guide, (B, "G", H, W), like=("x", x))
@@ -42,7 +46,7 @@ def pac_conv2d(operator, x, guide, weight, bias, stride, padding, dilation, resi
     _kernel_size(operator, "weight", K, weight.shape[3])
     if bias is not None:
         _tensor(operator, "bias", bias, (O,), like=("x", x))
-    geometry = _geometry(operator, stride, padding, dilation)
+    geometry = _geometry(operator, stride, padding, dilation, normalize)
     output = _output_size(operator, "x", x, K, *geometry)
     if residual is not None:
         _tensor(operator, "residual", residual, (B, O, *output), device_of=("x", x))
@@ -53,35 +57,39 @@ def pac_conv2d(operator, x, guide, weight, bias, stride, padding, dilation, resi
     _number(operator, "alpha", alpha)
     if quantum is not None:
         _number(operator, "quantum", quantum, positive=True)
-        if math.frexp(quantum)[0] != 0.5:
-            _fail(operator, "quantum", "be a power of two", quantum)
+        if not _LEAST_QUANTUM <= quantum <= _LARGEST_QUANTUM or math.frexp(quantum)[0] != 0.5:
+            _fail(operator, "quantum", "be a power of two from 2^-126 to 2^127", quantum)
     return geometry
 
 
-def pac_conv2d_(residual, x, guide, weight, bias, stride, padding, dilation, alpha, quantum):
+def pac_conv2d_(residual, x, guide, weight, bias, stride, padding, dilation, normalize, alpha, quantum):
     """Checks as :func:`pac_conv2d`, and that writing into residual harms nothing."""
     operator = "pac_conv2d_"
     _tensor(operator, "residual", residual, ("B", "O", "H'", "W'"))
-    geometry = pac_conv2d(operator, x, guide, weight, bias, stride, padding, dilation, residual, alpha, quantum)
+    geometry = pac_conv2d(
+        operator, x, guide, weight, bias, stride, padding, dilation, normalize, residual, alpha, quantum
+    )
     if not residual.is_contiguous():
         _fail(operator, "residual", "be contiguous", f"strides {list(residual.stride())} for {_shape(residual)}")
+    if residual.is_inference() and not torch.is_inference_mode_enabled():
+        _fail(operator, "residual", "be written to inside torch.inference_mode() alone", "one that was made there")
     for argument, value in dict(residual=residual, x=x, guide=guide, weight=weight, bias=bias).items():
         if value is None:
             continue
         if torch.is_grad_enabled() and value.requires_grad:
             _fail(operator, argument, "require no gradient (use pac_conv2d, or torch.no_grad())", "one that does")
         # Addresses are unknown while torch.compile traces.
-        if value is not residual and not torch.compiler.is_compiling() and _overlap(residual, value):
+        if argument != "residual" and not torch.compiler.is_compiling() and _overlap(residual, value):
             _fail(operator, argument, "share no memory with residual, which is written to", "overlapping tensors")
     return geometry
 
 
-def pac_kernel2d(guide, kernel_size, stride, padding, dilation):
+def pac_kernel2d(guide, kernel_size, stride, padding, dilation, normalize):
     """Checks a kernel to look at; returns stride, padding and dilation as pairs."""
     operator = "pac_kernel2d"
     _tensor(operator, "guide", guide, ("B", "G", "H", "W"))
     _kernel_size(operator, "kernel_size", kernel_size, kernel_size)
-    geometry = _geometry(operator, stride, padding, dilation)
+    geometry = _geometry(operator, stride, padding, dilation, normalize)
     _output_size(operator, "guide", guide, kernel_size, *geometry)
     return geometry
 
@@ -116,7 +124,7 @@ def neighbor_difference(features, anchors, neighbors):
     _, _, H, W = _tensor(operator, "features", features, ("B", "C", "H", "W"))
     (N,) = _tensor(operator, "anchors", anchors, ("N",), device_of=("features", features), dtypes=(torch.int64,))
     _tensor(operator, "neighbors", neighbors, (N, 8), device_of=("features", features), dtypes=(torch.int64,))
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not (_has_numbers(anchors) and _has_numbers(neighbors)):
         return
     for argument, places in (("anchors", anchors), ("neighbors", neighbors)):
         first, last = places.min().item(), places.max().item()
@@ -232,7 +240,9 @@ def _tensor(operator, argument, value, shape, *, like=None, device_of=None, dtyp
     return sizes
 
 
-def _geometry(operator, stride, padding, dilation):
+def _geometry(operator, stride, padding, dilation, normalize=False):
+    if not isinstance(normalize, bool):
+        _fail(operator, "normalize", "be True or False", repr(normalize))
     return (
         _pair(operator, "stride", stride, 1),
         _pair(operator, "padding", padding, 0),
@@ -275,7 +285,9 @@ def _integer(operator, argument, value, least, most=None):
 
 
 def _number(operator, argument, value, *, positive=False):
-    if not isinstance(value, (int, float)) or not math.isfinite(value) or (positive and value <= 0):
+    # Comparisons alone: of a number that torch.compile takes for a variable nothing else can be asked.
+    finite = isinstance(value, _NUMBERS) and -sys.float_info.max <= value <= sys.float_info.max
+    if not finite or (positive and value <= 0):
         _fail(operator, argument, f"be a finite{' positive' if positive else ''} number", repr(value))
 
 
@@ -288,16 +300,32 @@ def _sequence(operator, argument, value, length=None):
         _fail(operator, argument, f"have {length} entries, one for each layer", len(value))
 
 
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+
+
 def _is_integer(value):
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
 def _overlap(one, other):
     """Whether the address ranges of two tensors meet: cautious for interleaved views, which are rare."""
-    if one.numel() == 0 or other.numel() == 0:
+    if one.numel() == 0 or other.numel() == 0 or not (_has_numbers(one) and _has_numbers(other)):
         return False
     (first, first_end), (second, second_end) = _addresses(one), _addresses(other)
     return first < second_end and second < first_end
+
+
+def _has_numbers(tensor):
+    """Whether they can be looked at: not where a tensor stands for its shape alone, or calls are written down."""
+    modes = torch._C._TorchDispatchModeKey
+    if any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY, modes.FUNCTIONAL)):
+        return False
+    if isinstance(tensor, FakeTensor):
+        return False
+    try:
+        return tensor.numel() == 0 or tensor.data_ptr() != 0
+    except RuntimeError:  # inside of a transform of torch.func
+        return False
 
 
 def _addresses(tensor):

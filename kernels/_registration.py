@@ -54,9 +54,14 @@ def define_in_place(schema, launch):
     name = schema.partition("(")[0]
 
     def run(output, *arguments):
-        contiguous = [value.contiguous() if isinstance(value, torch.Tensor) else value for value in arguments[:-1]]
-        with _launch.on_device(output.device):
-            launch(arguments[-1], output, *contiguous)
+        *arguments, backend = arguments
+        device = output.device
+        _checks.usable(name, backend, device, _backend.why_not_on(backend, device))
+        contiguous = [value.contiguous() if isinstance(value, torch.Tensor) else value for value in arguments]
+        with _launch.on_device(device):
+            launch(backend, output, *contiguous)
+        if not output.is_inference():
+            torch.autograd.graph.increment_version(output)  # what autograd has saved of it is no more what it was
 
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")

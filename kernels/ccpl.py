@@ -56,7 +56,9 @@ def _draw_without_repetition(places, count, generator, device):
     spare = places - count
     index = torch.arange(count, device=device)
     # One part in 2^62 / places favours the first places.
-    drawn = torch.randint(2**62, (count,), generator=generator, device=device) % (index + (spare + 1))
+    # torch.compile knows no random numbers of a varying count with a generator, None included.
+    source = {} if generator is None else {"generator": generator}
+    drawn = torch.randint(2**62, (count,), device=device, **source) % (index + (spare + 1))
     ordered, order = drawn.sort(stable=True)
     repeated = order[torch.searchsorted(ordered, drawn)] != index
     # What was drawn is taken if it was drawn before, or if it is the spare place of an earlier draw that needed it:

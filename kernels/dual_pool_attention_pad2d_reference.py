@@ -12,14 +12,19 @@ def dual_pool_attention_pad2d_reference(x, weight, *, padding=1, pool_size=50, d
         x = _AddToGradient.apply(x, grad_addend)
     y = dual_pool_attention_reference(x, weight, pool_size=pool_size)
     y = F.pad(y, (padding,) * 4, mode="reflect").to(dtype or x.dtype)
-    return y.contiguous(memory_format=torch.channels_last)
+    return y.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 class _AddToGradient(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x, grad_addend):
-        ctx.save_for_backward(grad_addend)
+    def forward(x, grad_addend):
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx, grad_x):

@@ -53,9 +53,9 @@ def pac_conv2d(
         normalize: divide k_t(p) by the sum of k(p) over the taps inside the image; a place with none gives the bias.
         residual: [B, O, H', W'], added at the end, in the dtype of x, or float32 where x is of half precision; or None.
         alpha: a finite factor; -1 inverts a reversible block.
-        quantum: a power of two: the convolution + bias is rounded to its nearest multiples (ties to even) before alpha
-            and residual, so that a float32 residual of such multiples below 2^24·quantum is added to without error. The
-            gradient passes through as if nothing were rounded. None rounds nothing.
+        quantum: power of two from 2^-126 to 2^127: the convolution + bias is rounded to its nearest multiples (ties to
+            even) before alpha and residual, so that a float32 residual of such multiples below 2^24·quantum is added to
+            without error. The gradient passes through as if nothing were rounded. None rounds nothing.
         backend: "cuda", "triton", "cpu" or "reference"; None leaves the choice to :func:`use_backend`.
 
     Returns:
@@ -81,7 +81,7 @@ def pac_conv2d(
     """
     x, guide, weight, bias = _backend.autocast((x, guide, weight, bias))
     stride, padding, dilation = _checks.pac_conv2d(
-        "pac_conv2d", x, guide, weight, bias, stride, padding, dilation, residual, alpha, quantum
+        "pac_conv2d", x, guide, weight, bias, stride, padding, dilation, normalize, residual, alpha, quantum
     )
     return _OPERATOR.run(
         backend,
@@ -129,7 +129,7 @@ def pac_conv2d_(
     """
     x, guide, weight, bias = _backend.autocast((x, guide, weight, bias))
     stride, padding, dilation = _checks.pac_conv2d_(
-        residual, x, guide, weight, bias, stride, padding, dilation, alpha, quantum
+        residual, x, guide, weight, bias, stride, padding, dilation, normalize, alpha, quantum
     )
     return _IN_PLACE.run(
         backend,
@@ -170,7 +170,7 @@ def pac_kernel2d(
     Raises:
         TypeError, ValueError: an argument is not as said here.
     """
-    stride, padding, dilation = _checks.pac_kernel2d(guide, kernel_size, stride, padding, dilation)
+    stride, padding, dilation = _checks.pac_kernel2d(guide, kernel_size, stride, padding, dilation, normalize)
     return pac_kernel2d_reference(
         guide, kernel_size, stride=stride, padding=padding, dilation=dilation, normalize=normalize
     )

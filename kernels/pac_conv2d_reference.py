@@ -46,7 +46,7 @@ def pac_conv2d_reference(
     taps = _taps(x, kernel_size, stride, padding, dilation)
     scaled = torch.stack([tap * k for tap, k in zip(taps, kernel.flatten(2, 3).unbind(2), strict=True)], dim=2)
     if weight.shape[:2] == (1, 1):
-        y = (scaled * weight.view(-1, 1, 1)).sum(2)
+        y = (scaled * weight.reshape(-1, 1, 1)).sum(2)
         y = y if bias is None else y + bias.view(-1, 1, 1)
     else:
         y = F.conv2d(scaled.flatten(1, 2), weight.flatten(1)[:, :, None, None], bias)
@@ -75,12 +75,22 @@ def _taps(image, kernel_size, stride, padding, dilation):
 class _RoundToMultiple(torch.autograd.Function):
     """Nearest multiple of quantum, ties to even, with the gradient of the identity (straight-through)."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, y, quantum):
+    def forward(y, quantum):
         # float16 overflows when divided by a small quantum; a power of two makes the division itself exact.
         wide = y.to(torch.promote_types(y.dtype, torch.float32))
         return (torch.round(wide / quantum) * quantum).to(y.dtype)
 
     @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
     def backward(ctx, grad_y):
         return grad_y, None
+
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        return tangent.clone()

@@ -70,6 +70,32 @@ def test_compile(backend, sample):
     compare.check_compile(backend, sample, "aot_eager" if backend == "reference" else "inductor")
 
 
+def test_compile_varying_numbers():
+    """What changes between calls becomes a variable of the graph: here the number of places, and the temperature."""
+    torch.compiler.reset()
+    features, targets = torch.randn(2, 1, 8, 9, 7)
+
+    def loss(num_anchors, temperature):
+        torch.manual_seed(0)
+        return ccpl_loss([features], [targets], num_anchors, temperature)
+
+    compiled = torch.compile(loss, backend="aot_eager")
+    for num_anchors, temperature in ((12, 0.07), (20, 0.1), (16, 0.2)):
+        assert torch.isfinite(compiled(num_anchors, temperature))
+    query, key = F.normalize(torch.randn(2, 1, 6, 4), dim=-1)
+    compiled = torch.compile(info_nce, backend="aot_eager", fullgraph=True)
+    for temperature in (0.07, 0.1, 0.2):
+        assert torch.equal(compiled(query, key, temperature), info_nce(query, key, temperature))
+
+
+def test_shapes_without_numbers():
+    features, anchors, neighbors = (tensor.to("meta") for tensor in (FEATURES, ANCHORS, NEIGHBORS))
+    assert neighbor_difference(features, anchors, neighbors).shape == (1, 16, 2)
+    with FakeTensorMode():
+        places = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 8, dtype=torch.int64)
+        assert neighbor_difference(torch.zeros(2, 3, 4, 5), *places).shape == (2, 16, 3)
+
+
 @pytest.mark.slow
 @compare.one_case(*OPERATORS, backends=("reference",))
 def test_compile_reference(backend, sample):

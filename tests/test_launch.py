@@ -49,5 +49,9 @@ def test_op_of_an_exported_graph_checks_its_device(monkeypatch):
     """The choice of a backend is part of the graph, where nobody can see that its tensors have moved."""
     monkeypatch.setattr(_backend, "why_not_here", lambda backend: None)
     message = "^dual_pool_attention: backend must be able to run here on cpu, got 'cuda': the tensors are on cpu, not "
+    one = torch.zeros(1, 1, 1, 1)
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.restoration_kernels.dual_pool_attention(torch.zeros(1, 1, 1, 1), torch.zeros(1), 50, "cuda")
+        torch.ops.restoration_kernels.dual_pool_attention(one, torch.zeros(1), 50, "cuda")
+    geometry = ([1, 1], [0, 0], [1, 1], False)
+    with pytest.raises(RuntimeError, match=message.replace("dual_pool_attention", "pac_conv2d_")):
+        torch.ops.restoration_kernels.pac_conv2d_(one, one * 1, one * 1, one * 1, None, *geometry, 1.0, None, "cuda")

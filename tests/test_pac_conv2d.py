@@ -100,6 +100,17 @@ def test_compile_quantum(backend, sample):
 
 
 @compare.one_case(OPERATOR)
+def test_compile_varying_numbers(backend, sample):
+    """A number that changes between calls becomes a variable of the graph."""
+    torch.compiler.reset()
+    arguments = compare.arguments_for(backend, sample, torch.float32)
+    compiled = torch.compile(pac_conv2d, fullgraph=True, backend="aot_eager")
+    for alpha, quantum in ((-0.5, 0.25), (2.0, 0.125), (3.0, 0.5)):
+        arguments |= {"alpha": alpha, "quantum": quantum, "backend": backend}
+        assert torch.equal(compiled(**arguments), pac_conv2d(**arguments))
+
+
+@compare.one_case(OPERATOR)
 def test_autocast(backend, sample):
     """Half precision inside, as for conv2d, added to a residual of float32."""
     arguments = compare.arguments_for(backend, sample, torch.float32)
@@ -205,6 +216,11 @@ def test_guide_of_any_magnitude(backend, magnitude):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_many_channels(channels, outputs, guides, size, taps, options, dtype):
     check_against_reference("cpu", channels, outputs, guides, size, taps, options, dtype)
+
+
+def test_one_filter_for_a_large_map():
+    """Its gradient is a sum over all places and channels, which float32 alone would blur."""
+    check_against_reference("cpu", 32, 32, 4, (128, 128), 3, {"padding": 1, "shared": True}, torch.float32)
 
 
 # Small enough for Triton's interpreter: tiles of places and steps of products that do not fit, and a stride's phases.
@@ -316,6 +332,34 @@ def test_in_place(backend, sample, dtype):
     assert torch.equal(output, expected)
 
 
+@compare.one_case("pac_conv2d_")
+def test_in_place_is_a_change_that_autograd_sees(backend, sample):
+    arguments = compare.arguments_for(backend, sample, torch.float32)
+    leaf = torch.ones_like(arguments["residual"], requires_grad=True)
+    saved = leaf * 2
+    loss = saved.square().sum()
+    with torch.no_grad():
+        pac_conv2d_(**{**arguments, "residual": saved}, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@compare.one_case("pac_conv2d_")
+def test_in_place_on_inference_tensors(backend, sample):
+    arguments = compare.arguments_for(backend, sample, torch.float32)
+    with torch.inference_mode():
+        residual = arguments.pop("residual").clone()
+        expected = pac_conv2d(**arguments, residual=residual, backend=backend)
+        assert torch.equal(pac_conv2d_(residual, **arguments, backend=backend), expected)
+    with pytest.raises(ValueError, match=r"residual must be written to inside torch.inference_mode\(\) alone"):
+        pac_conv2d_(residual, **arguments, backend=backend)
+
+
+def test_shapes_without_numbers():
+    arguments = {"residual": torch.zeros(2, 5, 4, 5), "x": X, "guide": GUIDE, "weight": WEIGHT}
+    assert pac_conv2d_(**{name: value.to("meta") for name, value in arguments.items()}).shape == (2, 5, 4, 5)
+
+
 @compare.every_backend(OPERATOR)
 @pytest.mark.parametrize("spoiled", [torch.inf, torch.nan])
 def test_spoiled_guide_stays_local(backend, spoiled):
@@ -391,6 +435,7 @@ def test_module_shared_filters():
 
 
 X, GUIDE, WEIGHT = torch.randn(2, 3, 6, 7), torch.randn(2, 4, 6, 7), torch.randn(5, 3, 3, 3)
+SQUARE = torch.randn(1, 3, 3, 3)  # of the shape that one filter gives it
 
 
 @pytest.mark.parametrize(
@@ -414,7 +459,10 @@ X, GUIDE, WEIGHT = torch.randn(2, 3, 6, 7), torch.randn(2, 4, 6, 7), torch.randn
         ({"residual": torch.randn(2, 5, 6, 7)}, r"residual must be of shape \[2, 5, 4, 5\], got shape \[2, 5, 6, 7\]"),
         ({"residual": torch.ones(2, 5, 4, 5).half()}, r"residual must have dtype torch.float32, .*, got torch.float16"),
         ({"alpha": torch.nan}, r"alpha must be a finite number, got nan"),
-        ({"quantum": 0.3}, r"quantum must be a power of two, got 0.3"),
+        ({"alpha": 10**400}, r"alpha must be a finite number, got 10+"),
+        ({"normalize": "no"}, r"normalize must be True or False, got 'no'"),
+        ({"quantum": 0.3}, r"quantum must be a power of two from 2\^-126 to 2\^127, got 0.3"),
+        ({"quantum": 2.0**-127}, r"quantum must be a power of two from 2\^-126 to 2\^127, got 5.8.*e-39"),
         ({"quantum": -0.5}, r"quantum must be a finite positive number, got -0.5"),
     ],
     ids=lambda case: ",".join(case) if isinstance(case, dict) else "",
@@ -432,8 +480,12 @@ def test_rejects(changed, message, backend):
         ({"residual": torch.zeros(2, 5, 4, 4)}, r"residual must be of shape \[2, 5, 4, 5\], got shape \[2, 5, 4, 4\]"),
         ({"weight": WEIGHT.clone().requires_grad_()}, r"weight must require no gradient \(.*\), got one that does"),
         ({"residual": X.flatten()[:200].view(2, 5, 4, 5)}, r"x must share no memory with residual, .*"),
+        (
+            {"residual": SQUARE, "x": SQUARE, "guide": SQUARE * 1, "weight": SQUARE[:, :1, :1, :1]},
+            r"x must share no memory .*",
+        ),
     ],
-    ids=["strides", "shape", "gradient", "overlap"],
+    ids=["strides", "shape", "gradient", "overlap", "same"],
 )
 @compare.every_backend("pac_conv2d_")
 def test_rejects_in_place(changed, message, backend):
