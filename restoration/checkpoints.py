@@ -18,6 +18,7 @@ from restoration.flow import Architecture, ReversibleNetwork
 
 FORMAT = "painting-restoration 1"
 NETWORK_PREFIX = "network."
+_WEIGHTS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SHIPPED_WEIGHTS = Path(__file__).parent / "weights" / "restoration.safetensors"
 
 
@@ -59,7 +60,13 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise UserError(f"{path}: not a readable safetensors file (pickled checkpoints are never loaded)") from error
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of this program (format {metadata.get('format')!r})")
-    return Checkpoint(tensors, json.loads(metadata["description"]))
+    try:
+        description = json.loads(metadata["description"])
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: its description cannot be read ({type(error).__name__}: {error})") from error
+    if not isinstance(description, dict):
+        raise UserError(f"{path}: its description must be a JSON object, got {type(description).__name__}")
+    return Checkpoint(tensors, description)
 
 
 def save_network(path: Path, network: ReversibleNetwork, description: dict[str, object]) -> None:
@@ -74,9 +81,10 @@ def load_network(path: str | Path | None = None, precision: str = "fp32") -> Rev
     checkpoint = load_checkpoint(path)
     try:
         architecture = Architecture(**checkpoint.description["architecture"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: holds a network of another architecture ({error})") from error
-    network = ReversibleNetwork(architecture, precision)
+        network = ReversibleNetwork(architecture, precision)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: holds a network of another architecture ({reason})") from error
     load_parameters(network, checkpoint.part(NETWORK_PREFIX), path)
     return network.eval()
 
@@ -91,6 +99,10 @@ def load_parameters(module: torch.nn.Module, tensors: dict[str, Tensor], path: P
             raise UserError(
                 f"{path}: holds a network of another architecture ({name} must be {wanted or 'absent'}, "
                 f"got {found or 'nothing'})"
+            )
+        if tensors[name].dtype not in _WEIGHTS_DTYPES:
+            raise UserError(
+                f"{path}: holds weights of {tensors[name].dtype} ({name}), which this program does not read"
             )
         if not tensors[name].isfinite().all():
             raise UserError(f"{path}: holds weights that are not finite ({name})")

@@ -5,8 +5,10 @@ Errors that a person can mend are one line on standard error and exit code 2.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -31,6 +33,7 @@ dataset_app = typer.Typer(help="Prepare paintings for training.", no_args_is_hel
 app.add_typer(dataset_app, name="dataset")
 
 USAGE_ERROR = 2
+BACKEND_VARIABLE = "RESTORATION_BACKEND"  # named by the operators' errors where it asks for what cannot be
 SIGNAL_BASE = 128  # a shell reports a program that a signal ended as 128 + its number
 
 Checkpoint = Annotated[
@@ -47,8 +50,11 @@ def main() -> None:
     """Entry point of `restoration` and `python -m restoration`."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     prefer_large_pages()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may hold what the terminal cannot show
     try:
-        with _one_line_errors():
+        with _end_at_sigterm(), _one_line_errors():
             app()
     except BaseException as error:
         if not _has_peers():
@@ -63,10 +69,22 @@ def main() -> None:
 
 
 @contextmanager
+def _end_at_sigterm() -> Iterator[None]:
+    """As at Ctrl-C, so that nothing half made is left. Training has its own way to stop."""
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(SIGNAL_BASE + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
 def _one_line_errors() -> Iterator[None]:
     try:
         yield
-    except UserError as error:
+    except Exception as error:
+        if not isinstance(error, UserError) and BACKEND_VARIABLE not in str(error):
+            raise
         if not isinstance(error, ReportedError):
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(USAGE_ERROR) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from restoration.errors import UserError
@@ -95,6 +96,7 @@ _LEAST = {
     "checkpoint_every": 1,
     "keep_checkpoints": 1,
     "sample_every": 1,
+    "seed": 0,
     "largest_box": 1.0,
     "gradient_clip": 0.0,
     "ccp_weight": 0.0,
@@ -102,6 +104,8 @@ _LEAST = {
     "matting_weight": 0.0,
     "cycle_weight": 0.0,
 }
+# And the largest. Of each step's anchors PyTorch takes a seed of 63 bits, made of the run's and the step's number.
+_MOST = {"seed": 2**40, "iterations": 10_000_000}
 _CHOICES = {
     "schedule": SCHEDULES,
     "precision": PRECISIONS,
@@ -123,12 +127,20 @@ def checked(config: TrainingConfig) -> TrainingConfig:
     """The same settings; UserError names the first that is out of range."""
     for name, least in _LEAST.items():
         if not getattr(config, name) >= least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(config, name)}")
+            raise UserError(f"{_option(name)} must be at least {least}, got {getattr(config, name)}")
+    for name, most in _MOST.items():
+        if getattr(config, name) > most:
+            raise UserError(f"{_option(name)} must be at most {most}, got {getattr(config, name)}")
+    for name in _LEAST:
+        if not math.isfinite(getattr(config, name)):
+            raise UserError(f"{_option(name)} must be finite, got {getattr(config, name)}")
     for name, choices in _CHOICES.items():
         if getattr(config, name) not in choices:
-            raise UserError(
-                f"--{name.replace('_', '-')} must be one of {', '.join(choices)}, got {getattr(config, name)!r}"
-            )
+            raise UserError(f"{_option(name)} must be one of {', '.join(choices)}, got {getattr(config, name)!r}")
     if not 0 < config.learning_rate < 1:
         raise UserError(f"--learning-rate must lie between 0 and 1, got {config.learning_rate}")
     return config
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

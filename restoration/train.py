@@ -41,6 +41,7 @@ from restoration.vgg import VGG19Features, loss_features, measure_channel_means,
 LOSSES_PREFIX = "losses."
 OPTIMIZER_PREFIX = "optimizer."
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d{7,})\.safetensors")
+WEIGHTS_NAME = "network.safetensors"
 SMOOTHING = 0.98  # of the losses shown: they jump tenfold from batch to batch
 LOG_EVERY = 10  # steps between TensorBoard scalars
 # Steps between readings of what a GPU computed, each of which waits for it; a CPU has nothing to wait for.
@@ -101,6 +102,10 @@ def _checkpoint_to_resume(run: Path, resume: bool, initial_weights: Path | None)
         raise UserError(f"{run}: holds no checkpoint to resume from")
     if newest is not None and not resume:
         raise UserError(f"{run}: holds a training run already; give --resume to go on, or another --out")
+    if newest is None and (run / WEIGHTS_NAME).exists():
+        raise UserError(
+            f"{run}: holds {WEIGHTS_NAME} of something else, which would be written over; give another --out"
+        )
     return newest
 
 
@@ -252,7 +257,7 @@ def _progress_bar() -> Progress:
 
 
 def save_weights(run: Path, config: TrainingConfig, step_module: TrainingStep, step: int) -> None:
-    save_network(run / "network.safetensors", step_module.network, {"training": config.to_dict(), "step": step})
+    save_network(run / WEIGHTS_NAME, step_module.network, {"training": config.to_dict(), "step": step})
 
 
 def save_training(

@@ -118,6 +118,9 @@ def _checked(
     path: Path, name: str, weight: Tensor | None, bias: Tensor | None, inputs: int, outputs: int
 ) -> tuple[Tensor, Tensor]:
     expected = (outputs, inputs, 3, 3)
+    for value in (weight, bias):
+        if value is not None and not (isinstance(value, Tensor) and value.float().isfinite().all()):
+            raise UserError(f"{path}: {name} must hold finite numbers alone")
     if weight is None or bias is None or tuple(weight.shape) != expected or tuple(bias.shape) != (outputs,):
         found = None if weight is None else tuple(weight.shape)
         raise UserError(f"{path}: {name} must have weights {expected} and a bias, got {found}: not VGG19")

@@ -6,7 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from restoration.checkpoints import load_checkpoint, load_network, save_checkpoint, save_network
+from restoration.checkpoints import FORMAT, load_checkpoint, load_network, save_checkpoint, save_network
 from restoration.errors import UserError
 from restoration.flow import Architecture, ReversibleNetwork
 
@@ -62,8 +62,18 @@ def refusals(folder):
     infinite = folder / "infinite.safetensors"
     first = next(iter(tensors))
     save_checkpoint(infinite, {**tensors, first: tensors[first] * torch.inf}, {"architecture": SMALL.to_dict()})
+    described = {"bare": {}, "broken": {"description": "{"}, "listed": {"description": "[]"}}
+    for name, metadata in described.items():
+        safetensors.torch.save_file(tensors, folder / f"{name}.safetensors", {"format": FORMAT, **metadata})
+    negative = folder / "negative.safetensors"
+    save_checkpoint(negative, tensors, {"architecture": {"half_channels": -4}})
+    narrow = folder / "narrow.safetensors"
+    save_checkpoint(narrow, {**tensors, first: tensors[first].to(torch.float8_e5m2)}, {"architecture": SMALL.to_dict()})
     return [
         (folder / "missing.safetensors", "no such checkpoint"),
+        *((folder / f"{name}.safetensors", "its description") for name in described),
+        (negative, "another architecture"),
+        (narrow, "holds weights of torch.float8_e5m2"),
         (cut, "not a readable safetensors file"),
         (foreign, "not a checkpoint of this program"),
         (pickled, "pickled checkpoints are never loaded"),

@@ -1,6 +1,8 @@
 """The command line as a person meets it: one line for mistakes, exit codes, every command end to end."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +84,47 @@ print(re.search(r"AnonHugePages: +([0-9]+)", Path("/proc/self/smaps_rollup").rea
         monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", wish)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (int(done.stdout) >= 2**15) == given  # kB, of twice as many
+
+
+@pytest.mark.parametrize(("wish", "message"), [("nonsense", "got 'nonsense'"), ("triton", "got 'triton'")])
+def test_a_backend_that_the_environment_asks_for_in_vain_is_one_line(
+    workshop, tmp_path, capsys, monkeypatch, wish, message
+):
+    monkeypatch.setenv("RESTORATION_BACKEND", wish)
+    ink = workshop / "paintings" / "ink"
+    arguments = (ink / "0.png", ink / "1.png", "-o", tmp_path / "out.png", "--device", "cpu")
+    code, _, err = call(capsys, monkeypatch, "reconstruct", *arguments, "--checkpoint", workshop / "small.safetensors")
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
+    assert f"{message} from the environment variable RESTORATION_BACKEND" in err
+
+
+def test_a_name_that_the_terminal_cannot_show_is_written_all_the_same(workshop, tmp_path):
+    ink = workshop / "paintings" / "ink"
+    out = tmp_path / "墨\udcff.png"
+    command = [sys.executable, "-m", "restoration", "reconstruct", ink / "0.png", ink / "1.png", "-o", out]
+    command += ["--checkpoint", workshop / "small.safetensors", "--device", "cpu"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0 and out.exists()
+    assert b"\\u58a8\\udcff.png" in done.stdout
+
+
+def test_sigterm_cleans_up_as_ctrl_c_does():
+    code = """
+import os, signal
+from restoration import cli
+
+def app():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        print("cleaned up")
+
+cli.app = app
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "cleaned up\n")
 
 
 def test_reconstruct(workshop, tmp_path, capsys, monkeypatch):

@@ -249,6 +249,10 @@ def test_presets_and_overrides(tmp_path, paintings):
         ({"learning_rate": float("nan")}, "--learning-rate must lie between"),
         ({"schedule": "linear"}, "--schedule must be one of constant, cosine, got 'linear'"),
         ({"batch": 0}, "--batch must be at least 1"),
+        ({"seed": -1}, "--seed must be at least 0, got -1"),
+        ({"seed": 2**64}, "--seed must be at most 1099511627776, got 18446744073709551616"),
+        ({"largest_box": float("inf")}, "--largest-box must be finite, got inf"),
+        ({"ccp_weight": float("inf")}, "--ccp-weight must be finite, got inf"),
     ):
         with pytest.raises(UserError, match=message):
             make_config("small", **overrides)

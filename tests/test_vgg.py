@@ -129,7 +129,13 @@ def test_rejects(tmp_path):
     torchvision_file(incomplete, drop="features.10.weight")
     other = tmp_path / "other.pth"
     torch.save([1, 2], other)
+    spoiled, worded = tmp_path / "spoiled.pth", tmp_path / "worded.pth"
+    tensors = torchvision_file(spoiled)
+    torch.save({**tensors, "features.0.bias": tensors["features.0.bias"] * torch.nan}, spoiled)
+    torch.save({**tensors, "features.0.weight": "weights"}, worded)
     for path, message in (
+        (spoiled, "block1_conv1 must hold finite numbers alone"),
+        (worded, "block1_conv1 must hold finite numbers alone"),
         (tmp_path / "missing.pth", "no such file"),
         (unsafe, "not a file of tensors"),
         (incomplete, "block3_conv1 must have weights"),
