@@ -228,6 +228,8 @@ def train(
 
     overrides = {name: given[name] for name in OVERRIDABLE}
     if profile:
+        if resume or initial_weights is not None:
+            raise UserError("--profile makes a few steps from random weights: leave --resume and --initial-weights out")
         from restoration.profile import profile_training
 
         config = make_config(preset or "paper", **overrides)
