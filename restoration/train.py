@@ -42,6 +42,7 @@ LOSSES_PREFIX = "losses."
 OPTIMIZER_PREFIX = "optimizer."
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d{7,})\.safetensors")
 WEIGHTS_NAME = "network.safetensors"
+SETTINGS_NAME = "config.json"  # the first file of every run
 SMOOTHING = 0.98  # of the losses shown: they jump tenfold from batch to batch
 LOG_EVERY = 10  # steps between TensorBoard scalars
 # Steps between readings of what a GPU computed, each of which waits for it; a CPU has nothing to wait for.
@@ -102,7 +103,7 @@ def _checkpoint_to_resume(run: Path, resume: bool, initial_weights: Path | None)
         raise UserError(f"{run}: holds no checkpoint to resume from")
     if newest is not None and not resume:
         raise UserError(f"{run}: holds a training run already; give --resume to go on, or another --out")
-    if newest is None and (run / WEIGHTS_NAME).exists():
+    if (run / WEIGHTS_NAME).exists() and not (run / SETTINGS_NAME).exists():
         raise UserError(
             f"{run}: holds {WEIGHTS_NAME} of something else, which would be written over; give another --out"
         )
@@ -327,7 +328,7 @@ def resumed_config(run: Path, overrides: dict[str, object]) -> TrainingConfig:
 
 def save_settings(run: Path, config: TrainingConfig) -> None:
     try:
-        write_whole(run / "config.json", (json.dumps(config.to_dict(), indent=2) + "\n").encode())
+        write_whole(run / SETTINGS_NAME, (json.dumps(config.to_dict(), indent=2) + "\n").encode())
     except OSError as error:
         raise UserError(f"{run}: cannot be written to ({error.strerror})") from error
 

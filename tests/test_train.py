@@ -231,6 +231,11 @@ def test_rejects(paintings, tmp_path):
     with pytest.raises(UserError, match="unknown style 'oil'; known styles: green, ink"):
         train(paintings, run, config(), device=CPU, styles=["oil"])
     assert not run.exists()
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "network.safetensors").touch()
+    with pytest.raises(UserError, match="holds network.safetensors of something else"):
+        train(paintings, foreign, config(), device=CPU)
     train(paintings, run, config(iterations=1), device=CPU)
     with pytest.raises(UserError, match="holds a training run already"):
         train(paintings, run, config(), device=CPU)
