@@ -275,4 +275,7 @@ def _check_folders(source: Path, out: Path, force: bool) -> None:
         raise UserError(f"{out}: holds other files; must be a new or empty folder")
     if not force:
         raise UserError(f"{out}: holds a data set already (--force replaces it)")
-    read_table(out / INDEX_FILE, INDEX_COLUMNS)
+    made = {INDEX_FILE, *(row["file"] for row in read_table(out / INDEX_FILE, INDEX_COLUMNS))}
+    for path in sorted(out.rglob("*")):
+        if not path.is_dir() and path.relative_to(out).as_posix() not in made:
+            raise UserError(f"{path}: was not made with the data set, which --force replaces; move it elsewhere")

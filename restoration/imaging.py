@@ -156,11 +156,21 @@ def write_image(
     if like is not None:
         kept = {"exif": like.exif, "icc_profile": like.icc_profile, "dpi": like.dpi}
         options |= {name: value for name, value in kept.items() if value is not None}
+    if image_format == "TIFF" and "exif" in options:
+        # Given as bytes, Pillow would read the text once more, and write it as it does.
+        notes = Image.Exif()
+        notes.load(options.pop("exif"))
+        options["tiffinfo"] = dict(_descriptive_exif(notes))
 
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
+        # By way of memory: Pillow does not notice where the disk takes only a part of what its libraries write.
+        encoded = io.BytesIO()
+        image.save(encoded, format=image_format, **options)
         with open(temporary, "xb") as file:
-            image.save(file, format=image_format, **options)
+            file.write(encoded.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
         _publish(temporary, path, force)
     except FileExistsError:
         raise UserError(f"{path}: exists already (--force overwrites)") from None
@@ -274,25 +284,29 @@ def _upright(image: Image.Image, path: Path) -> tuple[Image.Image, bytes | None]
     upright = image
     try:
         upright = ImageOps.exif_transpose(image)
-        return upright, _descriptive_exif(image)
+        kept = _descriptive_exif(image.getexif())
+        return upright, kept.tobytes() if len(kept) else None
     # Damaged notes raise nearly anything too, but a picture with damaged notes is still a picture.
     except Exception as error:
         logger.warning("%s: its EXIF data cannot be read and is left out (%s)", path, _reason(error))
         return upright, None
 
 
-def _descriptive_exif(image: Image.Image) -> bytes | None:
-    source = image.getexif()
+def _descriptive_exif(source: Image.Exif) -> Image.Exif:
     kept = Image.Exif()
     for tag in _KEPT_TAGS:
         if tag in source:
-            kept[tag] = source[tag]
-    photograph = source.get_ifd(ExifTags.IFD.Exif)
-    photograph = {tag: value for tag, value in photograph.items() if tag not in _STALE_PHOTOGRAPH_TAGS}
-    for tag, values in ((ExifTags.IFD.Exif, photograph), (ExifTags.IFD.GPSInfo, source.get_ifd(ExifTags.IFD.GPSInfo))):
+            kept[tag] = _as_it_was(source[tag])
+    for directory, stale in ((ExifTags.IFD.Exif, _STALE_PHOTOGRAPH_TAGS), (ExifTags.IFD.GPSInfo, ())):
+        values = {tag: _as_it_was(value) for tag, value in source.get_ifd(directory).items() if tag not in stale}
         if values:
-            kept[tag] = values
-    return kept.tobytes() if len(kept) else None
+            kept[directory] = values
+    return kept
+
+
+def _as_it_was(value: object) -> object:
+    """Text of any encoding as its bytes: Pillow reads it as Latin-1, and would write question marks."""
+    return value.encode("latin-1") if isinstance(value, str) and not value.isascii() else value
 
 
 def _to_srgb(image: Image.Image, path: Path) -> tuple[Image.Image, Image.Image | None, bytes | None]:

@@ -259,6 +259,15 @@ def test_progress_is_told_after_each_image(source, out):
     assert steps == [(done, 12) for done in range(1, 13)]
 
 
+def test_force_deletes_no_file_of_somebody_else(source, out):
+    build(source, out)
+    own = out / "run" / "checkpoint.txt"
+    own.parent.mkdir()
+    own.touch()
+    assert_refuses(source, out, force=True, saying=f"{own}: was not made with the data set")
+    assert own.exists()
+
+
 def test_force_replaces_a_former_data_set_only(source, out):
     build(source, out)
     (source / "ink/0.png").unlink()

@@ -3,6 +3,8 @@
 import io
 import os
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -189,6 +191,37 @@ def test_descriptive_notes_survive(tmp_path, source, target):
         assert ExifTags.Base.Orientation not in exif
         assert image.info["icc_profile"] == srgb_profile()
         assert image.size == (9, 13)
+
+
+@pytest.mark.parametrize("target", FORMATS)
+@pytest.mark.parametrize("text", ["千里江山圖".encode(), "© Müller".encode("latin-1")], ids=["utf-8", "latin-1"])
+def test_notes_in_any_encoding_keep_their_bytes(tmp_path, target, text):
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = text
+    Image.fromarray(random_pixels()).save(tmp_path / "old.jpg", exif=exif.tobytes())
+    picture = read_image(tmp_path / "old.jpg")
+    write_image(tmp_path / f"new.{target}", picture.rgb, picture)
+    with Image.open(tmp_path / f"new.{target}") as image:
+        assert image.getexif()[ExifTags.Base.ImageDescription].encode("latin-1") == text
+
+
+@pytest.mark.parametrize("target", FORMATS)
+def test_a_disk_that_takes_a_part_of_a_picture_leaves_the_old_one(tmp_path, target):
+    path = tmp_path / f"old.{target}"
+    write_image(path, torch.from_numpy(random_pixels(40, 50)).permute(2, 0, 1) / 255)
+    before = path.read_bytes()
+    # The write that crosses the limit is cut short, as on a disk that fills up.
+    code = f"""
+import resource, signal, torch
+from restoration.imaging import write_image
+rgb = torch.rand(3, 40, 50, generator=torch.Generator().manual_seed(0))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before)} - 100, resource.RLIM_INFINITY))
+write_image({str(path)!r}, rgb, force=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "cannot be written" in done.stderr and done.returncode == 1
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "jpg"])
