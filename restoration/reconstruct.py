@@ -80,7 +80,11 @@ def plan(degraded: Path, reference: Path, output: Path, *, force: bool = False) 
 def _pair_folders(degraded: Path, reference: Path, output: Path) -> list[Job]:
     if not reference.exists():
         raise UserError(f"{reference}: no such folder of references")
-    references = {path.stem: path for path in _pictures(reference)}
+    references: dict[str, Path] = {}
+    for path in _pictures(reference):
+        if path.stem in references:
+            raise UserError(f"{reference}: holds two references of one name, {references[path.stem].name}, {path.name}")
+        references[path.stem] = path
     jobs = []
     for path in _pictures(degraded):
         if path.stem not in references:
@@ -100,7 +104,9 @@ def _pair_folders(degraded: Path, reference: Path, output: Path) -> list[Job]:
 
 
 def _pictures(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in READABLE_SUFFIXES)
+    """Its own files; those whose names start with a dot are of the system that copied it."""
+    files = (path for path in folder.iterdir() if not path.name.startswith(".") and path.is_file())
+    return sorted(path for path in files if path.suffix.lower() in READABLE_SUFFIXES)
 
 
 def reconstruct_files(
@@ -117,15 +123,26 @@ def reconstruct_files(
         raise UserError(f"--strength must lie between 0 and 1, got {strength}")
     network = load_network(checkpoint).to(device)
     features = metric_features(vgg).to(device)
+    for folder in {job.output.parent for job in jobs}:
+        _make(folder)
     for job in jobs:
         began = time.monotonic()
         degraded, reference = read_image(job.degraded), read_image(job.reference)
-        result, notes = recolour(network, degraded.rgb, reference.rgb, device, strength)
-        job.output.parent.mkdir(exist_ok=True)
+        try:
+            result, notes = recolour(network, degraded.rgb, reference.rgb, device, strength)
+        except UserError as error:
+            raise type(error)(f"{job.degraded}: {error}") from error
         write_image(job.output, result, degraded, force=force)
         seconds = time.monotonic() - began
         pictures = (picture.to(device) for picture in (degraded.rgb, reference.rgb, result))
         yield Report(job, measure(*pictures, features), seconds, notes)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror})") from error
 
 
 # Convolutions see zeros past the edge, which shows as a coloured frame some pixels wide after the transfer. With the
@@ -147,9 +164,13 @@ def recolour(
         transfer = transfer_moments(content, *statistics, strength)
         check_stream_range(transfer.z)
         result = _inside(network.decode(transfer.z), degraded)[0]
-    except torch.cuda.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        # The CPU's allocator has no error of its own.
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in str(error):
+            raise
         pixels = max(degraded[0].numel(), reference[0].numel()) / 1e6
-        raise UserError(f"a picture of {pixels:.1f} megapixels does not fit this GPU; take --device cpu") from error
+        place = "this computer's memory; reduce it" if device.type == "cpu" else "this GPU; take --device cpu"
+        raise UserError(f"a picture of {pixels:.1f} megapixels does not fit {place}") from error
     except OverflowError as error:
         raise UnsuitableWeightsError(str(error)) from error
     if not result.isfinite().all():

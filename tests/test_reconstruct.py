@@ -84,6 +84,54 @@ def test_folders_pair_by_name(tmp_path, checkpoint):
     assert len(reports) == 2
 
 
+def folders_of(tmp_path, **names):
+    for folder, files in names.items():
+        (tmp_path / folder).mkdir()
+        for name in files:
+            save_picture(tmp_path / folder / name, 20, 20)
+    return [tmp_path / folder for folder in names]
+
+
+def test_what_a_system_leaves_in_folders_is_passed_over(tmp_path, checkpoint):
+    faded, kept = folders_of(tmp_path, faded=["a.png"], kept=["a.png"])
+    (faded / "._a.png").write_bytes(b"of macOS")
+    (faded / "more.png").mkdir()
+    assert [report.job.degraded.name for report in run(faded, kept, tmp_path / "out", checkpoint)] == ["a.png"]
+
+
+def test_two_references_of_one_name_are_refused(tmp_path):
+    faded, kept = folders_of(tmp_path, faded=["a.png"], kept=["a.png", "a.jpg"])
+    with pytest.raises(UserError, match=r"holds two references of one name, a\.jpg, a\.png"):
+        plan(faded, kept, tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_made_is_found_before_any_work(tmp_path, checkpoint, monkeypatch):
+    faded, kept = folders_of(tmp_path, faded=["a.png"], kept=["a.png"])
+    jobs = plan(faded, kept, tmp_path / "out")
+    (tmp_path / "out").touch()
+    monkeypatch.delattr("restoration.reconstruct.recolour")
+    with pytest.raises(UserError, match="out: cannot be made"):
+        next(reconstruct_files(jobs, checkpoint=checkpoint, device=CPU))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "a picture of 0.0 megapixels does not fit this computer's memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "does not fit this computer's memory"),
+        (OverflowError("values reach 521"), "values reach 521"),
+    ],
+)
+def test_a_picture_that_cannot_be_treated_is_named(tmp_path, checkpoint, monkeypatch, error, message):
+    def fail(*_):
+        raise error
+
+    picture = save_picture(tmp_path / "faded.png", 20, 20)
+    monkeypatch.setattr(ReversibleNetwork, "encode", fail)
+    with pytest.raises(UserError, match=f"faded.png: .*{message}"):
+        run(picture, picture, tmp_path / "out.png", checkpoint)
+
+
 def test_nothing_is_overwritten_without_force(tmp_path, checkpoint):
     picture = save_picture(tmp_path / "a.png", 16, 16)
     output = save_picture(tmp_path / "out.png", 5, 5)
