@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 # float32's powers of two: multiples of others cannot be computed in it.
 _LEAST_QUANTUM, _LARGEST_QUANTUM = 2.0**-126, 2.0**127
 
@@ -298,9 +299,6 @@ def _sequence(operator, argument, value, length=None):
         _fail(operator, argument, "have one entry for each layer", "none")
     if length is not None and len(value) != length:
         _fail(operator, argument, f"have {length} entries, one for each layer", len(value))
-
-
-_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 
 
 def _is_integer(value):

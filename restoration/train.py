@@ -112,10 +112,9 @@ def _checkpoint_to_resume(run: Path, resume: bool, initial_weights: Path | None)
 
 def _check_unchanged(run: Path, checkpoint_path: Path | None) -> None:
     """UserError where another run has gone on in the folder between the look at it and the lock."""
-    newest = newest_checkpoint(run)
-    if newest != checkpoint_path:
+    if newest_checkpoint(run) != checkpoint_path:
         raise UserError(
-            f"{run}: another run has written {newest.name} meanwhile; give --resume to go on, or another --out"
+            f"{run}: another run has changed its checkpoints meanwhile; start once more, or give another --out"
         )
 
 
