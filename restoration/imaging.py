@@ -46,6 +46,11 @@ _SAVE_OPTIONS = {
 # The formats' own limits (libjpeg's JPEG_MAX_DIMENSION, WebP's 14-bit sizes): a long handscroll exceeds them.
 _LONGEST_SIDE = {"JPEG": 65_500, "WEBP": 16_383}
 
+# TIFF's tags and values that say what a number stands for, and the name under which a picture carries the answer.
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+_WHITE_IS_ZERO, _SIGNED = 0, 2
+_TIFF_RANGE = "range of a TIFF file's grey"
+
 # Tags that describe the painting or its photograph. The others describe how the old file stored its pixels
 # (orientation, size, strips, thumbnail) and would be stale in a new one.
 _KEPT_TAGS = (
@@ -269,6 +274,8 @@ def _decode_file(file: BinaryIO, path: Path) -> Image.Image:
     try:
         image = Image.open(file, formats=_READABLE_FORMATS)
         image.load()
+        if image.format == "TIFF":
+            image.info[_TIFF_RANGE] = _tiff_range(image)
     except UnidentifiedImageError:
         raise UserError(f"{path}: is not a readable PNG, JPEG, TIFF, WebP or BMP image") from None
     except Image.DecompressionBombError as error:
@@ -277,6 +284,13 @@ def _decode_file(file: BinaryIO, path: Path) -> Image.Image:
     except Exception as error:
         raise UserError(f"{path}: is damaged or truncated ({_reason(error)})") from error
     return image
+
+
+def _tiff_range(image: Image.Image) -> tuple[int, bool]:
+    """The largest value that a pixel can have, and whether that is black: of deep pixels Pillow heeds neither."""
+    (bits, *_), (kind, *_) = (image.tag_v2.get(tag, (usual,)) for tag, usual in ((_BITS, 16), (_SAMPLE_FORMAT, 1)))
+    largest = 2 ** min(bits - (kind == _SIGNED), 16) - 1
+    return largest, image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
 
 
 def _upright(image: Image.Image, path: Path) -> tuple[Image.Image, bytes | None]:
@@ -347,9 +361,11 @@ def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
 def _grey_to_8_bits(image: Image.Image, path: Path) -> Image.Image:
     # Pillow gives 16-bit grey in the modes I;16 and I, the latter also for 32 bits, whose range nobody states.
     values = np.asarray(image)
-    if image.mode == "F" or values.min() < 0 or values.max() > 65_535:
+    white, black_is_largest = image.info.get(_TIFF_RANGE, (65_535, False))
+    if image.mode == "F" or values.min() < 0 or values.max() > white:
         raise UserError(f"{path}: float and 32-bit pixels cannot be read; save it with 8 or 16 bits a channel")
-    grey = Image.fromarray(np.rint(values / 257).astype(np.uint8))  # 257 = 65535 / 255
+    shades = np.rint(values * (255 / white)).astype(np.uint8)
+    grey = Image.fromarray(255 - shades if black_is_largest else shades)
     grey.info = dict(image.info)
     return grey
 

@@ -73,6 +73,26 @@ def png_of_16_bits(values):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
+@pytest.mark.parametrize(("tags", "white", "black"), [({}, 65_535, 0), ({262: 0}, 0, 65_535)], ids=["usual", "turned"])
+@pytest.mark.parametrize("orientation", [1, 3])
+def test_deep_grey_of_either_direction(tmp_path, tags, white, black, orientation):
+    values = np.array([[white, black, 30_000], [white, black, 30_000]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "grey.tif", tiffinfo={**tags, 274: orientation})
+    middle = 30_000 / 65_535 if white else 1 - 30_000 / 65_535
+    row = [1.0, 0.0, middle] if orientation == 1 else [middle, 0.0, 1.0]
+    found = read_rgb(tmp_path / "grey.tif")
+    assert np.abs(np.asarray(found)[..., 0] / 255 - row).max() <= 0.5 / 255 + 1e-6
+
+
+def test_grey_of_12_bits_reaches_white(tmp_path):
+    packed = bytes([0xFF, 0xF0, 0x00, 0x80, 0x00, 0x00])  # 4095, 0, 2048, 0
+    entries = {256: 4, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: len(packed)}
+    directory = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in entries.items())
+    header = b"II*\0" + struct.pack("<I", 8 + len(packed))
+    (tmp_path / "grey.tif").write_bytes(header + packed + struct.pack("<H", len(entries)) + directory + b"\0" * 4)
+    assert np.asarray(read_rgb(tmp_path / "grey.tif"))[0, :, 0].tolist() == [255, 0, 128, 0]
+
+
 def assert_refuses(function, *arguments, saying, **options):
     with pytest.raises(UserError) as caught:
         function(*arguments, **options)
