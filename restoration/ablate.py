@@ -68,6 +68,8 @@ def ablate(
     """
     if seeds < 2:
         raise UserError(f"--seeds must be at least 2, or nothing tells a difference from chance; got {seeds}")
+    if size < 1:
+        raise UserError(f"--size must be at least 1, got {size}")
     planned = plan(settings, seeds)
     folders = [out / f"{variant.replace(' ', '_')}_seed{config.seed}" for variant, config in planned]
     steps = [_steps_done(folder, config) for folder, (_, config) in zip(folders, planned, strict=True)]

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from restoration.checkpoints import load_network
 from restoration.errors import UserError
 from restoration.imaging import check_writable, contact_sheet, from_pillow, read_image, write_image
 from restoration.reconstruct import Job, Report, reconstruct_files
-from restoration.samples import sample_pair
+from restoration.samples import PALETTES, sample_pair
 
 SIDE_BY_SIDE_CELL = 480  # brush strokes still show, and three of them fit a page
 
@@ -27,6 +28,9 @@ def make_demo(
     degraded, reference, result, side_by_side = pictures = [
         out / f"{name}.png" for name in ("degraded", "reference", "result", "side_by_side")
     ]
+    if palette not in PALETTES:
+        raise UserError(f"--palette must be one of {', '.join(PALETTES)}, got {palette!r}")
+    load_network(checkpoint)  # before there is anything that a second call would have to overwrite
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -81,6 +81,8 @@ def test_what_is_done_is_not_done_twice(paintings, tmp_path, capsys, monkeypatch
 def test_one_seed_is_refused(paintings, tmp_path, capsys, monkeypatch):
     code, _, err = call(capsys, monkeypatch, "--data", paintings, "--out", tmp_path / "out", *TINY, "--seeds", 1)
     assert code == 2 and "--seeds must be at least 2" in err and not (tmp_path / "out").exists()
+    code, _, err = call(capsys, monkeypatch, "--data", paintings, "--out", tmp_path / "out", *TINY, "--size", 0)
+    assert code == 2 and "--size must be at least 1, got 0" in err and not (tmp_path / "out").exists()
 
 
 def test_a_difference_is_judged_against_what_seeds_do():

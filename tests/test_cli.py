@@ -228,3 +228,16 @@ def test_demo(workshop, tmp_path, capsys, monkeypatch):
     before = (out / "result.png").read_bytes()
     assert call(capsys, monkeypatch, *arguments)[0] == 2
     assert (out / "result.png").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--palette", "purple"), "--palette must be one of blue_green, ochre, got 'purple'"),
+        (("--checkpoint", "missing.safetensors"), "missing.safetensors: no such checkpoint"),
+    ],
+)
+def test_demo_refuses_before_it_draws(tmp_path, capsys, monkeypatch, option, message):
+    code, _, err = call(capsys, monkeypatch, "demo", "--out", tmp_path / "demo", *option)
+    assert (code, err) == (2, f"error: {message}\n")
+    assert list(tmp_path.iterdir()) == []
