@@ -73,6 +73,11 @@ def fill_with_zeros(tensor):
     tensor.set_(torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape))
 
 
+def convolves_in_tf32():
+    """Whether torch's own convolutions of float32 round products to tf32, whichever of its two settings says so."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
 def on_device(device):
     """Context in which kernels start on this device, a CPU included."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

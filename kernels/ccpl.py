@@ -374,7 +374,12 @@ def _cpu_cannot(**arguments):
     return "its kernel takes no float16" if dtype == torch.float16 else None
 
 
+def _triton_cannot(query=None, **others):
+    # CUDA's limit of a grid's second axis.
+    return "its kernel takes at most 65,535 images" if query is not None and len(query) > 65_535 else None
+
+
 for _operator, _run in ((_NEIGHBOR_DIFFERENCE, _neighbor_difference), (_INFO_NCE, _info_nce)):
     _operator.register("cuda", functools.partial(_run, "cuda"))
-    _operator.register("triton", functools.partial(_run, "triton"))
+    _operator.register("triton", functools.partial(_run, "triton"), _triton_cannot)
     _operator.register("cpu", functools.partial(_run, "cpu"), _cpu_cannot)

@@ -66,11 +66,11 @@ def pac_conv2d(
         with normalize or more than 64 channels, 8 of a shared filter) and at most 8 MB more; in Triton likewise, with
         K² numbers and K² more for every 64 channels (16 without tensor cores) and at most 16 MB; the reference holds
         about K²·(2C + G) numbers for each output place. Triton compares tiles in its first call with a number of
-        channels and a dtype, which must not be while a CUDA graph is captured, and not at all under
-        torch.use_deterministic_algorithms. On GPUs products of float32 are rounded to tf32 where
-        torch.backends.cudnn.allow_tf32, as in conv2d. Inf or NaN in the guide spoils the output and the gradients of x
-        and guide in reach of one kernel only: next to a pixel of Inf the taps vanish, at it the centre remains, and the
-        guide's gradient is NaN there.
+        channels and a dtype, not under torch.use_deterministic_algorithms; as of any Triton kernel, the first call must
+        not be while a CUDA graph is captured. On GPUs products of float32 are rounded to tf32 where
+        torch.backends.cudnn.allow_tf32 (or conv.fp32_precision there) asks for it, as in conv2d. Inf or NaN in the
+        guide spoils the output and the gradients of x and guide in reach of one kernel only: next to a pixel of Inf the
+        taps vanish, at it the centre remains, and the guide's gradient is NaN there.
 
     Raises:
         TypeError, ValueError: an argument is not as said here.
@@ -247,6 +247,8 @@ def _cpu_cannot(x, **others):
 
 
 def _gpu_cannot(x, weight, stride=1, padding=0, dilation=1, **others):
+    if max(_pair(stride)) > _MOST_PIXELS:
+        return "its kernel counts the steps of a stride in 32 bits"
     margins, gaps = _pair(padding), _pair(dilation)
     height, width = (x.shape[2 + axis] + 2 * margins[axis] + weight.shape[-1] * gaps[axis] for axis in (0, 1))
     return "its kernel counts the pixels of a padded plane in 32 bits" if height * width > _MOST_PIXELS else None
@@ -305,7 +307,7 @@ def _launch_forward(
     tensors = {"x": x, "guide": guide, "weight": weight, "bias": bias, "residual": residual, "y": y}
     if backend == "cuda":
         # As for conv2d, whose sums these are.
-        geometry["allow_tf32"] = torch.backends.cudnn.allow_tf32
+        geometry["allow_tf32"] = _launch.convolves_in_tf32()
         tensors["workspace"] = _launch.workspace("pac_conv2d_forward", geometry, x)
     options = {"alpha": alpha, "quantum": quantum or 0.0, "output_dtype": _launch.dtype_code(y.dtype)}
     _launch.run("pac_conv2d_forward", backend, tensors, geometry | options, x.dtype)
@@ -346,7 +348,7 @@ def _launch_backward(backend, outputs, grad_y, x, guide, weight, stride, padding
     tensors = {"grad_y": grad_y, "x": x, "guide": guide, "weight": weight, **dict(zip(names, gradients, strict=True))}
     options = {"alpha": alpha, "output_dtype": _launch.dtype_code(grad_y.dtype)}
     if backend == "cuda":
-        options["allow_tf32"] = torch.backends.cudnn.allow_tf32
+        options["allow_tf32"] = _launch.convolves_in_tf32()
         made = [gradient is not None for gradient in gradients]
         tensors["workspace"] = _launch.workspace("pac_conv2d_backward", {**geometry, "wanted": made}, x)
     _launch.run("pac_conv2d_backward", backend, tensors, geometry | options, x.dtype)

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
+from . import _launch
+
 # Columns of a tile: a warp of 32 threads reads whole cache lines, and those of neighbouring taps are mostly the same.
 COLUMNS = 32
 # tl.dot multiplies no fewer channels at once, and padding fewer to as many costs more than it gains.
@@ -98,7 +100,7 @@ def product_form(x, weight, out_channels):
 
 def on_tensor_cores(x):
     """Whether products may be rounded to what tensor cores multiply."""
-    return x.element_size() == 2 or (x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32)
+    return x.element_size() == 2 or (x.dtype == torch.float32 and _launch.convolves_in_tf32())
 
 
 def arithmetic(x):

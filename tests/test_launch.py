@@ -1,5 +1,8 @@
 """The border to the compiled kernels. The CUDA kernels are reached without a GPU, through the runner of simt_build."""
 
+import subprocess
+import sys
+
 import compare
 import pytest
 import torch
@@ -43,6 +46,31 @@ def test_cuda_backend_on_a_simulated_gpu(simulated_gpu, backend, sample, dtype):
     ours = compare.differentiate(compare.public(sample.operator, backend), arguments, names)
     exact = compare.differentiate(reference, convert(arguments, torch.float64, "cpu"), names)
     compare.judge_all(ours, exact, compare.differentiate(reference, arguments, names))
+
+
+def test_tf32_is_asked_for_by_either_setting():
+    """The getter of the older one raises once the newer one was used."""
+    code = """
+import torch
+from restoration_kernels import _launch
+cudnn = torch.backends.cudnn
+for allowed in (True, False):
+    cudnn.allow_tf32 = allowed
+    assert _launch.convolves_in_tf32() is allowed
+for precision in ("tf32", "ieee"):
+    cudnn.conv.fp32_precision = precision
+    assert _launch.convolves_in_tf32() is (precision == "tf32")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_32_bits_cannot_count_is_left_to_others():
+    x = torch.zeros(1, 1, 3, 3)
+    for backend in ("cuda", "triton"):
+        reason = _backend.OPERATORS["pac_conv2d"]._predicates[backend](x=x, weight=x, stride=2**31)
+        assert reason == "its kernel counts the steps of a stride in 32 bits"
+    many = torch.zeros(1, 1, 1).expand(70_000, 1, 1)
+    assert _backend.OPERATORS["info_nce"]._predicates["triton"](query=many) == "its kernel takes at most 65,535 images"
 
 
 def test_op_of_an_exported_graph_checks_its_device(monkeypatch):
