@@ -17,7 +17,7 @@ from . import _checks
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 ENVIRONMENT_VARIABLE = "RESTORATION_BACKEND"
 # Triton asks for its interpreter, which runs kernels in Python for tests and debugging, when it is imported.
-_ON_ANY_DEVICE = ("triton", "reference") if os.environ.get("TRITON_INTERPRET") == "1" else ("reference",)
+_ON_ANY_DEVICE = ("triton",) if os.environ.get("TRITON_INTERPRET") == "1" else ()
 # torch.autocast leaves float64 alone.
 _AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -27,13 +27,9 @@ def define(schema, allocate, launch):
 
     def run(*arguments):
         *arguments, backend = arguments
-        device = arguments[0].device
-        # A graph that torch.export made on another machine, or that was moved since, comes here unchecked.
-        _checks.usable(name, backend, device, _backend.why_not_on(backend, device))
+        _check_usable(name, backend, arguments[0].device)
         outputs = allocate(*arguments)
-        contiguous = [value.contiguous() if isinstance(value, torch.Tensor) else value for value in arguments]
-        with _launch.on_device(device):
-            launch(backend, outputs, *contiguous)
+        _launch_on(arguments[0].device, launch, backend, outputs, arguments)
         return _results(outputs)
 
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -55,11 +51,8 @@ def define_in_place(schema, launch):
 
     def run(output, *arguments):
         *arguments, backend = arguments
-        device = output.device
-        _checks.usable(name, backend, device, _backend.why_not_on(backend, device))
-        contiguous = [value.contiguous() if isinstance(value, torch.Tensor) else value for value in arguments]
-        with _launch.on_device(device):
-            launch(backend, output, *contiguous)
+        _check_usable(name, backend, output.device)
+        _launch_on(output.device, launch, backend, output, arguments)
         if not output.is_inference():
             torch.autograd.graph.increment_version(output)  # what autograd has saved of it is no more what it was
 
@@ -67,6 +60,17 @@ def define_in_place(schema, launch):
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{_LIBRARY.ns}::{name}", lambda *arguments: None, lib=_LIBRARY)
     return getattr(getattr(torch.ops, _LIBRARY.ns), name).default
+
+
+def _check_usable(name, backend, device):
+    """A graph that torch.export made on another machine, or that was moved since, comes here unchecked."""
+    _checks.usable(name, backend, device, _backend.why_not_on(backend, device))
+
+
+def _launch_on(device, launch, backend, outputs, arguments):
+    contiguous = [value.contiguous() if isinstance(value, torch.Tensor) else value for value in arguments]
+    with _launch.on_device(device):
+        launch(backend, outputs, *contiguous)
 
 
 def differentiate(forward, backward, save, count, outputs=1):

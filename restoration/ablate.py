@@ -20,7 +20,7 @@ from restoration.checkpoints import load_checkpoint, load_network
 from restoration.config import TrainingConfig, make_config
 from restoration.data import Pair
 from restoration.errors import UserError
-from restoration.evaluate import NETWORK, choose_methods, evaluate, pair_cases, pair_name
+from restoration.evaluate import NETWORK, check_size, choose_methods, evaluate, pair_cases, pair_name
 from restoration.evaluation_report import aligned_table, summarise
 from restoration.files import write_whole
 from restoration.train import newest_checkpoint, train
@@ -68,8 +68,7 @@ def ablate(
     """
     if seeds < 2:
         raise UserError(f"--seeds must be at least 2, or nothing tells a difference from chance; got {seeds}")
-    if size < 1:
-        raise UserError(f"--size must be at least 1, got {size}")
+    check_size(size)
     planned = plan(settings, seeds)
     folders = [out / f"{variant.replace(' ', '_')}_seed{config.seed}" for variant, config in planned]
     steps = [_steps_done(folder, config) for folder, (_, config) in zip(folders, planned, strict=True)]

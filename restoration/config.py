@@ -126,14 +126,13 @@ def make_config(preset: str = "paper", **overrides: object) -> TrainingConfig:
 def checked(config: TrainingConfig) -> TrainingConfig:
     """The same settings; UserError names the first that is out of range."""
     for name, least in _LEAST.items():
-        if not getattr(config, name) >= least:
-            raise UserError(f"{_option(name)} must be at least {least}, got {getattr(config, name)}")
-    for name, most in _MOST.items():
-        if getattr(config, name) > most:
-            raise UserError(f"{_option(name)} must be at most {most}, got {getattr(config, name)}")
-    for name in _LEAST:
-        if not math.isfinite(getattr(config, name)):
-            raise UserError(f"{_option(name)} must be finite, got {getattr(config, name)}")
+        value, most = getattr(config, name), _MOST.get(name, math.inf)
+        if not value >= least:
+            raise UserError(f"{_option(name)} must be at least {least}, got {value}")
+        if value > most:
+            raise UserError(f"{_option(name)} must be at most {most}, got {value}")
+        if not math.isfinite(value):
+            raise UserError(f"{_option(name)} must be finite, got {value}")
     for name, choices in _CHOICES.items():
         if getattr(config, name) not in choices:
             raise UserError(f"{_option(name)} must be one of {', '.join(choices)}, got {getattr(config, name)!r}")

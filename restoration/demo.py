@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from restoration.checkpoints import load_network
 from restoration.errors import UserError
 from restoration.imaging import check_writable, contact_sheet, from_pillow, read_image, write_image
 from restoration.reconstruct import Job, Report, reconstruct_files
@@ -30,18 +29,14 @@ def make_demo(
     ]
     if palette not in PALETTES:
         raise UserError(f"--palette must be one of {', '.join(PALETTES)}, got {palette!r}")
-    load_network(checkpoint)  # before there is anything that a second call would have to overwrite
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be made ({error.strerror})") from error
+    # Whose mistakes are found now, before there is anything that a second call would have to overwrite.
+    reports = reconstruct_files([Job(degraded, reference, result)], checkpoint=checkpoint, device=device, force=force)
     for picture in pictures:
         check_writable(picture, force=force)
 
     for path, drawn in zip((degraded, reference), sample_pair(palette), strict=True):
         write_image(path, from_pillow(Image.fromarray(drawn)), force=force)
-    job = Job(degraded, reference, result)
-    (report,) = reconstruct_files([job], checkpoint=checkpoint, device=device, force=force)
+    (report,) = reports
     row = [read_image(path).rgb for path in (degraded, reference, result)]
     titles = ("faded", "reference", "recoloured")
     write_image(side_by_side, contact_sheet([("", row)], titles, cell=SIDE_BY_SIDE_CELL), force=force)

@@ -57,12 +57,16 @@ class Evaluation:
     pictures: dict[str, Tensor]
 
 
+def check_size(size: int) -> None:
+    if size < 1:
+        raise UserError(f"--size must be at least 1, got {size}")
+
+
 def choose_cases(
     data: Path | None, pairs: Path | None = None, *, count: int, size: int, synthetic: bool = False
 ) -> tuple[Iterator[Case], int]:
     """The cases that the options of the command line name, and their number. UserError where they name none."""
-    if size < 1:
-        raise UserError(f"--size must be at least 1, got {size}")
+    check_size(size)
     if data is None:
         if not synthetic:
             raise UserError("--data must be given (only --synthetic can do without)")

@@ -11,6 +11,7 @@ import torch
 import restoration
 from restoration.errors import UserError
 from restoration.evaluate import NETWORK, UNTOUCHED, Evaluation
+from restoration.files import make_folder
 from restoration.imaging import contact_sheet, write_image
 
 OUTPUTS = ("metrics.json", "table.md", "contact_sheet.png")
@@ -44,10 +45,7 @@ def check_output(out: Path, *, force: bool = False) -> None:
     for name in OUTPUTS:
         if (out / name).exists() and not force:
             raise UserError(f"{out / name}: exists already (--force overwrites)")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be made ({error.strerror})") from error
+    make_folder(out)
 
 
 def write_report(evaluations: list[Evaluation], out: Path, *, size: int) -> None:

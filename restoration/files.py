@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from restoration.errors import UserError
 
@@ -26,15 +27,28 @@ def write_whole(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            write_through(file, content)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
     _flush_folder(path.parent)
+
+
+def write_through(file: BinaryIO, content: bytes | memoryview) -> None:
+    """Writes, and waits until the disk has it: OSError where that has no room."""
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder where it is missing, and those that it lies in. UserError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror})") from error
 
 
 def _flush_folder(folder: Path) -> None:

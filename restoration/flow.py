@@ -109,7 +109,7 @@ class ReversibleNetwork(nn.Module):
         steps: list[Step] = [Rearrangement(self._expand, self._reduce)]
         for index, stage in enumerate(stages):
             if index > 0:
-                steps.append(Rearrangement(_squeeze, _unsqueeze))
+                steps.append(Rearrangement(_squeeze, _unsqueeze, each_stream=True))
             steps += stage
         return [*steps, *refinement, Rearrangement(_merge, _split)]
 
@@ -119,7 +119,7 @@ class ReversibleNetwork(nn.Module):
         for index, stage in reversed(list(enumerate(stages))):
             steps += reversed(stage)
             if index > 0:
-                steps.append(Rearrangement(_unsqueeze, _squeeze))
+                steps.append(Rearrangement(_unsqueeze, _squeeze, each_stream=True))
         return steps
 
     def _expand(self, image: Tensor) -> Streams:

@@ -21,6 +21,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from restoration.errors import UserError
+from restoration.files import write_through
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +47,7 @@ _SAVE_OPTIONS = {
 # The formats' own limits (libjpeg's JPEG_MAX_DIMENSION, WebP's 14-bit sizes): a long handscroll exceeds them.
 _LONGEST_SIDE = {"JPEG": 65_500, "WEBP": 16_383}
 
-# TIFF's tags and values that say what a number stands for, and the name under which a picture carries the answer.
-_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+# Values of TIFF's tags that say what a number stands for, and the name under which a picture carries the answer.
 _WHITE_IS_ZERO, _SIGNED = 0, 2
 _TIFF_RANGE = "range of a TIFF file's grey"
 
@@ -173,9 +173,7 @@ def write_image(
         encoded = io.BytesIO()
         image.save(encoded, format=image_format, **options)
         with open(temporary, "xb") as file:
-            file.write(encoded.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
+            write_through(file, encoded.getbuffer())
         _publish(temporary, path, force)
     except FileExistsError:
         raise UserError(f"{path}: exists already (--force overwrites)") from None
@@ -288,9 +286,10 @@ def _decode_file(file: BinaryIO, path: Path) -> Image.Image:
 
 def _tiff_range(image: Image.Image) -> tuple[int, bool]:
     """The largest value that a pixel can have, and whether that is black: of deep pixels Pillow heeds neither."""
-    (bits, *_), (kind, *_) = (image.tag_v2.get(tag, (usual,)) for tag, usual in ((_BITS, 16), (_SAMPLE_FORMAT, 1)))
+    bits, *_ = image.tag_v2.get(ExifTags.Base.BitsPerSample, (16,))
+    kind, *_ = image.tag_v2.get(ExifTags.Base.SampleFormat, (1,))
     largest = 2 ** min(bits - (kind == _SIGNED), 16) - 1
-    return largest, image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+    return largest, image.tag_v2.get(ExifTags.Base.PhotometricInterpretation) == _WHITE_IS_ZERO
 
 
 def _upright(image: Image.Image, path: Path) -> tuple[Image.Image, bytes | None]:

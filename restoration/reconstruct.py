@@ -13,10 +13,11 @@ from torch import Tensor
 
 from restoration.checkpoints import load_network
 from restoration.errors import UnsuitableWeightsError, UserError
+from restoration.files import make_folder
 from restoration.flow import ReversibleNetwork, check_stream_range
 from restoration.imaging import READABLE_SUFFIXES, check_writable, read_image, read_rgb, write_image
 from restoration.metrics import Metrics, measure
-from restoration.vgg import metric_features
+from restoration.vgg import VGG19Features, metric_features
 from restoration.whitening import RIDGE_LADDER, moments, transfer_moments
 
 
@@ -118,13 +119,27 @@ def reconstruct_files(
     strength: float = 1.0,
     force: bool = False,
 ) -> Iterator[Report]:
-    """Carries jobs out one by one, yielding a report after each file is written."""
+    """Loads what all jobs need, and makes their folders; then, as they are asked for, carries them out one by one.
+
+    The reports come each after its file is written.
+    """
     if not 0 <= strength <= 1:
         raise UserError(f"--strength must lie between 0 and 1, got {strength}")
     network = load_network(checkpoint).to(device)
     features = metric_features(vgg).to(device)
     for folder in {job.output.parent for job in jobs}:
-        _make(folder)
+        make_folder(folder)
+    return _reports(jobs, network, features, device, strength, force)
+
+
+def _reports(
+    jobs: list[Job],
+    network: ReversibleNetwork,
+    features: VGG19Features,
+    device: torch.device,
+    strength: float,
+    force: bool,
+) -> Iterator[Report]:
     for job in jobs:
         began = time.monotonic()
         degraded, reference = read_image(job.degraded), read_image(job.reference)
@@ -136,13 +151,6 @@ def reconstruct_files(
         seconds = time.monotonic() - began
         pictures = (picture.to(device) for picture in (degraded.rgb, reference.rgb, result))
         yield Report(job, measure(*pictures, features), seconds, notes)
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror})") from error
 
 
 # Convolutions see zeros past the edge, which shows as a coloured frame some pixels wide after the transfer. With the

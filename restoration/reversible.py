@@ -42,10 +42,14 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Rearrangement:
-    """A step that moves numbers about: `apply` and its inverse `undo`, which is also the gradient of it."""
+    """A step that moves numbers about: `apply` and its inverse `undo`, which is also the gradient of it.
+
+    With each_stream, of every stream by itself: a gradient that is held negated then stays so.
+    """
 
     apply: Callable[..., Streams]
     undo: Callable[..., Streams]
+    each_stream: bool = False
 
     def run(self, *streams: Tensor) -> Streams:
         return self.apply(*streams)
@@ -56,7 +60,11 @@ class Rearrangement:
 
     def backward(self, streams: Streams, gradients: Gradients) -> tuple[Streams, Gradients, list[Tensor]]:
         """Streams and gradients on entering the step, of those on leaving it, and its parameters' gradients."""
-        return self.undo(*streams), Gradients(self.undo(*gradients.plain())), []
+        if self.each_stream:
+            before = Gradients(self.undo(*gradients.of), gradients.negated)
+        else:
+            before = Gradients(self.undo(*gradients.plain()))
+        return self.undo(*streams), before, []
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def test_what_is_done_is_not_done_twice(paintings, tmp_path, capsys, monkeypatch
         assert code == 2 and message in printed and not changed
 
 
-def test_one_seed_is_refused(paintings, tmp_path, capsys, monkeypatch):
+def test_one_seed_or_no_size_is_refused(paintings, tmp_path, capsys, monkeypatch):
     code, _, err = call(capsys, monkeypatch, "--data", paintings, "--out", tmp_path / "out", *TINY, "--seeds", 1)
     assert code == 2 and "--seeds must be at least 2" in err and not (tmp_path / "out").exists()
     code, _, err = call(capsys, monkeypatch, "--data", paintings, "--out", tmp_path / "out", *TINY, "--size", 0)

@@ -11,7 +11,7 @@ every_operator = pytest.mark.parametrize("operator", DIFFERENTIABLE)
 
 
 def sum_by_first(operator):
-    """The sum of an operator's outputs as a function of its first tensor with gradients, that tensor, and its name."""
+    """The sum of an operator's outputs as a function of its first tensor with gradients, and that tensor."""
     (sample, *_) = samples(operator, "tiny")
     arguments = sample.arguments(torch.float64)
     name = DIFFERENTIABLE[operator][0]
