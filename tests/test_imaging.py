@@ -1,5 +1,6 @@
 """Pictures on disk: read upright and in sRGB, written whole, with nothing lost or overwritten silently."""
 
+import functools
 import io
 import os
 import struct
@@ -39,6 +40,7 @@ def as_bytes(rgb):
     return to_uint8(rgb).permute(1, 2, 0).numpy()
 
 
+@functools.cache  # it holds the second in which it was made
 def srgb_profile():
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
