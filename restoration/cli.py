@@ -86,8 +86,12 @@ def _one_line_errors() -> Iterator[None]:
         if not isinstance(error, UserError) and BACKEND_VARIABLE not in str(error):
             raise
         if not isinstance(error, ReportedError):
-            print(f"error: {error}", file=sys.stderr)
+            _print_error(error)
         raise SystemExit(USAGE_ERROR) from None
+
+
+def _print_error(error: Exception) -> None:
+    print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def _has_peers() -> bool:
@@ -114,27 +118,47 @@ def reconstruct(
     strength: Annotated[float, typer.Option(help="Share of the change to make, 0 to 1.")] = 1.0,
     vgg: Vgg = None,
     force: Force = False,
+    skip_existing: Annotated[
+        bool, typer.Option("--skip-existing", help="Leave out pictures whose output is there: go on with a folder.")
+    ] = False,
 ) -> None:
     """Recolour DEGRADED after REFERENCE. Size, orientation and transparency are kept.
 
-    Started by torchrun, several processes share the files of a folder.
+    Of a folder, pictures that cannot be treated are named, and the others are recoloured all the same; the exit code
+    is then 2. Started by torchrun, several processes share the files of a folder.
     """
     from restoration.distributed import joined
     from restoration.reconstruct import choose_device, plan, reconstruct_files
 
     with joined() as world:
         target = world.together(lambda: world.own_device(choose_device(device)))
-        jobs = world.decide(lambda: plan(degraded, reference, output, force=force))
+        jobs = world.decide(lambda: plan(degraded, reference, output, force=force, skip_existing=skip_existing))
+        failures = []
+
+        def note_failure(error: UserError) -> None:
+            failures.append(error)
+            _print_error(error)
 
         def reconstruct_share() -> None:
             reports = reconstruct_files(
-                world.share(jobs), checkpoint=checkpoint, device=target, vgg=vgg, strength=strength, force=force
+                world.share(jobs),
+                checkpoint=checkpoint,
+                device=target,
+                vgg=vgg,
+                strength=strength,
+                force=force,
+                on_failure=note_failure if len(jobs) > 1 else None,
             )
             for report in reports:
                 # Flushed line by line: several processes may write here.
                 print(report.summary(), flush=True)
 
         world.together(reconstruct_share)
+        failed = sum(world.gather(len(failures)))
+        if failed:
+            world.refuse(f"{failed} of {len(jobs)} pictures could not be recoloured, for the reasons above")
+        if not jobs:
+            world.tell("nothing to do: every output is there")
 
 
 @app.command()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -54,11 +54,14 @@ class World:
         """Whether this is the one process that writes and talks."""
         return self.rank == 0
 
+    def refuse(self, message: str) -> NoReturn:
+        """UserError, reported once, on all processes: all must come here."""
+        raise UserError(message) if self.first else ReportedError(message)
+
     def refuse_company(self, option: str) -> None:
-        """UserError, reported once, where there are other processes, for an option of a single one."""
+        """UserError where there are other processes, for an option of a single one."""
         if self.size > 1:
-            message = f"{option} takes one process, got {self.size}: leave torchrun out"
-            raise UserError(message) if self.first else ReportedError(message)
+            self.refuse(f"{option} takes one process, got {self.size}: leave torchrun out")
 
     def tell(self, text: str) -> None:
         """Prints, once."""

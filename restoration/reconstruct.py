@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,16 +61,23 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def plan(degraded: Path, reference: Path, output: Path, *, force: bool = False) -> list[Job]:
+def plan(
+    degraded: Path, reference: Path, output: Path, *, force: bool = False, skip_existing: bool = False
+) -> list[Job]:
     """The jobs that two files, or two folders, ask for. UserError, before any work, where one cannot be done.
 
     Folders pair by file name without suffix; every picture of the degraded folder needs a partner. The output is then
-    a folder (made if missing) of PNG files of the same names.
+    a folder (made if missing) of PNG files of the same names. skip_existing: less the jobs whose output is there.
     """
+    if force and skip_existing:
+        raise UserError("--force overwrites what --skip-existing leaves alone: take one of them")
     folders = degraded.is_dir()
     if folders != reference.is_dir() and degraded.exists() and reference.exists():
         raise UserError(f"{degraded} and {reference}: must be two files or two folders")
     jobs = _pair_folders(degraded, reference, output) if folders else [Job(degraded, reference, output)]
+    if skip_existing:
+        # An output that is there is whole: `write_image` publishes nothing less.
+        jobs = [job for job in jobs if not job.output.is_file()]
     for job in jobs:
         picture = read_image(job.degraded)
         read_rgb(job.reference)
@@ -118,10 +126,12 @@ def reconstruct_files(
     vgg: Path | None = None,
     strength: float = 1.0,
     force: bool = False,
+    on_failure: Callable[[UserError], None] | None = None,
 ) -> Iterator[Report]:
     """Loads what all jobs need, and makes their folders; then, as they are asked for, carries them out one by one.
 
-    The reports come each after its file is written.
+    The reports come each after its file is written. on_failure is told of each picture that cannot be read or treated,
+    and the others are gone on with; without it the first such error is raised.
     """
     if not 0 <= strength <= 1:
         raise UserError(f"--strength must lie between 0 and 1, got {strength}")
@@ -129,7 +139,7 @@ def reconstruct_files(
     features = metric_features(vgg).to(device)
     for folder in {job.output.parent for job in jobs}:
         make_folder(folder)
-    return _reports(jobs, network, features, device, strength, force)
+    return _reports(jobs, network, features, device, strength, force, on_failure)
 
 
 def _reports(
@@ -139,18 +149,32 @@ def _reports(
     device: torch.device,
     strength: float,
     force: bool,
+    on_failure: Callable[[UserError], None] | None,
 ) -> Iterator[Report]:
     for job in jobs:
         began = time.monotonic()
-        degraded, reference = read_image(job.degraded), read_image(job.reference)
         try:
-            result, notes = recolour(network, degraded.rgb, reference.rgb, device, strength)
+            degraded, reference = read_image(job.degraded), read_image(job.reference).rgb
+            with _naming(job.degraded):
+                result, notes = recolour(network, degraded.rgb, reference, device, strength)
         except UserError as error:
-            raise type(error)(f"{job.degraded}: {error}") from error
+            if on_failure is None:
+                raise
+            on_failure(error)
+            continue
         write_image(job.output, result, degraded, force=force)
         seconds = time.monotonic() - began
-        pictures = (picture.to(device) for picture in (degraded.rgb, reference.rgb, result))
+        pictures = (picture.to(device) for picture in (degraded.rgb, reference, result))
         yield Report(job, measure(*pictures, features), seconds, notes)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Puts the file's name before the message of a UserError."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{path}: {error}") from error
 
 
 # Convolutions see zeros past the edge, which shows as a coloured frame some pixels wide after the transfer. With the

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from PIL import Image
 
 from restoration.checkpoints import save_network
 from restoration.cli import main
+from restoration.errors import UserError
 from restoration.flow import Architecture, ReversibleNetwork
+from restoration.reconstruct import recolour
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +139,31 @@ def test_reconstruct(workshop, tmp_path, capsys, monkeypatch):
     assert code == 0
     assert "SSIM" in out and "Gram loss" in out and "seconds" in out
     assert Image.open(tmp_path / "out.png").size == (80, 60)
+
+
+def test_reconstruct_goes_on_past_a_picture_that_cannot_be_treated(workshop, tmp_path, capsys, monkeypatch):
+    ink, out = workshop / "paintings" / "ink", tmp_path / "out"
+    arguments = (ink, ink, "-o", out, "--checkpoint", workshop / "small.safetensors", "--device", "cpu")
+    names = sorted(path.name for path in ink.iterdir())
+    fails_once = mock.Mock(wraps=recolour, side_effect=[UserError("too strange"), mock.DEFAULT, mock.DEFAULT])
+    with mock.patch("restoration.reconstruct.recolour", fails_once):
+        code, said, err = call(capsys, monkeypatch, "reconstruct", *arguments)
+    assert code == 2 and err.splitlines() == [
+        f"error: {ink / names[0]}: too strange",
+        f"error: 1 of {len(names)} pictures could not be recoloured, for the reasons above",
+    ]
+    assert sorted(path.name for path in out.iterdir()) == names[1:]
+    assert len(said.splitlines()) == len(names) - 1
+
+    written = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    code, said, err = call(capsys, monkeypatch, "reconstruct", *arguments, "--skip-existing")
+    assert (code, err) == (0, "") and said.startswith(f"{out / names[0]}: SSIM") and said.count("\n") == 1
+    assert written.items() <= {path: path.stat().st_mtime_ns for path in out.iterdir()}.items()
+
+    code, said, err = call(capsys, monkeypatch, "reconstruct", *arguments, "--skip-existing")
+    assert (code, said, err) == (0, "nothing to do: every output is there\n", "")
+    code, said, err = call(capsys, monkeypatch, "reconstruct", *arguments, "--skip-existing", "--force")
+    assert code == 2 and "take one of them" in err
 
 
 @pytest.mark.parametrize(
