@@ -61,7 +61,8 @@ def find_paintings(
     file, painting_id) tells which images show the same work, and SPLIT.csv (painting_id, split: train, validation or
     test; the last two mean the same) which works are held out; what those tables leave out is never held out.
     ``styles`` and ``split`` ("train" or "test") choose among them.
-    Raises UserError where root is not such a folder, a table is malformed, a style is unknown, or no image is left.
+    Raises UserError where root is not such a folder, a table is malformed or contradicts itself, SPLIT.csv holds out a
+    work of which MANIFEST.csv names no file, a style is unknown, or no image is left.
     """
     root = Path(root)
     if not root.is_dir():
@@ -319,18 +320,37 @@ def _images(paths: Iterable[Path], root: Path) -> list[Path]:
 def _works_and_splits(root: Path) -> tuple[dict[str, str], dict[str, str] | None]:
     """The painting_id of each file that MANIFEST.csv names, and the split of each painting_id (None: no SPLIT.csv)."""
     manifest, split_table = root / MANIFEST_FILE, root / SPLIT_FILE
-    if split_table.is_file():
-        # Strict: ignoring half of the tables would train on held-out works.
-        lines = read_table(manifest, ("file", "painting_id"))
-        splits = {
-            line["painting_id"]: _known_split(line["split"], split_table)
-            for line in read_table(split_table, ("painting_id", "split"))
-        }
-    else:
+    if not split_table.is_file():
         # A manifest of another make, without painting_id, says nothing here and does no harm.
         lines = read_table(manifest, ()) if manifest.is_file() else []
-        splits = None
-    return {line["file"]: line["painting_id"] for line in lines if line.get("file") and line.get("painting_id")}, splits
+        lines = [line for line in lines if line.get("file") and line.get("painting_id")]
+        return _told(manifest, lines, "file", "painting_id"), None
+
+    # Strict: ignoring half of the tables would train on held-out works.
+    works = _told(manifest, read_table(manifest, ("file", "painting_id")), "file", "painting_id")
+    lines = read_table(split_table, ("painting_id", "split"))
+    splits = {
+        work: _known_split(split, split_table)
+        for work, split in _told(split_table, lines, "painting_id", "split").items()
+    }
+    unknown = sorted({work for work, split in splits.items() if split == "test"} - set(works.values()))
+    if unknown:
+        raise UserError(f"{split_table}: holds out '{unknown[0]}', of which {manifest} names no file")
+    missing = [file for file in works if not (root / file).is_file()]
+    if missing:
+        logger.warning("%s: %d files are not there, such as '%s'", manifest, len(missing), missing[0])
+    return works, splits
+
+
+def _told(table: Path, lines: Iterable[dict[str, str]], key: str, value: str) -> dict[str, str]:
+    """What the table says of each key; UserError where it says two things."""
+    told: dict[str, str] = {}
+    for line in lines:
+        if told.setdefault(line[key], line[value]) != line[value]:
+            raise UserError(
+                f"{table}: gives '{line[key]}' two values of {value}, '{told[line[key]]}' and '{line[value]}'"
+            )
+    return told
 
 
 def _known_split(name: str, table: Path) -> str:

@@ -115,6 +115,25 @@ class TestFindPaintings:
     def test_styles_choose(self, folders):
         assert names(folders, find_paintings(folders, styles=["blue"])) == ["blue/1.png", "blue/2.png"]
 
+    def test_tables_that_would_let_held_out_works_in_are_refused(self, split_folders, caplog):
+        manifest, split = (split_folders / name for name in ("MANIFEST.csv", "SPLIT.csv"))
+        as_it_was = split.read_text()
+        split.write_text(f"{as_it_was}p7,test\n")
+        assert_refuses(find_paintings, split_folders, saying=f"SPLIT.csv: holds out 'p7', of which {manifest} names no")
+        split.write_text(f"{as_it_was}p2,train\n")
+        saying = "SPLIT.csv: gives 'p2' two values of split, 'validation' and 'train'"
+        assert_refuses(find_paintings, split_folders, saying=saying)
+        split.write_text(f"{as_it_was}p2,validation\np9,train\n")
+        assert len(find_paintings(split_folders)) == 6 and caplog.text == ""
+
+        manifest.write_text(manifest.read_text().replace("ink/1.png", "ink\\1.png"))
+        find_paintings(split_folders)
+        assert "MANIFEST.csv: 1 files are not there, such as 'ink\\1.png'" in caplog.text
+        split.unlink()
+        manifest.write_text(f"{manifest.read_text()}ink/2.png,p1\n")
+        saying = "MANIFEST.csv: gives 'ink/2.png' two values of painting_id, 'p3' and 'p1'"
+        assert_refuses(find_paintings, split_folders, saying=saying)
+
     def test_rejects(self, folders, split_folders):
         missing = folders / "missing"
         assert_refuses(find_paintings, missing, saying=f"{missing}: is not a folder of paintings")
