@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -133,9 +135,7 @@ class Optimisation:
         self._generator.manual_seed(self.config.seed * SEED_STRIDE + step)
         for group in self.optimizer.param_groups:
             group["lr"].fill_(learning_rate(self.config, step))
-        # One algorithm in forward and recomputation; without tf32, cuDNN would use it in convolutions by default.
-        deterministic, tf32 = torch.backends.cudnn.deterministic, self.config.precision != "fp32"
-        with torch.backends.cudnn.flags(True, benchmark=False, deterministic=deterministic, allow_tf32=tf32):
+        with _convolutions(tf32=self.config.precision != "fp32"):
             return self._run(degraded, reference)
 
     def _update(self, degraded: Tensor, reference: Tensor) -> Outcome:
@@ -166,6 +166,22 @@ class Optimisation:
         self.optimizer.found_inf = skipped
         self.optimizer.step()
         return norm, skipped
+
+
+@contextmanager
+def _convolutions(tf32: bool) -> Iterator[None]:
+    """Has cuDNN use one algorithm in forward and recomputation, and round float32 to tf32 or not: it would by default.
+
+    Torch's older setting reaches all that the newer ones do, but cannot be read once a user has made those differ.
+    """
+    cudnn = torch.backends.cudnn
+    benchmark, *precisions = cudnn.benchmark, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+    cudnn.benchmark, cudnn.allow_tf32 = False, tf32
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.allow_tf32 = benchmark, "tf32" in precisions
+        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = precisions
 
 
 def _return_freed_pages_before_backward(output: Tensor) -> None:

@@ -198,15 +198,35 @@ def test_tf32_is_refused_on_a_cpu(tmp_path):
             work()
 
 
-def test_tf32_flags_hold_during_a_step_alone(monkeypatch):
+@pytest.fixture
+def cudnn():
+    """Whose tf32 a test may set in either way."""
+    yield torch.backends.cudnn
+    torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.mark.parametrize("before", [True, False, "tf32", "ieee"])
+def test_tf32_holds_during_a_step_alone_whichever_setting_was_used(cudnn, monkeypatch, before):
+    older = isinstance(before, bool)
+    if older:
+        cudnn.allow_tf32 = before
+    else:
+        cudnn.conv.fp32_precision = before
+
+    def settings():
+        # The older one cannot be read after the newer ones were used.
+        tf32 = cudnn.allow_tf32 if older else None
+        return tf32, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.benchmark
+
+    outside, within = settings(), []
     optimise = optimisation(precision="tf32")
-    flags = []
-    monkeypatch.setattr(optimise, "_run", lambda *_: flags.append(torch.backends.cudnn.allow_tf32))
+    monkeypatch.setattr(
+        optimise, "_run", lambda *_: within.append((cudnn.allow_tf32, cudnn.conv.fp32_precision == "tf32"))
+    )
     for precision, wanted in (("tf32", True), ("fp32", False)):
-        before = torch.backends.cudnn.allow_tf32
         optimise.config = make_config("small", precision=precision)
         optimise(0, *crops())
-        assert flags.pop() is wanted and torch.backends.cudnn.allow_tf32 is before
+        assert within.pop() == (wanted, wanted) and settings() == outside
 
 
 def test_what_is_captured():
