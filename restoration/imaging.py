@@ -46,6 +46,7 @@ _SAVE_OPTIONS = {
 }
 # The formats' own limits (libjpeg's JPEG_MAX_DIMENSION, WebP's 14-bit sizes): a long handscroll exceeds them.
 _LONGEST_SIDE = {"JPEG": 65_500, "WEBP": 16_383}
+_LONGEST_JPEG_EXIF = 65_533  # bytes: a marker's 16-bit length counts itself
 
 # Values of TIFF's tags that say what a number stands for, and the name under which a picture carries the answer.
 _WHITE_IS_ZERO, _SIGNED = 0, 2
@@ -120,7 +121,7 @@ def read_rgb(path: str | os.PathLike) -> Image.Image:
 def check_writable(path: str | os.PathLike, *, force: bool = False, like: Picture | None = None) -> None:
     """Raise the UserError that ``write_image`` would raise, to be called before hours of work rather than after.
 
-    ``like``, where it is known already, is the picture whose size and alpha the written one will have.
+    ``like``, where it is known already, is the picture whose size, alpha and EXIF the written one will have.
     """
     path = Path(path)
     if path.suffix.lower() not in _WRITABLE_FORMATS:
@@ -134,7 +135,7 @@ def check_writable(path: str | os.PathLike, *, force: bool = False, like: Pictur
     if not force and os.path.lexists(path):
         raise UserError(f"{path}: exists already (--force overwrites)")
     if like is not None:
-        _check_format_holds(path, like.rgb.shape[-2:], like.alpha)
+        _check_format_holds(path, like.rgb.shape[-2:], like)
 
 
 def write_image(
@@ -144,14 +145,14 @@ def write_image(
 
     Alpha, descriptive EXIF, ICC profile and resolution are those of ``like`` (WebP has no place for the resolution).
     The file appears whole or not at all, and replaces another only with ``force``. PNG, TIFF and WebP are lossless.
-    Raises UserError where the file cannot be written, or where JPEG would lose transparency; ValueError where rgb
-    has another shape than [3, H, W], another size than the alpha of ``like``, or a value that is not finite.
+    Raises UserError where the file cannot be written, or where JPEG would lose transparency or EXIF data; ValueError
+    where rgb has another shape than [3, H, W], another size than the alpha of ``like``, or a value that is not finite.
     """
     path = Path(path)
     _check_pixels(rgb, like)
     alpha = None if like is None else like.alpha
     check_writable(path, force=force)
-    _check_format_holds(path, rgb.shape[-2:], alpha)
+    _check_format_holds(path, rgb.shape[-2:], like)
 
     image = to_pillow(rgb)
     image_format = _WRITABLE_FORMATS[path.suffix.lower()]
@@ -328,9 +329,9 @@ def _to_srgb(image: Image.Image, path: Path) -> tuple[Image.Image, Image.Image |
         image = _grey_to_8_bits(image, path)
     alpha = None
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        alpha = image.getchannel("A")
-        image = image.convert("RGB")
+        alpha = image.convert("RGBA").getchannel("A")
+        # Grey stays grey for its profile.
+        image = image.convert("L" if image.mode in ("L", "LA") else "RGB")
     elif image.mode in ("P", "1"):
         image = image.convert("RGB")
 
@@ -400,15 +401,22 @@ def _check_pixels(rgb: torch.Tensor, like: Picture | None) -> None:
         raise ValueError(f"rgb must have the size of like.alpha, {list(like.alpha.shape)}, got {list(rgb.shape[-2:])}")
 
 
-def _check_format_holds(path: Path, size: Sequence[int], alpha: torch.Tensor | None) -> None:
+def _check_format_holds(path: Path, size: Sequence[int], like: Picture | None) -> None:
     image_format = _WRITABLE_FORMATS[path.suffix.lower()]
     longest = _LONGEST_SIDE.get(image_format, math.inf)
     if max(size) > longest:
         raise UserError(
             f"{path}: {image_format} holds at most {longest} pixels a side, got {max(size)}; use .png or .tif"
         )
-    if image_format == "JPEG" and alpha is not None and bool((alpha < 255).any()):
+    if image_format != "JPEG" or like is None:
+        return
+    if like.alpha is not None and bool((like.alpha < 255).any()):
         raise UserError(f"{path}: JPEG would lose the picture's transparency; use .png, .tif or .webp")
+    if like.exif is not None and len(like.exif) > _LONGEST_JPEG_EXIF:
+        raise UserError(
+            f"{path}: JPEG holds at most {_LONGEST_JPEG_EXIF} bytes of EXIF data, got {len(like.exif)}; "
+            "use .png, .tif or .webp"
+        )
 
 
 def _reason(error: Exception) -> str:

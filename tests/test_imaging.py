@@ -51,6 +51,15 @@ def exchanged_profile():
     return profile.replace(b"rXYZ", b"....").replace(b"bXYZ", b"rXYZ").replace(b"....", b"bXYZ")
 
 
+def grey_profile():
+    """Of a scanner whose grey values are linear in light: a header, and a tone curve as the only tag."""
+    curve = struct.pack(">4s4xI", b"curv", 0)
+    size = 128 + 4 + 12 + len(curve)
+    header = struct.pack(">I4xI4s4s4s12x4s", size, 0x02400000, b"scnr", b"GRAY", b"XYZ ", b"acsp")
+    illuminant = struct.pack(">28x3I", 0xF6D6, 0x10000, 0xD32D)
+    return (header + illuminant).ljust(128, b"\0") + struct.pack(">I4sII", 1, b"kTRC", 144, len(curve)) + curve
+
+
 def notes(orientation):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
@@ -283,6 +292,22 @@ def test_other_profiles_are_converted_to_srgb(tmp_path, mode):
     assert (picture.alpha is None) if mode == "RGB" else bool((picture.alpha == 77).all())
 
 
+@pytest.mark.parametrize("mode", ["LA", "L with a transparent grey"])
+def test_grey_keeps_its_profile_beside_alpha(tmp_path, mode):
+    path, values = tmp_path / "old.png", np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    grey = Image.fromarray(values)
+    grey.save(tmp_path / "opaque.png", icc_profile=grey_profile())
+    if mode == "LA":
+        grey.putalpha(Image.new("L", (8, 8), 77))
+        grey.save(path, icc_profile=grey_profile())
+    else:
+        grey.save(path, icc_profile=grey_profile(), transparency=200)
+    picture, opaque = read_image(path), read_image(tmp_path / "opaque.png")
+    assert not np.array_equal(as_bytes(opaque.rgb)[..., 0], values)
+    assert torch.equal(picture.rgb, opaque.rgb)
+    assert np.array_equal(picture.alpha, np.full((8, 8), 77) if mode == "LA" else np.where(values == 200, 0, 255))
+
+
 def test_profile_of_another_colour_space_is_ignored(tmp_path, caplog):
     pixels = random_pixels(channels=1)
     Image.fromarray(pixels).save(tmp_path / "grey.png", icc_profile=exchanged_profile())
@@ -359,6 +384,20 @@ def test_formats_refuse_longer_sides_than_they_hold(tmp_path, suffix, longest):
     write_image(tmp_path / f"fits.{suffix}", torch.zeros(3, 1, longest))
     assert_refuses(write_image, tmp_path / f"long.{suffix}", torch.zeros(3, 1, longest + 1), saying=f"{longest} pixels")
     assert not (tmp_path / f"long.{suffix}").exists()
+
+
+def test_jpeg_refuses_more_notes_than_it_holds_before_any_work(tmp_path):
+    exif = Image.Exif()
+    for length, refused in ((65_000, False), (66_000, True)):
+        exif[ExifTags.Base.ImageDescription] = "x" * length
+        Image.fromarray(random_pixels()).save(tmp_path / "old.png", exif=exif)
+        picture = read_image(tmp_path / "old.png")
+        if refused:
+            saying = "new.jpg: JPEG holds at most 65533 bytes of EXIF data, got 660"
+            assert_refuses(check_writable, tmp_path / "new.jpg", force=True, like=picture, saying=saying)
+            assert_refuses(write_image, tmp_path / "new.jpg", picture.rgb, picture, force=True, saying=saying)
+        else:
+            write_image(tmp_path / "new.jpg", picture.rgb, picture)
 
 
 def test_one_pixel(tmp_path):
