@@ -10,10 +10,10 @@ conjugate gradients, which need M only through products.
 
 import argparse
 
-import numpy as np
 import torch
-from PIL import Image
 
+from restoration.errors import UserError
+from restoration.imaging import check_writable, read_image, write_image
 from restoration_kernels import matting_laplacian_apply
 
 # Far above the eigenvalues of M that colours meet, so that strokes keep theirs to a level of 255.
@@ -54,10 +54,15 @@ def conjugate_gradients(matrix, right, x, tolerance, iterations):
     return x
 
 
-def read(path):
-    """A picture as [1, 3, H, W] of float64 in [0, 1]."""
-    values = np.asarray(Image.open(path).convert("RGB"), dtype=np.float64) / 255
-    return torch.from_numpy(values).permute(2, 0, 1)[None]
+def colourise_files(grey, scribbled, result, *, force=False):
+    """Colours one file from another. UserError, before any work, where a file or their sizes do not do."""
+    picture = read_image(grey)
+    check_writable(result, force=force, like=picture)
+    grey, scribbled = (rgb.double()[None] for rgb in (picture.rgb, read_image(scribbled).rgb))
+    if grey.shape != scribbled.shape:
+        raise UserError(f"the pictures must be of one size, got {list(grey.shape[2:])} and {list(scribbled.shape[2:])}")
+    marked = ((scribbled - grey).abs() > STROKE_LEVELS / 255).any(1, keepdim=True)
+    write_image(result, colourise(grey, scribbled, marked)[0], picture, force=force)
 
 
 def main():
@@ -65,14 +70,11 @@ def main():
     parser = argparse.ArgumentParser(description="Colours a grey picture from a few coloured strokes.")
     for name in ("grey", "scribbled", "result"):
         parser.add_argument(name)
-    arguments = parser.parse_args()
-    grey, scribbled = read(arguments.grey), read(arguments.scribbled)
-    if grey.shape != scribbled.shape:
-        parser.error(f"the pictures must be of one size, got {list(grey.shape[2:])} and {list(scribbled.shape[2:])}")
-    marked = ((scribbled - grey).abs() > STROKE_LEVELS / 255).any(1, keepdim=True)
-    coloured = colourise(grey, scribbled, marked).clamp(0, 1)
-    values = (coloured[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-    Image.fromarray(values).save(arguments.result)
+    parser.add_argument("--force", action="store_true", help="overwrite the result")
+    try:
+        colourise_files(**vars(parser.parse_args()))
+    except UserError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

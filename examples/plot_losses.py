@@ -62,7 +62,10 @@ def main():
     losses = read_losses(arguments.run)
     if not losses:
         parser.error(f"{arguments.run}: holds no losses that `restoration train` has logged")
-    draw(losses).savefig(arguments.picture, dpi=100)
+    try:
+        draw(losses).savefig(arguments.picture, dpi=100)
+    except (OSError, ValueError) as error:  # of a folder that is not there, of an ending that is no picture's
+        parser.error(f"{arguments.picture}: {error}")
 
 
 if __name__ == "__main__":

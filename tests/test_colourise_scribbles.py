@@ -50,3 +50,17 @@ def test_command(tmp_path):
     coloured = np.asarray(Image.open(paths[2])).astype(int)
     assert coloured[0, 0, 0] > coloured[0, 0, 2] + 50
     assert coloured[0, -1, 2] > coloured[0, -1, 0] + 50
+
+
+def test_mistakes_are_told_and_nothing_is_overwritten(tmp_path):
+    grey, text, result = (tmp_path / name for name in ("grey.png", "text.png", "result.png"))
+    Image.new("RGB", (8, 8)).save(grey)
+    text.write_text("no picture")
+    result.write_bytes(b"of another")
+    for arguments, message in (
+        ((grey, text, tmp_path / "new.png"), "text.png: is not"),
+        ((grey, grey, result), "--force"),
+    ):
+        done = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert result.read_bytes() == b"of another" and not (tmp_path / "new.png").exists()

@@ -48,6 +48,11 @@ def test_command(run, tmp_path):
     subprocess.run([sys.executable, SCRIPT, run, picture], check=True)
     with Image.open(picture) as image:
         assert np.asarray(image.convert("L")).std() > 0
-    for wrong, message in ((tmp_path / "none", "no such folder"), (tmp_path, "holds no losses")):
-        result = subprocess.run([sys.executable, SCRIPT, wrong, picture], capture_output=True, text=True, check=False)
-        assert result.returncode == 2 and message in result.stderr
+    for folder, output, message in (
+        (tmp_path / "none", picture, "no such folder"),
+        (tmp_path, picture, "holds no losses"),
+        (run, tmp_path / "none" / "curve.png", "No such file"),
+        (run, tmp_path / "curve.docx", "'docx' is not supported"),
+    ):
+        result = subprocess.run([sys.executable, SCRIPT, folder, output], capture_output=True, text=True, check=False)
+        assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
