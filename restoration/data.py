@@ -117,7 +117,7 @@ def evaluation_pairs(
     Raises UserError where the folder or the table is malformed or a listed file is missing.
     """
     if count is not None and count < 1:
-        raise UserError(f"count must be 1 or more, got {count}")
+        raise UserError(f"--count must be 1 or more, got {count}")
     if csv is not None:
         return _listed_pairs(Path(root), Path(csv), count)
     pairs = []

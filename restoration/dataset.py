@@ -245,15 +245,15 @@ def _crop_names(source: Path, paintings: Sequence[Painting]) -> list[str]:
 
 def _check_options(crop: int, stride: int, small: str, uniform_share: float, test_share: float) -> None:
     if crop < 1:
-        raise UserError(f"crop must be 1 pixel or more, got {crop}")
+        raise UserError(f"--crop must be 1 pixel or more, got {crop}")
     if stride < 1:
-        raise UserError(f"stride must be 1 pixel or more, got {stride}")
+        raise UserError(f"--stride must be 1 pixel or more, got {stride}")
     if small not in ("enlarge", "skip"):
-        raise UserError(f"small must be 'enlarge' or 'skip', got '{small}'")
+        raise UserError(f"--small must be 'enlarge' or 'skip', got '{small}'")
     if not 0 <= uniform_share <= 1:
-        raise UserError(f"uniform_share must be between 0 and 1, got {uniform_share}")
+        raise UserError(f"--uniform-share must be between 0 and 1, got {uniform_share}")
     if not 0 <= test_share < 1:
-        raise UserError(f"test_share must be at least 0 and below 1, got {test_share}")
+        raise UserError(f"--test-share must be at least 0 and below 1, got {test_share}")
 
 
 def _check_folders(source: Path, out: Path, force: bool) -> None:
@@ -276,6 +276,7 @@ def _check_folders(source: Path, out: Path, force: bool) -> None:
     if not force:
         raise UserError(f"{out}: holds a data set already (--force replaces it)")
     made = {INDEX_FILE, *(row["file"] for row in read_table(out / INDEX_FILE, INDEX_COLUMNS))}
+    made |= {folder.as_posix() for file in made for folder in Path(file).parents}
     for path in sorted(out.rglob("*")):
-        if not path.is_dir() and path.relative_to(out).as_posix() not in made:
+        if path.relative_to(out).as_posix() not in made:
             raise UserError(f"{path}: was not made with the data set, which --force replaces; move it elsewhere")

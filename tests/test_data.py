@@ -220,7 +220,7 @@ class TestEvaluationPairs:
         for outside in ("../pairs.csv", str(folders / "ink/1.png")):
             write_table(table, ["degraded", "reference"], ["ink/1.png", outside])
             assert_refuses(evaluation_pairs, folders, table, saying=f"within it, got '{outside}'")
-        assert_refuses(evaluation_pairs, folders, count=0, saying="count must be 1 or more, got 0")
+        assert_refuses(evaluation_pairs, folders, count=0, saying="--count must be 1 or more, got 0")
 
 
 def same_samples(one, other):

@@ -2,6 +2,7 @@
 
 import csv
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -259,11 +260,13 @@ def test_progress_is_told_after_each_image(source, out):
     assert steps == [(done, 12) for done in range(1, 13)]
 
 
-def test_force_deletes_no_file_of_somebody_else(source, out):
+@pytest.mark.parametrize(
+    "make", [Path.touch, Path.mkdir, lambda path: path.symlink_to(path.parents[2])], ids=["file", "folder", "link"]
+)
+def test_force_deletes_nothing_of_somebody_else(source, out, make):
     build(source, out)
-    own = out / "run" / "checkpoint.txt"
-    own.parent.mkdir()
-    own.touch()
+    own = out / "train" / "run"
+    make(own)
     assert_refuses(source, out, force=True, saying=f"{own}: was not made with the data set")
     assert own.exists()
 
@@ -324,11 +327,11 @@ def test_rejects_folders(source, out, tmp_path):
 @pytest.mark.parametrize(
     ("options", "saying"),
     [
-        ({"crop": 0}, "crop must be 1 pixel or more, got 0"),
-        ({"stride": 0}, "stride must be 1 pixel or more, got 0"),
-        ({"small": "drop"}, "small must be 'enlarge' or 'skip', got 'drop'"),
-        ({"uniform_share": 1.5}, "uniform_share must be between 0 and 1, got 1.5"),
-        ({"test_share": 1.0}, "test_share must be at least 0 and below 1, got 1.0"),
+        ({"crop": 0}, "--crop must be 1 pixel or more, got 0"),
+        ({"stride": 0}, "--stride must be 1 pixel or more, got 0"),
+        ({"small": "drop"}, "--small must be 'enlarge' or 'skip', got 'drop'"),
+        ({"uniform_share": 1.5}, "--uniform-share must be between 0 and 1, got 1.5"),
+        ({"test_share": 1.0}, "--test-share must be at least 0 and below 1, got 1.0"),
     ],
 )
 def test_rejects_options(source, out, options, saying):
