@@ -84,6 +84,9 @@ PRESETS: dict[str, dict[str, object]] = {
 # What the command line may change; a run's preset is chosen once.
 OVERRIDABLE = tuple(field.name for field in dataclasses.fields(TrainingConfig) if field.name != "preset")
 
+# What says which weights there are: a run keeps these.
+SHAPING = ("blocks", "dpca", "cafe", "ccpl")
+
 # Field: smallest value allowed.
 _LEAST = {
     "crop": 24,  # below it VGG19's relu4_1 has no pixel with eight neighbours
@@ -128,18 +131,19 @@ def checked(config: TrainingConfig) -> TrainingConfig:
     for name, least in _LEAST.items():
         value, most = getattr(config, name), _MOST.get(name, math.inf)
         if not value >= least:
-            raise UserError(f"{_option(name)} must be at least {least}, got {value}")
+            raise UserError(f"{option(name)} must be at least {least}, got {value}")
         if value > most:
-            raise UserError(f"{_option(name)} must be at most {most}, got {value}")
+            raise UserError(f"{option(name)} must be at most {most}, got {value}")
         if not math.isfinite(value):
-            raise UserError(f"{_option(name)} must be finite, got {value}")
+            raise UserError(f"{option(name)} must be finite, got {value}")
     for name, choices in _CHOICES.items():
         if getattr(config, name) not in choices:
-            raise UserError(f"{_option(name)} must be one of {', '.join(choices)}, got {getattr(config, name)!r}")
+            raise UserError(f"{option(name)} must be one of {', '.join(choices)}, got {getattr(config, name)!r}")
     if not 0 < config.learning_rate < 1:
         raise UserError(f"--learning-rate must lie between 0 and 1, got {config.learning_rate}")
     return config
 
 
-def _option(name: str) -> str:
+def option(name: str) -> str:
+    """A setting's name on the command line."""
     return f"--{name.replace('_', '-')}"

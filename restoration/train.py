@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from restoration.checkpoints import (
     save_checkpoint,
     save_network,
 )
-from restoration.config import TrainingConfig, checked
+from restoration.config import SHAPING, TrainingConfig, checked, option
 from restoration.data import Painting, PairDataset, find_paintings, small_picture
 from restoration.distributed import ALONE, World
 from restoration.errors import UserError
@@ -314,15 +314,19 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 
 def resumed_config(run: Path, overrides: dict[str, object]) -> TrainingConfig:
-    """Settings of run's newest checkpoint, with those overrides that are not None."""
+    """Settings of run's newest checkpoint, with those overrides that are not None, none of them among SHAPING."""
     path = newest_checkpoint(run)
     if path is None:
         raise UserError(f"{run}: holds no checkpoint to resume from")
     known = {field.name for field in fields(TrainingConfig)}
     stored = load_checkpoint(path).description["training"]
-    settings = {name: value for name, value in stored.items() if name in known}
-    settings |= {name: value for name, value in overrides.items() if value is not None}
-    return checked(TrainingConfig(**settings))
+    before = TrainingConfig(**{name: value for name, value in stored.items() if name in known})
+    config = checked(replace(before, **{name: value for name, value in overrides.items() if value is not None}))
+    for name in SHAPING:
+        wanted, got = getattr(before, name), getattr(config, name)
+        if got != wanted:
+            raise UserError(f"{option(name)} must be {wanted}, as when the run in {run} was started, got {got}")
+    return config
 
 
 def save_settings(run: Path, config: TrainingConfig) -> None:

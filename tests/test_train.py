@@ -266,6 +266,8 @@ def test_presets_and_overrides(tmp_path, paintings):
     run = tmp_path / "run"
     train(paintings, run, config(iterations=1, seed=5), device=CPU)
     assert resumed_config(run, {"iterations": 9, "seed": None}) == config(iterations=9, seed=5)
+    with pytest.raises(UserError, match=f"--blocks must be 1, as when the run in {run} was started, got 2"):
+        resumed_config(run, {"blocks": 2})
 
 
 def test_learning_rate_schedules():
