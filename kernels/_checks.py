@@ -147,13 +147,14 @@ def info_nce(query, key, temperature):
     _number(operator, "temperature", temperature, positive=True)
 
 
-def ccpl_loss(features, targets, num_anchors, temperature, projections):
+def ccpl_loss(features, targets, num_anchors, temperature, projections, generator):
     """Checks the layers of the loss; returns the number of anchors and the projection of each."""
     operator = "ccpl_loss"
     _sequence(operator, "features", features)
     _sequence(operator, "targets", targets, len(features))
     for layer, (feature, target) in enumerate(zip(features, targets, strict=True)):
-        shape = _tensor(operator, f"features[{layer}]", feature, ("B", "C", "H", "W"))
+        first = ("features[0]", features[0])
+        shape = _tensor(operator, f"features[{layer}]", feature, ("B", "C", "H", "W"), device_of=first)
         _tensor(operator, f"targets[{layer}]", target, shape, like=(f"features[{layer}]", feature))
     _number(operator, "temperature", temperature, positive=True)
     if not isinstance(num_anchors, (tuple, list)):
@@ -162,6 +163,8 @@ def ccpl_loss(features, targets, num_anchors, temperature, projections):
         projections = [None] * len(features)
     _sequence(operator, "num_anchors", num_anchors, len(features))
     _sequence(operator, "projections", projections, len(features))
+    for feature, count in zip(features, num_anchors, strict=True):
+        sample_neighbors(*feature.shape[2:], count, generator)
     return num_anchors, projections
 
 

@@ -1,9 +1,11 @@
 """Contrastive coherence preserving loss: differences of neighbouring features, told apart from one another."""
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _backend, _checks, _launch, _registration
@@ -42,31 +44,47 @@ def sample_neighbors(
         TypeError, ValueError: an argument is not as said here.
     """
     _checks.sample_neighbors(height, width, num_anchors, generator)
+    return _sample_maps([(height, width)], [num_anchors], generator, device)[0]
+
+
+def _sample_maps(sizes, counts, generator, device):
+    """:func:`sample_neighbors` for several maps in as many operations as for one: each is a launch on a GPU."""
     source = device if generator is None else generator.device
-    inner = _draw_without_repetition((height - 2) * (width - 2), num_anchors, generator, source)
+    width = _column([width for _, width in sizes], source)
+    spare = [(height - 2) * (width - 2) - count for (height, width), count in zip(sizes, counts, strict=True)]
+    inner = _draw_without_repetition(_column(spare, source), max(counts), generator)
     anchors = torch.add(inner, inner // (width - 2), alpha=2) + (width + 1)
     steps = torch.arange(-1, 2, device=source)
-    around = torch.add(steps, steps[:, None], alpha=width).flatten()
-    neighbors = anchors[:, None] + torch.cat([around[:4], around[5:]])
-    return anchors.to(device), neighbors.to(device)
+    around = (steps[:, None] * width[:, :, None] + steps).flatten(1)
+    neighbors = anchors[:, :, None] + torch.cat([around[:, None, :4], around[:, None, 5:]], dim=2)
+    return [
+        (of_map[:count].to(device), around_them[:count].to(device))
+        for of_map, around_them, count in zip(anchors, neighbors, counts, strict=True)
+    ]
 
 
-def _draw_without_repetition(places, count, generator, device):
-    """A random subset, by Floyd's method: draw i is one of the first spare + i + 1 places; if taken, spare + i is."""
-    spare = places - count
-    index = torch.arange(count, device=device)
+def _column(numbers, device):
+    """[len(numbers), 1]. Not copied from the host, for which a GPU would be waited for, and which no graph can hold."""
+    return torch.stack([torch.full((1,), number, device=device) for number in numbers])
+
+
+def _draw_without_repetition(spare, count, generator):
+    """A random subset for each row, by Floyd's method: draw i is one of the first spare + i + 1 places; if taken,
+    spare + i is. spare [maps, 1]: places less draws; a row of fewer draws than count [maps, count] ends with others."""
+    index = torch.arange(count, device=spare.device)
+    last = index + spare
     # One part in 2^62 / places favours the first places.
     # torch.compile knows no random numbers of a varying count with a generator, None included.
     source = {} if generator is None else {"generator": generator}
-    drawn = torch.randint(2**62, (count,), device=device, **source) % (index + (spare + 1))
+    drawn = torch.randint(2**62, last.shape, device=spare.device, **source) % (last + 1)
     ordered, order = drawn.sort(stable=True)
-    repeated = order[torch.searchsorted(ordered, drawn)] != index
+    repeated = order.gather(1, torch.searchsorted(ordered, drawn)) != index
     # What was drawn is taken if it was drawn before, or if it is the spare place of an earlier draw that needed it:
     # an answer that stands at the end of a chain of draws, each of which halves the length of in each round.
     earlier = torch.where(repeated | (drawn < spare), index, drawn - spare)
     for _ in range((count - 1).bit_length()):
-        earlier = earlier[earlier]
-    return torch.where(repeated[earlier], index + spare, drawn)
+        earlier = earlier.gather(1, earlier)
+    return torch.where(repeated.gather(1, earlier), last, drawn)
 
 
 def neighbor_difference(features: Tensor, anchors: Tensor, neighbors: Tensor, *, backend: str | None = None) -> Tensor:
@@ -161,12 +179,12 @@ def ccpl_loss(
 
     Source: Wu, Zhu, Du, Bai (2022), as used by Sun, Zhang, Wu (2025), doi 10.1038/s40494-025-01595-0, eq. 7.
     """
-    counts, projections = _checks.ccpl_loss(features, targets, num_anchors, temperature, projections)
-    total = 0
-    for maps, target, count, projection in zip(features, targets, counts, projections, strict=True):
-        places = sample_neighbors(*maps.shape[2:], count, generator=generator, device=maps.device)
-        total = total + layer_loss(maps, target, *places, projection, temperature, backend)
-    return total
+    counts, projections = _checks.ccpl_loss(features, targets, num_anchors, temperature, projections, generator)
+    places = _sample_maps([maps.shape[2:] for maps in features], counts, generator, features[0].device)
+    return sum(
+        layer_loss(maps, target, *drawn, projection, temperature, backend)
+        for maps, target, drawn, projection in zip(features, targets, places, projections, strict=True)
+    )
 
 
 def layer_loss(features, target, anchors, neighbors, projection, temperature, backend):
@@ -184,7 +202,9 @@ def layer_loss(features, target, anchors, neighbors, projection, temperature, ba
 
 def _unit_length(vectors):
     wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
-    return wide / (wide.square().sum(-1, keepdim=True) + UNIT_LENGTH_EPS**2).sqrt()
+    width = wide.shape[-1]
+    # One kernel forward and one backward on a GPU.
+    return F.rms_norm(wide, (width,), eps=UNIT_LENGTH_EPS**2 / width) / math.sqrt(width)
 
 
 class CCPLoss(nn.Module):

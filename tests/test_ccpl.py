@@ -3,6 +3,7 @@ import itertools
 import math
 import time
 from pathlib import Path
+from unittest import mock
 
 import compare
 import pytest
@@ -150,8 +151,27 @@ def test_autocast_widens_rows(backend, sample):
 
 @pytest.mark.parametrize("num_anchors", [1, 20, 40], ids=lambda n: f"{n}_of_40")
 def test_sample_neighbors(num_anchors):
-    height, width = 7, 10
-    anchors, neighbors = sample_neighbors(height, width, num_anchors, generator=torch.Generator().manual_seed(0))
+    assert_places(*sample_neighbors(7, 10, num_anchors, generator=_seeds(0)[0]), 7, 10, num_anchors)
+
+
+def test_places_of_several_maps_are_drawn_at_once(monkeypatch):
+    sizes, counts, seen = [(7, 10), (3, 3), (30, 20)], [40, 1, 9], []
+
+    def note(features, target, anchors, neighbors, *_):
+        seen.append((anchors, neighbors))
+        return 0.0
+
+    monkeypatch.setattr("restoration_kernels.ccpl.layer_loss", note)
+    maps = [torch.zeros(1, 1, *size) for size in sizes]
+    with mock.patch("torch.randint", wraps=torch.randint) as randint:
+        ccpl_loss(maps, maps, counts)
+    randint.assert_called_once()
+    for places, size, count in zip(seen, sizes, counts, strict=True):
+        assert_places(*places, *size, count)
+
+
+def assert_places(anchors, neighbors, height, width, num_anchors):
+    """Different places off the border, each with those around it."""
     assert anchors.dtype == neighbors.dtype == torch.int64
     assert len(set(anchors.tolist())) == num_anchors
     for anchor, around in zip(anchors.tolist(), neighbors.tolist(), strict=True):
@@ -462,6 +482,11 @@ def test_rejects(arguments, message, backend):
         (([FEATURES], [FEATURES]), {"projections": []}, r"ccpl_loss: projections must have 1 entries, .*, got 0"),
         (([FEATURES], [FEATURES], [1, 2]), {}, r"ccpl_loss: num_anchors must have 1 entries, .*, got 2"),
         (([FEATURES], [FEATURES]), {}, r"sample_neighbors: num_anchors must be at most the 6 .*, got 64"),
+        (
+            ([FEATURES, FEATURES.to("meta")], [FEATURES] * 2, 1),
+            {},
+            r"ccpl_loss: features\[1\] must be on the device of features\[0\], cpu, got meta",
+        ),
     ],
 )
 def test_rejects_layers(arguments, options, message):
