@@ -6,6 +6,7 @@ Source: Sun, Zhang, Wu, npj Heritage Science 13 (2025), Table 5. Its paintings a
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from restoration.data import Pair
 from restoration.errors import UserError
 from restoration.evaluate import NETWORK, check_size, choose_methods, evaluate, pair_cases, pair_name
 from restoration.evaluation_report import aligned_table, summarise
-from restoration.files import write_whole
+from restoration.files import sole_writer, write_text_whole
 from restoration.train import newest_checkpoint, train
 from restoration.vgg import VGG19Features
 
@@ -36,7 +37,7 @@ VARIANTS = {
 }
 SCORES = {"ssim": "SSIM", "relative_gram": "relative Gram"}
 SCORES_FILE = "scores.json"
-OUTPUTS = ("ablation.json", "table.md")
+FINDINGS, TABLE = "ablation.json", "table.md"
 CONFIDENCE = 0.95
 
 
@@ -64,19 +65,22 @@ def ablate(
     """Trains and evaluates each variant with each of several seeds, in folders of out, seed by seed.
 
     A run that was stopped goes on from its checkpoint; what is trained or evaluated already is not done again.
-    settings: overrides of the preset `small`. UserError where out holds runs of other settings.
+    settings: overrides of the preset `small`. UserError where out holds runs of other settings, or other files where
+    the report will stand.
     """
     if seeds < 2:
         raise UserError(f"--seeds must be at least 2, or nothing tells a difference from chance; got {seeds}")
     check_size(size)
     planned = plan(settings, seeds)
     folders = [out / f"{variant.replace(' ', '_')}_seed{config.seed}" for variant, config in planned]
-    steps = [_steps_done(folder, config) for folder, (_, config) in zip(folders, planned, strict=True)]
-    for (variant, config), folder, done in zip(planned, folders, steps, strict=True):
-        print(f"{variant}, seed {config.seed}: {done} of {config.iterations} steps done")
-        if done < config.iterations:
-            train(data, folder, config, device=device, styles=styles, resume=done > 0)
-        yield Run(variant, config.seed, _evaluated(folder, pairs, features, size, device))
+    with sole_writer(out):
+        _check_output(out)
+        steps = [_steps_done(folder, config) for folder, (_, config) in zip(folders, planned, strict=True)]
+        for (variant, config), folder, done in zip(planned, folders, steps, strict=True):
+            print(f"{variant}, seed {config.seed}: {done} of {config.iterations} steps done")
+            if done < config.iterations:
+                train(data, folder, config, device=device, styles=styles, resume=done > 0)
+            yield Run(variant, config.seed, _evaluated(folder, pairs, features, size, device))
 
 
 def plan(settings: dict[str, object], seeds: int) -> list[tuple[str, TrainingConfig]]:
@@ -86,6 +90,23 @@ def plan(settings: dict[str, object], seeds: int) -> list[tuple[str, TrainingCon
         for seed in range(seeds)
         for variant, (switches, *_) in VARIANTS.items()
     ]
+
+
+def _check_output(out: Path) -> None:
+    """UserError where the report of an ablation would replace what is none."""
+    ours = {"comparison", "runs"} <= _read_json(out / FINDINGS).keys()
+    for path in (out / FINDINGS, out / TABLE):
+        if os.path.lexists(path) and not (ours and path.is_file()):
+            raise UserError(f"{path}: was not written by an ablation; move it elsewhere, or take another --out")
+
+
+def _read_json(path: Path) -> dict:
+    """The object that a file holds; empty where it holds none."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _steps_done(folder: Path, config: TrainingConfig) -> int:
@@ -112,15 +133,14 @@ def _evaluated(folder: Path, pairs: list[Pair], features: VGG19Features, size: i
         "pairs": [f"{pair.style}: {pair_name(pair)}" for pair in pairs],
     }
     scores = folder / SCORES_FILE
-    if scores.is_file():
-        stored = json.loads(scores.read_text())
-        if stored["subject"] == subject:
-            return stored["summary"]
+    stored = _read_json(scores)
+    if stored.get("subject") == subject:
+        return stored["summary"]
     methods = choose_methods(load_network(checkpoint).to(device), device, baselines=False)
     evaluations = evaluate(pair_cases(pairs, size), methods, features)
     summary = summarise(list(track(evaluations, "evaluating", total=len(pairs), console=Console(stderr=True))))
     means = {style: rows[NETWORK] for style, rows in summary.items()}
-    write_whole(scores, json.dumps({"subject": subject, "summary": means}, indent=2).encode() + b"\n")
+    write_text_whole(scores, json.dumps({"subject": subject, "summary": means}, indent=2) + "\n")
     return means
 
 
@@ -148,7 +168,7 @@ def compare(runs: list[Run]) -> dict[str, dict[str, dict[str, float | bool]]]:
 
 
 def report(runs: list[Run], out: Path, settings: dict[str, object]) -> str:
-    """Writes OUTPUTS into out; returns the Markdown of the second: a table, and what it shows in words."""
+    """Writes FINDINGS and TABLE into out; returns the Markdown of the latter: a table, and what it shows in words."""
     table = compare(runs)
     markdown = f"{_table(table)}\n\n" + "\n".join(f"- {sentence}" for sentence in _sentences(table)) + "\n"
     found = {
@@ -156,8 +176,8 @@ def report(runs: list[Run], out: Path, settings: dict[str, object]) -> str:
         "comparison": table,
         "runs": [{"variant": run.variant, "seed": run.seed, "summary": run.summary} for run in runs],
     }
-    (out / OUTPUTS[0]).write_text(json.dumps(found, indent=2) + "\n")
-    (out / OUTPUTS[1]).write_text(markdown)
+    write_text_whole(out / FINDINGS, json.dumps(found, indent=2) + "\n")
+    write_text_whole(out / TABLE, markdown)
     return markdown
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from statistics import mean
 
@@ -11,10 +12,10 @@ import torch
 import restoration
 from restoration.errors import UserError
 from restoration.evaluate import NETWORK, UNTOUCHED, Evaluation
-from restoration.files import make_folder
-from restoration.imaging import contact_sheet, write_image
+from restoration.files import make_folder, write_text_whole
+from restoration.imaging import check_writable, contact_sheet, write_image
 
-OUTPUTS = ("metrics.json", "table.md", "contact_sheet.png")
+METRICS, TABLE, SHEET = "metrics.json", "table.md", "contact_sheet.png"
 
 # Title and format of each column, in this order; a column that an evaluation does not have is left out.
 COLUMNS = {
@@ -42,25 +43,28 @@ def check_output(out: Path, *, force: bool = False) -> None:
     """UserError where out cannot become, or already holds, an evaluation."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: must be a folder")
-    for name in OUTPUTS:
-        if (out / name).exists() and not force:
-            raise UserError(f"{out / name}: exists already (--force overwrites)")
     make_folder(out)
+    for path in (out / METRICS, out / TABLE):
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder, cannot be overwritten")
+        if os.path.lexists(path) and not force:
+            raise UserError(f"{path}: exists already (--force overwrites)")
+    check_writable(out / SHEET, force=force)
 
 
 def write_report(evaluations: list[Evaluation], out: Path, *, size: int) -> None:
-    """Writes OUTPUTS into out, which `check_output` has approved."""
+    """Writes METRICS, TABLE and SHEET into out, which `check_output` has approved."""
     summary = summarise(evaluations)
     sheet = contact_sheet([(_label(e), list(e.pictures.values())) for e in evaluations], list(evaluations[0].pictures))
-    write_image(out / "contact_sheet.png", sheet, force=True)
-    (out / "table.md").write_text(f"{markdown_table(summary)}\n\n{CAPTION}\n")
+    write_image(out / SHEET, sheet, force=True)
+    write_text_whole(out / TABLE, f"{markdown_table(summary)}\n\n{CAPTION}\n")
     report = {
         "versions": {"restoration": restoration.__version__, "torch": torch.__version__},
         "size": size,
         "summary": summary,
         "pairs": [{"style": e.style, "pair": e.name, "scores": e.scores} for e in evaluations],
     }
-    (out / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_text_whole(out / METRICS, json.dumps(report, indent=2) + "\n")
 
 
 def _label(evaluation: Evaluation) -> str:

@@ -36,6 +36,15 @@ def write_whole(path: Path, content: bytes) -> None:
     _flush_folder(path.parent)
 
 
+def write_text_whole(path: Path, text: str) -> None:
+    """`write_whole` of text in UTF-8. UserError where it cannot be written; an earlier file then stays."""
+    try:
+        # A file's name that is not in UTF-8 is written as it is.
+        write_whole(path, text.encode(errors="surrogateescape"))
+    except OSError as error:
+        raise UserError(f"{path}: could not be written ({error.strerror})") from error
+
+
 def write_through(file: BinaryIO, content: bytes | memoryview) -> None:
     """Writes, and waits until the disk has it: OSError where that has no room."""
     file.write(content)

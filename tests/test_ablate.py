@@ -1,5 +1,6 @@
 """The ablation: equal budgets, nothing done twice, verdicts that know about chance."""
 
+import errno
 import json
 import sys
 
@@ -7,10 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from restoration import ablate
-from restoration.ablate import VARIANTS, Run, compare, plan
+from restoration import ablate, files
+from restoration.ablate import VARIANTS, Run, compare, plan, report
 from restoration.cli import main
 from restoration.config import make_config
+from restoration.errors import UserError
 from restoration.train import newest_checkpoint
 
 TINY = ("--crop", "24", "--batch", "1", "--blocks", "1", "--size", "32", "--count", "1", "--device", "cpu")
@@ -83,6 +85,37 @@ def test_one_seed_or_no_size_is_refused(paintings, tmp_path, capsys, monkeypatch
     assert code == 2 and "--seeds must be at least 2" in err and not (tmp_path / "out").exists()
     code, _, err = call(capsys, monkeypatch, "--data", paintings, "--out", tmp_path / "out", *TINY, "--size", 0)
     assert code == 2 and "--size must be at least 1, got 0" in err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["ablation.json", "table.md"])
+def test_a_file_of_something_else_is_neither_replaced_nor_found_after_the_work(
+    paintings, tmp_path, capsys, monkeypatch, name
+):
+    (tmp_path / name).write_text("[]")
+    code, _, err = call(capsys, monkeypatch, "--data", paintings, "--out", tmp_path, *TINY, "--iterations", 1)
+    assert code == 2 and f"{name}: was not written by an ablation; move it elsewhere" in err and err.count("\n") == 1
+    assert (tmp_path / name).read_text() == "[]" and not list(tmp_path.glob("*/*"))
+
+
+def test_an_out_that_cannot_be_written_to_is_found_before_the_work(paintings, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    code, _, err = call(capsys, monkeypatch, "--data", paintings, "--out", tmp_path / "file", *TINY)
+    assert code == 2 and "file: cannot be written to" in err and err.count("\n") == 1
+
+
+def test_a_full_disk_leaves_the_former_report(tmp_path, monkeypatch):
+    runs = [Run(variant, seed, {"all": {"ssim": 0.9, "relative_gram": 0.2}}) for variant in VARIANTS for seed in (0, 1)]
+    report(runs, tmp_path, {})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def write_a_part(file, content):
+        file.write(content[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "write_through", write_a_part)
+    with pytest.raises(UserError, match=r"ablation.json: could not be written \(No space left on device\)"):
+        report(runs, tmp_path, {"iterations": 2})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_difference_is_judged_against_what_seeds_do():

@@ -1,13 +1,16 @@
 """Evaluation: what each method is judged by, failures that are counted, verdicts, the same answer twice."""
 
+import errno
 import json
 import math
+import os
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from restoration import files
 from restoration.baselines import BASELINES
 from restoration.data import Pair
 from restoration.errors import UserError
@@ -178,3 +181,32 @@ def test_the_same_evaluation_twice_leaves_the_same_files(paintings, tmp_path):
     assert all(math.isfinite(value) for value in report["pairs"][0]["scores"][NETWORK].values())
     with pytest.raises(UserError, match="exists already"):
         check_output(tmp_path / "first")
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "table.md", "contact_sheet.png"])
+def test_what_cannot_be_written_is_found_before_the_work(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"{name}: is a folder, cannot be overwritten"):
+        check_output(tmp_path, force=True)
+
+
+def test_a_folder_without_the_right_to_write_is_found_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(UserError, match="is not writable"):
+        check_output(tmp_path)
+
+
+def test_a_full_disk_leaves_the_former_report(tmp_path, monkeypatch):
+    cases = [Case("ink", "one", picture(0), picture(1))]
+    evaluations = list(evaluate(iter(cases), choose_methods(small_network(), CPU, baselines=False), FEATURES))
+    write_report(evaluations, tmp_path, size=32)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def write_a_part(file, content):
+        file.write(content[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "write_through", write_a_part)  # of texts; pictures have their own
+    with pytest.raises(UserError, match=r"table.md: could not be written \(No space left on device\)"):
+        write_report(evaluations, tmp_path, size=64)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
