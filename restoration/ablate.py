@@ -5,6 +5,7 @@ Source: Sun, Zhang, Wu, npj Heritage Science 13 (2025), Table 5. Its paintings a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -19,12 +20,12 @@ from scipy.stats import t as students_t
 
 from restoration.checkpoints import load_checkpoint, load_network
 from restoration.config import TrainingConfig, make_config
-from restoration.data import Pair
+from restoration.data import Pair, find_paintings
 from restoration.errors import UserError
-from restoration.evaluate import NETWORK, check_size, choose_methods, evaluate, pair_cases, pair_name
+from restoration.evaluate import NETWORK, check_size, choose_methods, evaluate, pair_cases
 from restoration.evaluation_report import aligned_table, summarise
-from restoration.files import sole_writer, write_text_whole
-from restoration.train import newest_checkpoint, train
+from restoration.files import make_folder, sole_writer, write_text_whole
+from restoration.train import check_precision, newest_checkpoint, train
 from restoration.vgg import VGG19Features
 
 WHOLE = "all"
@@ -36,7 +37,7 @@ VARIANTS = {
     WHOLE: ({}, 0.805, 0.00794),
 }
 SCORES = {"ssim": "SSIM", "relative_gram": "relative Gram"}
-SCORES_FILE = "scores.json"
+SCORES_FILE, PAINTINGS_FILE = "scores.json", "paintings.json"  # of each run: what it reached, and on what it trained
 FINDINGS, TABLE = "ablation.json", "table.md"
 CONFIDENCE = 0.95
 
@@ -65,19 +66,24 @@ def ablate(
     """Trains and evaluates each variant with each of several seeds, in folders of out, seed by seed.
 
     A run that was stopped goes on from its checkpoint; what is trained or evaluated already is not done again.
-    settings: overrides of the preset `small`. UserError where out holds runs of other settings, or other files where
-    the report will stand.
+    settings: overrides of the preset `small`. UserError where out holds runs of other settings or paintings, or other
+    files where the report will stand.
     """
     if seeds < 2:
         raise UserError(f"--seeds must be at least 2, or nothing tells a difference from chance; got {seeds}")
     check_size(size)
     planned = plan(settings, seeds)
+    check_precision(planned[0][1], device)
+    paintings = _fingerprints(data, styles)
     folders = [out / f"{variant.replace(' ', '_')}_seed{config.seed}" for variant, config in planned]
     with sole_writer(out):
         _check_output(out)
-        steps = [_steps_done(folder, config) for folder, (_, config) in zip(folders, planned, strict=True)]
+        steps = [_steps_done(folder, config, paintings) for folder, (_, config) in zip(folders, planned, strict=True)]
         for (variant, config), folder, done in zip(planned, folders, steps, strict=True):
             print(f"{variant}, seed {config.seed}: {done} of {config.iterations} steps done")
+            if done == 0:
+                make_folder(folder)
+                write_text_whole(folder / PAINTINGS_FILE, json.dumps(paintings, indent=2) + "\n")
             if done < config.iterations:
                 train(data, folder, config, device=device, styles=styles, resume=done > 0)
             yield Run(variant, config.seed, _evaluated(folder, pairs, features, size, device))
@@ -109,8 +115,25 @@ def _read_json(path: Path) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def _steps_done(folder: Path, config: TrainingConfig) -> int:
-    """Steps that the run in folder has made with these very settings, but for their number."""
+def _fingerprints(data: Path, styles: list[str] | None) -> dict[str, str]:
+    """style -> hash of the names, works and contents of its paintings to train on, wherever data lies."""
+    found: dict[str, list[tuple[str, str, str]]] = {}
+    for painting in find_paintings(data, styles=styles, split="train"):
+        name = painting.path.relative_to(data).as_posix()
+        found.setdefault(painting.style, []).append((name, painting.painting_id, _content_hash(painting.path)))
+    return {style: hashlib.sha256(json.dumps(sorted(found[style])).encode()).hexdigest() for style in sorted(found)}
+
+
+def _content_hash(path: Path) -> str:
+    """Empty where the file cannot be read, which training leaves out."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def _steps_done(folder: Path, config: TrainingConfig, paintings: dict[str, str]) -> int:
+    """Steps that the run in folder has made with these very settings, but for their number, on these paintings."""
     newest = newest_checkpoint(folder)
     if newest is None:
         return 0
@@ -119,18 +142,31 @@ def _steps_done(folder: Path, config: TrainingConfig) -> int:
     for name, value in description["training"].items():
         if name != "iterations" and wanted.get(name) != value:
             raise UserError(f"{folder}: was begun with {name} {value}, now {wanted.get(name)}; take another --out")
+    difference = _difference(_read_json(folder / PAINTINGS_FILE), paintings)
+    if difference is not None:
+        raise UserError(f"{folder}: {difference}; take another --out")
     if description["step"] > config.iterations:
         raise UserError(f"{folder}: has reached step {description['step']} already; take another --out")
     return description["step"]
+
+
+def _difference(before: dict[str, str], now: dict[str, str]) -> str | None:
+    """What distinguishes the paintings that a run was begun with; both are `_fingerprints`."""
+    if not before:
+        return "does not tell which paintings it was begun with"
+    if before.keys() != now.keys():
+        return f"was begun with the styles {', '.join(before)}, now {', '.join(now)}"
+    changed = [style for style in now if before[style] != now[style]]
+    return f"was begun with other paintings of {', '.join(changed)} than --data holds now" if changed else None
 
 
 def _evaluated(folder: Path, pairs: list[Pair], features: VGG19Features, size: int, device: torch.device) -> dict:
     """The summary of the folder's newest checkpoint on the pairs; read where it was written for the same ones."""
     checkpoint = newest_checkpoint(folder)
     subject = {
-        "checkpoint": checkpoint.name,
+        "checkpoint": _content_hash(checkpoint),
         "size": size,
-        "pairs": [f"{pair.style}: {pair_name(pair)}" for pair in pairs],
+        "pairs": [[pair.style, _content_hash(pair.degraded), _content_hash(pair.reference)] for pair in pairs],
     }
     scores = folder / SCORES_FILE
     stored = _read_json(scores)

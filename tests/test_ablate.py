@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 from restoration import ablate, files
-from restoration.ablate import VARIANTS, Run, compare, plan, report
+from restoration.ablate import VARIANTS, WHOLE, Run, compare, plan, report
 from restoration.cli import main
 from restoration.config import make_config
 from restoration.errors import UserError
@@ -78,6 +79,71 @@ def test_what_is_done_is_not_done_twice(paintings, tmp_path, capsys, monkeypatch
     ):
         code, printed, changed = run(*options)
         assert code == 2 and message in printed and not changed
+
+
+@pytest.fixture
+def ablated(paintings, tmp_path, capsys, monkeypatch):
+    """A folder of paintings of two styles, and a function that ablates in one out.
+
+    The latter returns exit code, standard error, and the names of the files of runs that it wrote.
+    """
+    monkeypatch.setattr(ablate, "VARIANTS", {WHOLE: VARIANTS[WHOLE]})
+    data, out = tmp_path / "data", tmp_path / "out"
+    for style in ("ink", "green"):
+        shutil.copytree(paintings / "ink", data / style)
+
+    def run(*options, data=data):
+        before = {path: path.stat().st_mtime_ns for path in out.glob("*/*")}
+        arguments = ("--data", data, "--out", out, *TINY, "--iterations", 1, *options)
+        code, _, error = call(capsys, monkeypatch, *arguments)
+        changed = {path.name for path in out.glob("*/*") if path.stat().st_mtime_ns != before.get(path)}
+        return code, error, changed
+
+    return data, out, run
+
+
+def test_runs_of_other_paintings_are_not_taken_for_these(ablated):
+    data, out, run = ablated
+    assert run("--style", "ink")[0] == 0
+
+    def refused(message, *options):
+        code, error, changed = run(*options)
+        assert code == 2 and f"all_seed0: {message}" in error and "take another --out" in error
+        assert error.count("\n") == 1 and not changed
+
+    refused("was begun with the styles ink, now green, ink")
+    refused("was begun with the styles ink, now green", "--style", "green")
+    (data / "MANIFEST.csv").write_text("file,painting_id\nink/0.png,a\nink/1.png,b\n")
+    (data / "SPLIT.csv").write_text("painting_id,split\na,train\nb,test\n")
+    refused("was begun with other paintings of ink than --data holds now", "--style", "ink")
+    for table in ("MANIFEST.csv", "SPLIT.csv"):
+        (data / table).unlink()
+    moved = data.rename(data.with_name("moved"))
+    assert run("--style", "ink", data=moved) == (0, "", set())
+    moved.rename(data)
+    (data / "ink" / "0.png").write_bytes((data / "ink" / "1.png").read_bytes())
+    refused("was begun with other paintings of ink than --data holds now", "--style", "ink")
+    (out / "all_seed0" / "paintings.json").unlink()
+    refused("does not tell which paintings it was begun with", "--style", "ink")
+
+
+def test_other_pairs_are_evaluated_and_nothing_is_trained(ablated, tmp_path):
+    data, _, run = ablated
+    table = tmp_path / "pairs.csv"
+    table.write_text("degraded,reference\ngreen/0.png,ink/1.png\n")
+    assert run("--style", "ink", "--pairs", table)[0] == 0
+    (data / "green" / "0.png").write_bytes((data / "green" / "1.png").read_bytes())
+    code, _, changed = run("--style", "ink", "--pairs", table)
+    assert code == 0 and changed == {"scores.json"}
+
+
+def test_a_run_that_is_trained_anew_is_evaluated_anew(ablated):
+    _, out, run = ablated
+    assert run()[0] == 0
+    for folder in out.glob("*_seed*"):
+        newest_checkpoint(folder).unlink()
+    code, _, changed = run("--learning-rate", 0.01)
+    assert code == 0 and "scores.json" in changed
 
 
 def test_one_seed_or_no_size_is_refused(paintings, tmp_path, capsys, monkeypatch):
