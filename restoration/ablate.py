@@ -25,6 +25,7 @@ from restoration.errors import UserError
 from restoration.evaluate import NETWORK, check_size, choose_methods, evaluate, pair_cases
 from restoration.evaluation_report import aligned_table, summarise
 from restoration.files import make_folder, sole_writer, write_text_whole
+from restoration.journal import TrainingDivergedError
 from restoration.train import check_precision, newest_checkpoint, train
 from restoration.vgg import VGG19Features
 
@@ -39,12 +40,13 @@ VARIANTS = {
 SCORES = {"ssim": "SSIM", "relative_gram": "relative Gram"}
 SCORES_FILE, PAINTINGS_FILE = "scores.json", "paintings.json"  # of each run: what it reached, and on what it trained
 FINDINGS, TABLE = "ablation.json", "table.md"
+DIVERGED = {"all": {"finite": 0.0}}  # summary of a run that training ended
 CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
 class Run:
-    """One trained and evaluated network. summary: style -> score -> mean over its pairs."""
+    """One trained and evaluated network. summary: style -> score -> mean over its pairs with a finite result."""
 
     variant: str
     seed: int
@@ -81,12 +83,18 @@ def ablate(
         steps = [_steps_done(folder, config, paintings) for folder, (_, config) in zip(folders, planned, strict=True)]
         for (variant, config), folder, done in zip(planned, folders, steps, strict=True):
             print(f"{variant}, seed {config.seed}: {done} of {config.iterations} steps done")
+            summary = DIVERGED
             if done == 0:
                 make_folder(folder)
                 write_text_whole(folder / PAINTINGS_FILE, json.dumps(paintings, indent=2) + "\n")
-            if done < config.iterations:
-                train(data, folder, config, device=device, styles=styles, resume=done > 0)
-            yield Run(variant, config.seed, _evaluated(folder, pairs, features, size, device))
+            try:
+                if done < config.iterations:
+                    train(data, folder, config, device=device, styles=styles, resume=done > 0)
+                summary = _evaluated(folder, pairs, features, size, device)
+            except TrainingDivergedError as error:
+                # The other runs are worth having, and called again this one would end here again.
+                print(f"{variant}, seed {config.seed}: {error}")
+            yield Run(variant, config.seed, summary)
 
 
 def plan(settings: dict[str, object], seeds: int) -> list[tuple[str, TrainingConfig]]:
@@ -185,28 +193,34 @@ def compare(runs: list[Run]) -> dict[str, dict[str, dict[str, float | bool]]]:
 
     spread: standard deviation over seeds. `exceeds`: the difference is larger than `chance`, what two means of that
     many seeds differ by in 95 % of cases where nothing but the seed differs: Student's t times the spread, pooled over
-    the variants, times sqrt(2 / seeds).
+    the variants, times sqrt(2 / seeds). A variant that diverged with a seed has no scores: its other seeds alone would
+    flatter it. Where the whole model did, no variant has a difference.
     """
     table: dict[str, dict[str, dict[str, float | bool]]] = {variant: {} for variant in VARIANTS}
     for score in SCORES:
-        values = {variant: [r.summary["all"][score] for r in runs if r.variant == variant] for variant in VARIANTS}
-        seeds = len(values[WHOLE])
-        pooled = mean(variance(column) for column in values.values()) ** 0.5
-        quantile = students_t.ppf((1 + CONFIDENCE) / 2, len(values) * (seeds - 1))
-        chance = float(quantile * pooled * (2 / seeds) ** 0.5)
-        for variant, column in values.items():
+        values = {variant: [r.summary["all"].get(score) for r in runs if r.variant == variant] for variant in VARIANTS}
+        sound = {variant: column for variant, column in values.items() if None not in column}
+        for variant, column in sound.items():
             entry = {"mean": mean(column), "spread": variance(column) ** 0.5}
-            if variant != WHOLE:
-                difference = entry["mean"] - mean(values[WHOLE])
+            if variant != WHOLE and WHOLE in sound:
+                difference, chance = entry["mean"] - mean(sound[WHOLE]), _chance(list(sound.values()))
                 entry |= {"difference": difference, "chance": chance, "exceeds": abs(difference) > chance}
             table[variant][score] = entry
     return table
 
 
+def _chance(columns: list[list[float]]) -> float:
+    seeds = len(columns[0])
+    pooled = mean(variance(column) for column in columns) ** 0.5
+    quantile = students_t.ppf((1 + CONFIDENCE) / 2, len(columns) * (seeds - 1))
+    return float(quantile * pooled * (2 / seeds) ** 0.5)
+
+
 def report(runs: list[Run], out: Path, settings: dict[str, object]) -> str:
     """Writes FINDINGS and TABLE into out; returns the Markdown of the latter: a table, and what it shows in words."""
     table = compare(runs)
-    markdown = f"{_table(table)}\n\n" + "\n".join(f"- {sentence}" for sentence in _sentences(table)) + "\n"
+    sentences = [*_verdicts(table), *_failures(runs)]
+    markdown = f"{_table(table)}\n\n" + "\n".join(f"- {sentence}" for sentence in sentences) + "\n"
     found = {
         "settings": settings,
         "comparison": table,
@@ -220,19 +234,29 @@ def report(runs: list[Run], out: Path, settings: dict[str, object]) -> str:
 def _table(table: dict) -> str:
     lines = [["variant", *SCORES.values(), "paper's SSIM", "paper's Gram"]]
     for variant, scores in table.items():
-        cells = [f"{scores[score]['mean']:.4f} ± {scores[score]['spread']:.4f}" for score in SCORES]
+        cells = [_cell(scores.get(score)) for score in SCORES]
         lines.append([variant, *cells, f"{VARIANTS[variant][1]:.3f}", f"{VARIANTS[variant][2]:.5f}"])
     return aligned_table(lines, words=1)
 
 
-def _sentences(table: dict) -> Iterator[str]:
+def _cell(entry: dict | None) -> str:
+    return "diverged" if entry is None else f"{entry['mean']:.4f} ± {entry['spread']:.4f}"
+
+
+def _verdicts(table: dict) -> Iterator[str]:
     for variant, scores in table.items():
-        if variant == WHOLE:
-            continue
-        for score, title in SCORES.items():
-            entry = scores[score]
-            verdict = "exceeds" if entry["exceeds"] else "does not exceed"
-            yield (
-                f"{variant}, {title}: {entry['difference']:+.4f} against {WHOLE}, which {verdict} the "
-                f"{entry['chance']:.4f} that seeds alone explain"
-            )
+        for score, entry in scores.items():
+            if "difference" in entry:
+                verdict = "exceeds" if entry["exceeds"] else "does not exceed"
+                yield (
+                    f"{variant}, {SCORES[score]}: {entry['difference']:+.4f} against {WHOLE}, which {verdict} the "
+                    f"{entry['chance']:.4f} that seeds alone explain"
+                )
+
+
+def _failures(runs: list[Run]) -> Iterator[str]:
+    for run in runs:
+        share = run.summary["all"]["finite"]
+        if share < 1:
+            trouble = f"its means are of the {share:.0%} of the results that are finite" if share else "diverged"
+            yield f"{run.variant}, seed {run.seed}: {trouble}"

@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 from restoration import ablate, files
-from restoration.ablate import VARIANTS, WHOLE, Run, compare, plan, report
+from restoration.ablate import DIVERGED, VARIANTS, WHOLE, Run, compare, plan, report
 from restoration.cli import main
 from restoration.config import make_config
 from restoration.errors import UserError
+from restoration.journal import TrainingDivergedError
 from restoration.train import newest_checkpoint
 
 TINY = ("--crop", "24", "--batch", "1", "--blocks", "1", "--size", "32", "--count", "1", "--device", "cpu")
@@ -28,6 +29,9 @@ def paintings(tmp_path_factory):
         coarse = Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8))
         coarse.resize((48, 40), Image.Resampling.BICUBIC).save(root / "ink" / f"{number}.png")
     return root
+
+
+SCORES = {"ssim": 0.9, "relative_gram": 0.2, "finite": 1.0}
 
 
 def call(capsys, monkeypatch, *arguments):
@@ -170,7 +174,7 @@ def test_an_out_that_cannot_be_written_to_is_found_before_the_work(paintings, tm
 
 
 def test_a_full_disk_leaves_the_former_report(tmp_path, monkeypatch):
-    runs = [Run(variant, seed, {"all": {"ssim": 0.9, "relative_gram": 0.2}}) for variant in VARIANTS for seed in (0, 1)]
+    runs = [Run(variant, seed, {"all": SCORES}) for variant in VARIANTS for seed in (0, 1)]
     report(runs, tmp_path, {})
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
@@ -201,3 +205,40 @@ def test_a_difference_is_judged_against_what_seeds_do():
     assert exceeding == {"without DPCA": True, "without CAFE": True, "without CCPL": True}
     assert table["without CAFE"]["ssim"]["difference"] == pytest.approx(-0.04)
     assert not table["without CAFE"]["relative_gram"]["exceeds"]
+
+
+@pytest.mark.parametrize("lost", VARIANTS)
+def test_a_variant_that_diverged_has_no_scores_and_hides_no_others(tmp_path, lost):
+    runs = [Run(v, s, DIVERGED if (v, s) == (lost, 1) else {"all": SCORES}) for s in (0, 1) for v in VARIANTS]
+    text = report(runs, tmp_path, {})
+    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
+    assert rows[lost].count("diverged") == 2 and text.count("diverged") == 3
+    assert f"- {lost}, seed 1: diverged" in text
+    assert text.count("against all") == (0 if lost == WHOLE else 4)
+    others = json.loads((tmp_path / "ablation.json").read_text())["comparison"]
+    assert others.pop(lost) == {}
+    assert {scores["ssim"]["mean"] for scores in others.values()} == {0.9}
+
+
+def test_a_part_of_the_results_that_is_not_finite_is_told(tmp_path):
+    runs = [Run(v, s, {"all": SCORES | {"finite": 0.5 if v == WHOLE else 1.0}}) for s in (0, 1) for v in VARIANTS]
+    text = report(runs, tmp_path, {})
+    assert "- all, seed 0: its means are of the 50% of the results that are finite" in text
+    assert text.count("finite") == 2
+
+
+def test_a_training_that_diverges_does_not_end_the_others(paintings, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ablate, "VARIANTS", {name: VARIANTS[name] for name in ("without CCPL", WHOLE)})
+    trained = ablate.train
+
+    def train(data, folder, config, **options):
+        if not config.ccpl:
+            raise TrainingDivergedError("step 9: loss or gradient is not finite")
+        return trained(data, folder, config, **options)
+
+    monkeypatch.setattr(ablate, "train", train)
+    out = tmp_path / "out"
+    code, printed, _ = call(capsys, monkeypatch, "--data", paintings, "--out", out, *TINY, "--iterations", 1)
+    assert code == 0 and "without CCPL, seed 1: step 9: loss or gradient is not finite" in printed
+    assert "- without CCPL, seed 1: diverged" in (out / "table.md").read_text()
+    assert newest_checkpoint(out / "all_seed1") is not None
