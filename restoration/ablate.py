@@ -22,7 +22,7 @@ from restoration.checkpoints import load_checkpoint, load_network
 from restoration.config import TrainingConfig, make_config
 from restoration.data import Pair, find_paintings
 from restoration.errors import UserError
-from restoration.evaluate import NETWORK, check_size, choose_methods, evaluate, pair_cases
+from restoration.evaluate import NETWORK, check_readable, check_size, choose_methods, evaluate, pair_cases
 from restoration.evaluation_report import aligned_table, summarise
 from restoration.files import make_folder, sole_writer, write_text_whole
 from restoration.journal import TrainingDivergedError
@@ -76,6 +76,7 @@ def ablate(
     check_size(size)
     planned = plan(settings, seeds)
     check_precision(planned[0][1], device)
+    check_readable(pairs)
     paintings = _fingerprints(data, styles)
     folders = [out / f"{variant.replace(' ', '_')}_seed{config.seed}" for variant, config in planned]
     with sole_writer(out):

@@ -17,7 +17,7 @@ from restoration.baselines import BASELINES, untouched
 from restoration.data import Pair, evaluation_pairs
 from restoration.errors import UnsuitableWeightsError, UserError
 from restoration.flow import ReversibleNetwork
-from restoration.imaging import from_pillow, read_image, to_pillow
+from restoration.imaging import from_pillow, read_image, read_rgb, to_pillow
 from restoration.metrics import (
     colour_difference,
     limit_side,
@@ -65,19 +65,29 @@ def check_size(size: int) -> None:
 def choose_cases(
     data: Path | None, pairs: Path | None = None, *, count: int, size: int, synthetic: bool = False
 ) -> tuple[Iterator[Case], int]:
-    """The cases that the options of the command line name, and their number. UserError where they name none."""
+    """The cases that the options of the command line name, and their number.
+
+    UserError where they name none, or a picture that cannot be read.
+    """
     check_size(size)
     if data is None:
         if not synthetic:
             raise UserError("--data must be given (only --synthetic can do without)")
         return drawn_cases(size), len(SAMPLE_SEEDS)
     chosen = evaluation_pairs(data, pairs, count)
-    if not synthetic:
-        return pair_cases(chosen, size), len(chosen)
-    chosen = [pair for pair in chosen if pair.degraded != pair.reference]
-    if not chosen:
-        raise UserError(f"{data}: --synthetic needs two paintings of a style")
-    return faded_cases(chosen, size), len(chosen)
+    if synthetic:
+        chosen = [pair for pair in chosen if pair.degraded != pair.reference]
+        if not chosen:
+            raise UserError(f"{data}: --synthetic needs two paintings of a style")
+    check_readable(chosen)
+    cases = faded_cases if synthetic else pair_cases
+    return cases(chosen, size), len(chosen)
+
+
+def check_readable(pairs: list[Pair]) -> None:
+    """UserError, before hours of work, where a picture of the pairs is damaged."""
+    for path in sorted({path for pair in pairs for path in (pair.degraded, pair.reference)}):
+        read_rgb(path)
 
 
 def pair_cases(pairs: list[Pair], size: int) -> Iterator[Case]:

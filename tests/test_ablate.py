@@ -150,6 +150,14 @@ def test_a_run_that_is_trained_anew_is_evaluated_anew(ablated):
     assert code == 0 and "scores.json" in changed
 
 
+def test_a_damaged_picture_of_the_pairs_is_found_before_the_work(ablated, tmp_path):
+    data, out, run = ablated
+    damaged = data / "green" / "0.png"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    code, error, _ = run("--style", "ink")
+    assert code == 2 and "0.png: is damaged or truncated" in error and error.count("\n") == 1 and not out.exists()
+
+
 def test_one_seed_or_no_size_is_refused(paintings, tmp_path, capsys, monkeypatch):
     code, _, err = call(capsys, monkeypatch, "--data", paintings, "--out", tmp_path / "out", *TINY, "--seeds", 1)
     assert code == 2 and "--seeds must be at least 2" in err and not (tmp_path / "out").exists()

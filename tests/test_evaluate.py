@@ -165,6 +165,14 @@ def test_choosing_cases(paintings):
         choose_cases(paintings, count=5, size=0)
 
 
+@pytest.mark.parametrize("synthetic", [False, True])
+def test_a_damaged_picture_is_found_before_the_work(paintings, synthetic):
+    damaged = paintings / "ink" / "1.png"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"1.png: is damaged or truncated"):
+        choose_cases(paintings, count=5, size=20, synthetic=synthetic)
+
+
 def test_the_same_evaluation_twice_leaves_the_same_files(paintings, tmp_path):
     def run(out):
         cases, _ = choose_cases(paintings, count=5, size=32)
