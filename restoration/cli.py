@@ -168,7 +168,7 @@ def evaluate(
     pairs: Annotated[Path | None, typer.Option(help="CSV with columns degraded,reference (paths in DATA).")] = None,
     checkpoint: Checkpoint = None,
     device: Device = "auto",
-    count: Annotated[int, typer.Option(help="Pairs a style, at most.")] = 20,
+    count: Annotated[int | None, typer.Option(help="Pairs a style, at most; default: 20.")] = None,
     size: Annotated[int, typer.Option(help="Longer side, in pixels, that larger pictures are reduced to.")] = 512,
     baselines: Annotated[bool, typer.Option(help="Measure other methods too; takes twice as long.")] = False,
     synthetic: Annotated[
@@ -186,6 +186,8 @@ def evaluate(
     from restoration.reconstruct import choose_device
     from restoration.vgg import metric_features
 
+    if synthetic and vgg is not None:
+        raise UserError(f"--vgg {vgg} is for Gram losses, which --synthetic does not measure: leave one of them out")
     cases, number = choose_cases(data, pairs, count=count, size=size, synthetic=synthetic)
     target = choose_device(device)
     methods = choose_methods(load_network(checkpoint).to(target), target, baselines=baselines)

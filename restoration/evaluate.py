@@ -31,6 +31,7 @@ from restoration.samples import SAMPLE_SEEDS, SMALLEST_SIDE, draw_painting, fade
 from restoration.vgg import VGG19Features
 
 NETWORK, RANDOM_NETWORK, UNTOUCHED = "network", "random weights", "untouched"
+PAIRS_A_STYLE = 20
 SHEET_CELL = 320  # pixels; no more of a picture is kept, or hundreds of pairs would fill the memory
 
 Method = Callable[[Tensor, Tensor], Tensor]  # degraded [3,H,W], reference [3,h,w] -> result [3,H,W], all in [0,1]
@@ -63,18 +64,21 @@ def check_size(size: int) -> None:
 
 
 def choose_cases(
-    data: Path | None, pairs: Path | None = None, *, count: int, size: int, synthetic: bool = False
+    data: Path | None, pairs: Path | None = None, *, count: int | None = None, size: int, synthetic: bool = False
 ) -> tuple[Iterator[Case], int]:
-    """The cases that the options of the command line name, and their number.
+    """The cases that the options of the command line name, and their number. count: PAIRS_A_STYLE if not given.
 
-    UserError where they name none, or a picture that cannot be read.
+    UserError where they name none, or a picture that cannot be read, or where an option would do nothing.
     """
     check_size(size)
     if data is None:
         if not synthetic:
             raise UserError("--data must be given (only --synthetic can do without)")
+        for option, value in (("--pairs", pairs), ("--count", count)):
+            if value is not None:
+                raise UserError(f"{option} {value} chooses among the paintings of --data: give that, or leave it out")
         return drawn_cases(size), len(SAMPLE_SEEDS)
-    chosen = evaluation_pairs(data, pairs, count)
+    chosen = evaluation_pairs(data, pairs, PAIRS_A_STYLE if count is None else count)
     if synthetic:
         chosen = [pair for pair in chosen if pair.degraded != pair.reference]
         if not chosen:

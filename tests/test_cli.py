@@ -218,6 +218,20 @@ def test_synthetic_evaluation_needs_no_data(workshop, tmp_path, capsys, monkeypa
     assert code == 2 and "--data must be given" in err and not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--pairs", "pairs.csv"), "--pairs pairs.csv chooses among the paintings of --data"),
+        (("--count", 20), "--count 20 chooses among the paintings of --data"),
+        (("--vgg", "vgg.pt"), "--vgg vgg.pt is for Gram losses, which --synthetic does not measure"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(tmp_path, capsys, monkeypatch, option, message):
+    code, _, err = call(capsys, monkeypatch, "evaluate", "--synthetic", *option, "--out", tmp_path / "out")
+    assert code == 2 and err.startswith(f"error: {message}") and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_dataset_and_train(workshop, tmp_path, capsys, monkeypatch):
     code, out, _ = call(
         capsys,
