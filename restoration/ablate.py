@@ -24,7 +24,7 @@ from restoration.data import Pair, find_paintings
 from restoration.errors import UserError
 from restoration.evaluate import NETWORK, check_readable, check_size, choose_methods, evaluate, pair_cases
 from restoration.evaluation_report import aligned_table, summarise
-from restoration.files import make_folder, sole_writer, write_text_whole
+from restoration.files import make_folder, sole_writer, write_json, write_text_whole
 from restoration.journal import TrainingDivergedError
 from restoration.train import check_precision, newest_checkpoint, train
 from restoration.vgg import VGG19Features
@@ -87,7 +87,7 @@ def ablate(
             summary = DIVERGED
             if done == 0:
                 make_folder(folder)
-                write_text_whole(folder / PAINTINGS_FILE, json.dumps(paintings, indent=2) + "\n")
+                write_json(folder / PAINTINGS_FILE, paintings)
             try:
                 if done < config.iterations:
                     train(data, folder, config, device=device, styles=styles, resume=done > 0)
@@ -185,7 +185,7 @@ def _evaluated(folder: Path, pairs: list[Pair], features: VGG19Features, size: i
     evaluations = evaluate(pair_cases(pairs, size), methods, features)
     summary = summarise(list(track(evaluations, "evaluating", total=len(pairs), console=Console(stderr=True))))
     means = {style: rows[NETWORK] for style, rows in summary.items()}
-    write_text_whole(scores, json.dumps({"subject": subject, "summary": means}, indent=2) + "\n")
+    write_json(scores, {"subject": subject, "summary": means})
     return means
 
 
@@ -227,7 +227,7 @@ def report(runs: list[Run], out: Path, settings: dict[str, object]) -> str:
         "comparison": table,
         "runs": [{"variant": run.variant, "seed": run.seed, "summary": run.summary} for run in runs],
     }
-    write_text_whole(out / FINDINGS, json.dumps(found, indent=2) + "\n")
+    write_json(out / FINDINGS, found)
     write_text_whole(out / TABLE, markdown)
     return markdown
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from statistics import mean
@@ -12,7 +11,7 @@ import torch
 import restoration
 from restoration.errors import UserError
 from restoration.evaluate import NETWORK, UNTOUCHED, Evaluation
-from restoration.files import make_folder, write_text_whole
+from restoration.files import make_folder, write_json, write_text_whole
 from restoration.imaging import check_writable, contact_sheet, write_image
 
 METRICS, TABLE, SHEET = "metrics.json", "table.md", "contact_sheet.png"
@@ -64,7 +63,7 @@ def write_report(evaluations: list[Evaluation], out: Path, *, size: int) -> None
         "summary": summary,
         "pairs": [{"style": e.style, "pair": e.name, "scores": e.scores} for e in evaluations],
     }
-    write_text_whole(out / METRICS, json.dumps(report, indent=2) + "\n")
+    write_json(out / METRICS, report)
 
 
 def _label(evaluation: Evaluation) -> str:

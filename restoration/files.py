@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -43,6 +44,11 @@ def write_text_whole(path: Path, text: str) -> None:
         write_whole(path, text.encode(errors="surrogateescape"))
     except OSError as error:
         raise UserError(f"{path}: could not be written ({error.strerror})") from error
+
+
+def write_json(path: Path, value: object) -> None:
+    """`write_text_whole` of a value as JSON."""
+    write_text_whole(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_through(file: BinaryIO, content: bytes | memoryview) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import threading
@@ -30,7 +29,7 @@ from restoration.config import SHAPING, TrainingConfig, checked, option
 from restoration.data import Painting, PairDataset, find_paintings, small_picture
 from restoration.distributed import ALONE, World
 from restoration.errors import UserError
-from restoration.files import sole_writer, write_whole
+from restoration.files import sole_writer, write_json
 from restoration.flow import ReversibleNetwork
 from restoration.journal import Journal, StepRecord
 from restoration.loader import load_batches
@@ -89,7 +88,7 @@ def train(
     with ExitStack() as held:
         world.decide(lambda: held.enter_context(sole_writer(run)))
         world.decide(lambda: _check_unchanged(run, checkpoint_path))
-        world.decide(lambda: save_settings(run, config))
+        world.decide(lambda: write_json(run / SETTINGS_NAME, config.to_dict()))
         loaded = load_batches(dataset, batches, config.workers, device)
         return _run_steps(run, config, step_module, optimise, loaded, start, world)
 
@@ -327,13 +326,6 @@ def resumed_config(run: Path, overrides: dict[str, object]) -> TrainingConfig:
         if got != wanted:
             raise UserError(f"{option(name)} must be {wanted}, as when the run in {run} was started, got {got}")
     return config
-
-
-def save_settings(run: Path, config: TrainingConfig) -> None:
-    try:
-        write_whole(run / SETTINGS_NAME, (json.dumps(config.to_dict(), indent=2) + "\n").encode())
-    except OSError as error:
-        raise UserError(f"{run}: cannot be written to ({error.strerror})") from error
 
 
 @dataclass
