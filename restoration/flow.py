@@ -172,7 +172,9 @@ def _merge(first: Tensor, second: Tensor) -> Streams:
 
 
 def _split(z: Tensor) -> Streams:
-    return _pixel_unshuffle(_pixel_unshuffle(z)).chunk(2, 1)
+    # One after the other: together they would need half as much memory again in passing.
+    first, second = (_pixel_unshuffle(_pixel_unshuffle(half)) for half in z.chunk(2, 1))
+    return first, second
 
 
 # PyTorch's own of the two move number by number on a CPU.

@@ -19,7 +19,7 @@ from restoration.flow import ReversibleNetwork, check_stream_range
 from restoration.imaging import READABLE_SUFFIXES, check_writable, read_image, read_rgb, write_image
 from restoration.metrics import Metrics, measure
 from restoration.vgg import VGG19Features, metric_features
-from restoration.whitening import RIDGE_LADDER, moments, transfer_moments
+from restoration.whitening import RIDGE_LADDER, Transfer, moments, transfer_moments
 
 
 @dataclass(frozen=True)
@@ -191,9 +191,7 @@ def recolour(
     UserError where memory does not suffice, UnsuitableWeightsError where these weights cannot treat the picture.
     """
     try:
-        content, style = (network.encode(_with_margin(image).to(device)) for image in (degraded, reference))
-        statistics = [moments(_inside(z, image)) for z, image in ((content, degraded), (style, reference))]
-        transfer = transfer_moments(content, *statistics, strength)
+        transfer = _transfer(network, degraded, reference, device, strength)
         check_stream_range(transfer.z)
         result = _inside(network.decode(transfer.z), degraded)[0]
     except (RuntimeError, MemoryError) as error:
@@ -217,6 +215,15 @@ def recolour(
             f"{RIDGE_LADDER[0]:g}",
         )
     return fit_range(result).cpu(), notes
+
+
+def _transfer(
+    network: ReversibleNetwork, degraded: Tensor, reference: Tensor, device: torch.device, strength: float
+) -> Transfer:
+    """Keeps the code of one picture at a time, of 128 bytes a pixel."""
+    style = moments(_inside(network.encode(_with_margin(reference).to(device)), reference))
+    content = network.encode(_with_margin(degraded).to(device))
+    return transfer_moments(content, moments(_inside(content, degraded)), style, strength)
 
 
 # Values further than this from black and white stay as they are; the 13 steps of 8 bits that are nearer take in what

@@ -140,8 +140,10 @@ def transfer_moments(z: Tensor, content: Moments, style: Moments, strength: floa
     C = z.shape[1]
     change = matrix - torch.eye(C, dtype=matrix.dtype, device=matrix.device)
     shift = style.mean - content.mean - torch.matmul(change, content.mean[..., None])[..., 0]
-    moved = torch.baddbmm(shift.to(z.dtype)[..., None], change.to(z.dtype), z.flatten(2)).reshape(z.shape)
-    return Transfer(z + strength * moved, content_ridge, style_ridge)
+    change, shift = (strength * part.to(z.dtype) for part in (change, shift))
+    moved = torch.baddbmm(shift[..., None], change, z.flatten(2)).reshape(z.shape)
+    # In place: each further map takes as much memory as z.
+    return Transfer(moved.add_(z), content_ridge, style_ridge)
 
 
 def transfer_statistics(

@@ -1,5 +1,7 @@
 """Recolouring of files: what is kept, what is refused before any work, folders."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -190,6 +192,25 @@ def test_weights_that_overflow_are_named(tmp_path):
             parameter.mul_(1e4)
     with pytest.raises(UserError, match="these weights do not suit"):
         recolour(network, torch.rand(3, 16, 16), torch.rand(3, 16, 16), CPU)
+
+
+def test_the_code_of_one_picture_is_kept_at_a_time(monkeypatch):
+    network = ReversibleNetwork(Architecture(4, 1, 1))
+    encode, decode, codes = network.encode, network.decode, []
+
+    def watched_encode(image):
+        assert not any(code() is not None for code in codes)
+        z = encode(image)
+        codes.append(weakref.ref(z))
+        return z
+
+    def watched_decode(z):
+        assert [code() for code in codes] == [None, None]
+        return decode(z)
+
+    monkeypatch.setattr(network, "encode", watched_encode)
+    monkeypatch.setattr(network, "decode", watched_decode)
+    recolour(network, torch.rand(3, 16, 16), torch.rand(3, 16, 16), CPU)
 
 
 def ramp(low, high, count=1001):
