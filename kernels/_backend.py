@@ -225,4 +225,10 @@ def _device(arguments):
 
 
 def _autocasts(device):
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
+
+
+# torch.compile of torch 2.11 cannot trace the question.
+@torch.compiler.assume_constant_result
+def _has_autocast(device_type):
+    return torch.amp.is_autocast_available(device_type)
