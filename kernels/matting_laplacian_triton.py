@@ -12,6 +12,10 @@ import triton.language as tl
 # Numbers of one plane that a program holds. A thread of 4 warps has 16, of four planes at a time: as many float64 as
 # registers allow. At radius 1 these are one window, whose sums then stay within the thread.
 _NUMBERS = 2048
+# Columns of a program's windows. They are those of whole rows, counted up from the first: Triton sees that they are
+# neighbours in memory and gives a warp 32 of them. Where it sees no neighbours, its version decides what the threads of
+# a warp share: the numbers of a window, and a thread has one of each of many windows, more than there are registers.
+_COLUMNS = 32
 # Pixels of a program of the product: 4 a thread, so that the gathers of one hide the delays of another.
 _PIXELS = 512
 
@@ -20,15 +24,16 @@ def run(image, guide, product, energy, factor, eps, radius):
     """Fills product [B,C,H,W] with factor · M image and energy [B]; one that is None is not computed."""
     B, C, H, W = image.shape
     side = 2 * radius + 1
-    windows = max(H - 2 * radius, 0) * max(W - 2 * radius, 0)
+    window_rows, window_columns = max(H - 2 * radius, 0), max(W - 2 * radius, 0)
+    windows = window_rows * window_columns
     numbers = triton.next_power_of_2(side * side + 3)
-    block = _NUMBERS // numbers
-    blocks = triton.cdiv(windows, block)
+    rows = _NUMBERS // numbers // _COLUMNS
+    blocks = triton.cdiv(window_rows, rows) * triton.cdiv(window_columns, _COLUMNS)
     fits = image.new_empty(B, C, 4, windows, dtype=torch.float64)
     partial = image.new_empty(B, blocks, dtype=torch.float64)
     if partial.numel() > 0:
         matting_laplacian_fit_kernel[(partial.numel(),)](
-            image, guide, fits, partial, C, W, H * W, windows, eps, side, numbers, block
+            image, guide, fits, partial, C, W, H * W, windows, eps, side, numbers, rows, _COLUMNS
         )
     if energy is not None:
         energy.copy_(partial.sum(1) / (H * W))
@@ -66,21 +71,25 @@ def matting_laplacian_fit_kernel(
     EPS: tl.constexpr,
     SIDE: tl.constexpr,
     NUMBERS: tl.constexpr,
-    WINDOWS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """fits [B,C,4,windows]: slopes and offset; partial [B,blocks]: energy. By modified Gram-Schmidt, as in csrc."""
     n: tl.constexpr = SIDE * SIDE
     root_eps = tl.sqrt(tl.full((), EPS, tl.float64))
-    window_columns = width - SIDE + 1
-    program = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(windows, WINDOWS)
-    index = program // blocks
-    window = program % blocks * WINDOWS + tl.arange(0, WINDOWS)
-    exists = window < windows
+    window_rows, window_columns = pixels // width - SIDE + 1, width - SIDE + 1
+    program = tl.program_id(0)
+    column_blocks = tl.cdiv(window_columns, COLUMNS)
+    blocks = tl.cdiv(window_rows, ROWS) * column_blocks
+    index, block = (program // blocks).to(tl.int64), program % blocks
+    place = tl.arange(0, ROWS * COLUMNS)
+    row = block // column_blocks * ROWS + place // COLUMNS
+    column = block % column_blocks * COLUMNS + place % COLUMNS
+    exists = (row < window_rows) & (column < window_columns)
+    window = row.to(tl.int64) * window_columns + column
     number = tl.arange(0, NUMBERS)[:, None]
     of_window = (number < n) & exists[None, :]
-    corner = window // window_columns * width + window % window_columns
-    offsets = corner[None, :] + number // SIDE * width + number % SIDE
+    offsets = (row.to(tl.int64) * width + column)[None, :] + number // SIDE * width + number % SIDE
 
     colours = guide + index * 3 * pixels
     first, first_mean = _centred_windows(colours, offsets, of_window, n)
@@ -91,7 +100,7 @@ def matting_laplacian_fit_kernel(
     third = tl.where(number == n + 2, root_eps, third)
     third = _less_component(_less_component(third, first), second)
 
-    energy = tl.zeros([WINDOWS], tl.float64)
+    energy = tl.zeros([ROWS * COLUMNS], tl.float64)
     for channel in range(channels):
         plane = index * channels + channel
         values, mean = _centred_windows(image + plane * pixels, offsets, of_window, n)

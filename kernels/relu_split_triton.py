@@ -13,16 +13,14 @@ from . import turned_tiles_triton as tiles
 def forward(x, rectified, rest):
     """Fills rectified and rest, planes, from x [B,H,W,C]."""
     _, H, W, C = x.shape
-    relu_split_forward_kernel[tiles.grid(x.shape)](
-        x, rectified, rest, C, rectified.shape[1], H, W, tiles.CHANNELS, tiles.PIXELS
-    )
+    relu_split_forward_kernel[tiles.grid(x.shape)](x, rectified, rest, C, rectified.shape[1], H, W, *tiles.TILE)
 
 
 def backward(grad_rectified, grad_rest, rectified, grad_x):
     """Fills grad_x [B,H,W,C]."""
     _, H, W, C = grad_x.shape
     relu_split_backward_kernel[tiles.grid(grad_x.shape)](
-        grad_rectified, grad_rest, rectified, grad_x, C, rectified.shape[1], H, W, tiles.CHANNELS, tiles.PIXELS
+        grad_rectified, grad_rest, rectified, grad_x, C, rectified.shape[1], H, W, *tiles.TILE
     )
 
 
@@ -36,10 +34,13 @@ def _where_positive(decider, value):
 
 @triton.jit
 def relu_split_forward_kernel(
-    x, rectified, rest, channels, split, height, width, CHANNELS: tl.constexpr, PIXELS: tl.constexpr
-):
+    x, rectified, rest, channels, split, height, width,
+    CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """rectified = max(x[..., :split], 0), rest = x[..., split:]."""
-    image, channel, _, row, column, inside = tiles.tile_of(tl.program_id(0), channels, height, width, CHANNELS, PIXELS)
+    image, channel, _, row, column, inside = tiles.tile_of(
+        tl.program_id(0), channels, height, width, CHANNELS, ROWS, COLUMNS
+    )
     pixels = tiles.pixel_offsets(image, channel, row, column, channels, height, width)
     values = tl.load(x + pixels, mask=inside, other=0)
     first = tiles.plane_offsets(image, channel, row, column, split, height, width)
@@ -51,15 +52,18 @@ def relu_split_forward_kernel(
 @triton.jit
 def relu_split_backward_kernel(
     grad_rectified, grad_rest, rectified, grad_x, channels, split, height, width,
-    CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """grad_x = grad_rectified where rectified is above zero, else 0; then grad_rest."""
-    image, channel, _, row, column, inside = tiles.tile_of(tl.program_id(0), channels, height, width, CHANNELS, PIXELS)
+    image, channel, _, row, column, inside = tiles.tile_of(
+        tl.program_id(0), channels, height, width, CHANNELS, ROWS, COLUMNS
+    )
     first = tiles.plane_offsets(image, channel, row, column, split, height, width)
-    second = tiles.plane_offsets(image, channel - split, row, column, channels - split, height, width)
-    in_first, in_second = inside & (channel < split), inside & (channel >= split)
+    in_first = inside & (channel < split)
     deciders = tl.load(rectified + first, mask=in_first, other=0)
     gradients = _where_positive(deciders, tl.load(grad_rectified + first, mask=in_first, other=0))
-    gradients = tl.where(channel < split, gradients, tl.load(grad_rest + second, mask=in_second, other=0))
+    second = tiles.plane_offsets(image, channel - split, row, column, channels - split, height, width)
+    rest = tl.load(grad_rest + second, mask=inside & (channel >= split), other=0)
+    gradients = tl.where(channel < split, gradients, rest)
     pixels = tiles.pixel_offsets(image, channel, row, column, channels, height, width)
     tl.store(grad_x + pixels, gradients, mask=inside)
