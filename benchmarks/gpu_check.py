@@ -241,6 +241,7 @@ def bench(check):
     import torch
 
     saved = ROOT / "build" / "gpu-check.json"
+    saved.parent.mkdir(exist_ok=True)
     saved.unlink(missing_ok=True)
     limit = max(check.seconds("bench") - SECONDS_TO_FINISH, SECONDS_TO_FINISH)
     command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "--device", "cuda", f"--benchmark-json={saved}"]
