@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from restoration_kernels import dual_pool_attention_pad2d, pac_conv2d, relu_split
+from restoration_kernels import dual_pool_attention_pad2d, pac_conv2d, pac_conv2d_, relu_split
 
 # Streams hold multiples of 2^-16: a 256th of an 8-bit level, fine enough to be invisible, and coarse enough that
 # sums below 2^8 fit float32's 24 bits exactly. Addition is then associative and every block exactly invertible.
@@ -69,9 +69,9 @@ class DualPoolingChannelAttention(nn.Module):
 class PixelAdaptiveFeatureExtraction(nn.Module):
     """CAFE (Fig. 4): guide and value from one input, then a pixel-adaptive convolution (eq. 5) of the value.
 
-    Called as module(padded, residual, alpha), padded being x with a pixel more on every side: returns residual +
-    alpha * CAFE(x), CAFE(x) rounded to the streams' quantum. With adaptive=False an ordinary convolution of the same
-    shape takes the place of the pixel-adaptive one.
+    Called as module(padded, residual, alpha, in_place), padded being x with a pixel more on every side: returns
+    residual + alpha * CAFE(x), CAFE(x) rounded to the streams' quantum; with in_place, in residual's memory. With
+    adaptive=False an ordinary convolution of the same shape takes the place of the pixel-adaptive one.
     """
 
     def __init__(self, channels: int, adaptive: bool = True) -> None:
@@ -86,29 +86,26 @@ class PixelAdaptiveFeatureExtraction(nn.Module):
         self.weight = nn.Parameter(output.weight.detach() * OUTPUT_INIT_SCALE)
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, padded: Tensor, residual: Tensor, alpha: float) -> Tensor:
+    def forward(self, padded: Tensor, residual: Tensor, alpha: float, in_place: bool = False) -> Tensor:
         both = self.value_and_guide(padded)
         if not self.adaptive:
             output = F.conv2d(F.relu(both), self.weight, self.bias, padding=1)
-            return residual + alpha * round_to_quantum(output.to(residual.dtype))
-        value, guide = relu_split(both, self.value_channels)
-        return pac_conv2d(
-            value,
-            guide,
-            self.weight,
-            self.bias,
-            padding=1,
-            residual=residual,
-            alpha=alpha,
-            quantum=STREAM_QUANTUM,
-        )
+            change = alpha * round_to_quantum(output.to(residual.dtype))
+            return residual.add_(change) if in_place else residual + change
+        tensors = (*relu_split(both, self.value_channels), self.weight, self.bias)
+        options = {"padding": 1, "alpha": alpha, "quantum": STREAM_QUANTUM}
+        if in_place:
+            return pac_conv2d_(residual, *tensors, **options)
+        return pac_conv2d(*tensors, residual=residual, **options)
 
 
 class ReversibleBlock(nn.Module):
     """y1 = x1 + F(x2), y2 = x2 (eq. 1-4), F = DPCA then CAFE; the halves swap roles on leaving.
 
     forward and inverse take and return two [B,C,H,W] streams whose values are multiples of STREAM_QUANTUM below
-    STREAM_LIMIT; inverse(*forward(a, b)) is then (a, b) bit for bit, whatever the precision F computes in.
+    STREAM_LIMIT; inverse(*forward(a, b)) is then (a, b) bit for bit, whatever the precision F computes in. With
+    in_place, where no gradients are recorded, the stream that changes is written over, and with it what a hook has kept
+    of the block before.
     """
 
     def __init__(self, channels: int, dpca: bool = True, cafe: bool = True) -> None:
@@ -116,8 +113,10 @@ class ReversibleBlock(nn.Module):
         self.attention = DualPoolingChannelAttention() if dpca else None
         self.features = PixelAdaptiveFeatureExtraction(channels, adaptive=cafe)
 
-    def add(self, residual: Tensor, x: Tensor, alpha: float, grad_addend: Tensor | None = None) -> Tensor:
-        """residual + alpha · F(x), for streams [B,C,H,W] and alpha 1 or -1.
+    def add(
+        self, residual: Tensor, x: Tensor, alpha: float, grad_addend: Tensor | None = None, in_place: bool = False
+    ) -> Tensor:
+        """residual + alpha · F(x), for streams [B,C,H,W] and alpha 1 or -1; with in_place, in residual's memory.
 
         grad_addend, of the shape of x, is added to the gradient of x: what reaches x by another way.
         """
@@ -133,10 +132,10 @@ class ReversibleBlock(nn.Module):
             # Without autocast, which pads in float32 on a CPU: two more copies of x, and two of its gradient.
             with torch.autocast(kind, enabled=False):
                 padded = F.pad(x.to(dtype, memory_format=torch.channels_last), (1, 1, 1, 1), mode="reflect")
-        return self.features(padded, residual, alpha)
+        return self.features(padded, residual, alpha, in_place)
 
-    def forward(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        return second, self.add(first, second, 1.0)
+    def forward(self, first: Tensor, second: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
+        return second, self.add(first, second, 1.0, in_place=in_place)
 
-    def inverse(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        return self.add(second, first, -1.0), first
+    def inverse(self, first: Tensor, second: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
+        return self.add(second, first, -1.0, in_place=in_place), first

@@ -42,7 +42,7 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Rearrangement:
-    """A step that moves numbers about: `apply` and its inverse `undo`, which is also the gradient of it.
+    """A step that moves numbers to new tensors: `apply` and its inverse `undo`, which is also the gradient of it.
 
     With each_stream, of every stream by itself: a gradient that is held negated then stays so.
     """
@@ -51,7 +51,7 @@ class Rearrangement:
     undo: Callable[..., Streams]
     each_stream: bool = False
 
-    def run(self, *streams: Tensor) -> Streams:
+    def run(self, *streams: Tensor, in_place: bool = False) -> Streams:
         return self.apply(*streams)
 
     @property
@@ -71,8 +71,8 @@ class Rearrangement:
 class Coupling:
     """A reversible block as a step: (a, b) -> (b, a + F(b)), or with inverse=True its inverse (a, b) -> (b - F(a), a).
 
-    block is a blocks.ReversibleBlock: both directions, and add(residual, x, alpha, grad_addend), which is residual +
-    alpha · F(x), and adds grad_addend to the gradient of x.
+    block is a blocks.ReversibleBlock: both directions, in place where asked for, and add(residual, x, alpha,
+    grad_addend), which is residual + alpha · F(x), and adds grad_addend to the gradient of x.
     Where its parameters are copies in another precision, gradients go to those of source, in their order.
     """
 
@@ -80,8 +80,10 @@ class Coupling:
     inverse: bool = False
     source: nn.Module | None = None
 
-    def run(self, *streams: Tensor) -> Streams:
-        return self.block.inverse(*streams) if self.inverse else self.block(*streams)
+    def run(self, *streams: Tensor, in_place: bool = False) -> Streams:
+        """With in_place, what changes is written over."""
+        run = self.block.inverse if self.inverse else self.block
+        return run(*streams, in_place=in_place)
 
     # Walking through a module takes as long as one of its kernels on a small map.
     @functools.cached_property
@@ -123,11 +125,13 @@ def run_chain(steps: Sequence[Step], *streams: Tensor, reversible: bool = True) 
     With reversible, backward rebuilds the input of every step from its output, so that beside the outputs no more than
     one step's activations are held at a time, however many steps there are. The streams must then be multiples of
     blocks.STREAM_QUANTUM, so that steps can be undone exactly; a gradient of gradients cannot be taken. Without,
-    PyTorch keeps all activations.
+    PyTorch keeps all activations. Where no gradients are recorded, streams that steps have made are written over.
     """
     if not (reversible and torch.is_grad_enabled()):
+        own = False  # streams of whoever called
         for step in steps:
-            streams = step.run(*streams)
+            streams = step.run(*streams, in_place=own)
+            own = own or (isinstance(step, Rearrangement) and not torch.is_grad_enabled())
         return streams
     parameters = [parameter for step in steps for parameter in step.parameters]
     return _Chain.apply(steps, len(streams), *streams, *parameters)
@@ -141,9 +145,7 @@ class _Chain(torch.autograd.Function):
         ctx.steps = steps
         ctx.count = count
         ctx.circumstances = _Circumstances.here(tensors[0].device)
-        streams = tensors[:count]
-        for step in steps:
-            streams = step.run(*streams)
+        streams = run_chain(steps, *tensors[:count])  # no gradients are recorded here
         ctx.save_for_backward(*streams)
         return streams
 

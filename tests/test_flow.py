@@ -12,6 +12,7 @@ from restoration.flow import (
     check_stream_range,
     pad_to_valid_size,
 )
+from restoration.reversible import Coupling, run_chain
 
 SMALL = Architecture(half_channels=4, blocks_per_stage=2, refinement_blocks=1)
 
@@ -101,6 +102,29 @@ def test_inverse_block_swaps_the_halves_back():
     forward = block(first, second)
     assert torch.equal(forward[0], second)
     assert all(torch.equal(a, b) for a, b in zip(block.inverse(*forward), (first, second), strict=True))
+
+
+@pytest.mark.parametrize("switches", [{}, {"cafe": False}], ids=str)
+def test_inference_writes_over_its_own_maps_alone_and_gives_the_same_bits(switches):
+    net = network(**switches)
+    x = picture(20, 24)
+    z = net.encode(x)  # recording gradients
+    image = net.decode(z, (20, 24))
+    with torch.no_grad():
+        assert torch.equal(net.encode(x), z)
+        assert torch.equal(net.decode(z, (20, 24)), image)
+        assert torch.equal(net.encode(x), z), "x has changed"
+        assert torch.equal(net.decode(z, (20, 24)), image), "z has changed"
+
+
+def test_without_gradients_a_block_changes_nothing_that_it_was_given():
+    block = ReversibleBlock(8)
+    given = tuple(on_grid(torch.randn(1, 8, 9, 7)) for _ in range(2))
+    before = tuple(stream.clone() for stream in given)
+    steps = [Coupling(block), Coupling(block, inverse=True)] * 2
+    with torch.no_grad():
+        after = run_chain(steps, *given)
+    assert all(torch.equal(a, b) for a, b in zip((*given, *after), before * 2, strict=True))
 
 
 def test_gradients_reach_every_parameter_through_both_directions():
