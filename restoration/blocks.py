@@ -104,7 +104,7 @@ class ReversibleBlock(nn.Module):
 
     forward and inverse take and return two [B,C,H,W] streams whose values are multiples of STREAM_QUANTUM below
     STREAM_LIMIT; inverse(*forward(a, b)) is then (a, b) bit for bit, whatever the precision F computes in. With
-    in_place, where no gradients are recorded, the stream that changes is written over, and with it what a hook has kept
+    in_place, where no gradients are recorded, the stream that changes may be written over, and with it what a hook kept
     of the block before.
     """
 
@@ -116,7 +116,7 @@ class ReversibleBlock(nn.Module):
     def add(
         self, residual: Tensor, x: Tensor, alpha: float, grad_addend: Tensor | None = None, in_place: bool = False
     ) -> Tensor:
-        """residual + alpha · F(x), for streams [B,C,H,W] and alpha 1 or -1; with in_place, in residual's memory.
+        """residual + alpha · F(x), for streams [B,C,H,W], alpha 1 or -1; with in_place, residual may be written over.
 
         grad_addend, of the shape of x, is added to the gradient of x: what reaches x by another way.
         """
@@ -132,7 +132,7 @@ class ReversibleBlock(nn.Module):
             # Without autocast, which pads in float32 on a CPU: two more copies of x, and two of its gradient.
             with torch.autocast(kind, enabled=False):
                 padded = F.pad(x.to(dtype, memory_format=torch.channels_last), (1, 1, 1, 1), mode="reflect")
-        return self.features(padded, residual, alpha, in_place)
+        return self.features(padded, residual, alpha, in_place and residual.is_contiguous())
 
     def forward(self, first: Tensor, second: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
         return second, self.add(first, second, 1.0, in_place=in_place)

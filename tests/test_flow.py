@@ -104,10 +104,11 @@ def test_inverse_block_swaps_the_halves_back():
     assert all(torch.equal(a, b) for a, b in zip(block.inverse(*forward), (first, second), strict=True))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("switches", [{}, {"cafe": False}], ids=str)
-def test_inference_writes_over_its_own_maps_alone_and_gives_the_same_bits(switches):
+def test_inference_writes_over_its_own_maps_alone_and_gives_the_same_bits(switches, layout):
     net = network(**switches)
-    x = picture(20, 24)
+    x = picture(20, 24).contiguous(memory_format=layout)
     z = net.encode(x)  # recording gradients
     image = net.decode(z, (20, 24))
     with torch.no_grad():
