@@ -152,8 +152,8 @@ def ccpl_loss(features, targets, num_anchors, temperature, projections, generato
     operator = "ccpl_loss"
     _sequence(operator, "features", features)
     _sequence(operator, "targets", targets, len(features))
+    first = ("features[0]", features[0])
     for layer, (feature, target) in enumerate(zip(features, targets, strict=True)):
-        first = ("features[0]", features[0])
         shape = _tensor(operator, f"features[{layer}]", feature, ("B", "C", "H", "W"), device_of=first)
         _tensor(operator, f"targets[{layer}]", target, shape, like=(f"features[{layer}]", feature))
     _number(operator, "temperature", temperature, positive=True)

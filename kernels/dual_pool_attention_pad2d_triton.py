@@ -50,6 +50,16 @@ def _places(first, count, size, padding):
 
 
 @triton.jit
+def _padded_offsets(image, channel, row, column, row_number, column_number, channels, height, width, padding):
+    """Offsets in the padded map of the pixels of a tile, or of their mirrors of some numbers; and which exist."""
+    padded_row = _padded_place(row, height, padding, row_number)
+    padded_column = _padded_place(column, width, padding, column_number)
+    padded_height, padded_width = height + 2 * padding, width + 2 * padding
+    offsets = tiles.pixel_offsets(image, channel, padded_row, padded_column, channels, padded_height, padded_width)
+    return offsets, (padded_row >= 0) & (padded_column >= 0)
+
+
+@triton.jit
 def _sum_of_places(
     grad_y, image, channel, tile, row, column, inside, channels, height, width, padding, dtype: tl.constexpr,
     CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -58,14 +68,11 @@ def _sum_of_places(
     first_row, first_column = tiles.corner_of(tile, width, ROWS, COLUMNS)
     gradients = tl.zeros([CHANNELS, ROWS * COLUMNS], dtype)
     for row_number in range(_places(first_row, ROWS, height, padding)):
-        padded_row = _padded_place(row, height, padding, row_number)
         for column_number in range(_places(first_column, COLUMNS, width, padding)):
-            padded_column = _padded_place(column, width, padding, column_number)
-            offsets = tiles.pixel_offsets(
-                image, channel, padded_row, padded_column, channels, height + 2 * padding, width + 2 * padding
+            offsets, exists = _padded_offsets(
+                image, channel, row, column, row_number, column_number, channels, height, width, padding
             )
-            mask = inside & (padded_row >= 0) & (padded_column >= 0)
-            gradients += tl.load(grad_y + offsets, mask=mask, other=0).to(dtype)
+            gradients += tl.load(grad_y + offsets, mask=inside & exists, other=0).to(dtype)
     return gradients
 
 
@@ -83,13 +90,11 @@ def dual_pool_attention_pad2d_forward_kernel(
     values = tl.load(x + sources, mask=inside, other=0).to(factor.dtype) * factor
     first_row, first_column = tiles.corner_of(tile, width, ROWS, COLUMNS)
     for row_number in range(_places(first_row, ROWS, height, padding)):
-        padded_row = _padded_place(row, height, padding, row_number)
         for column_number in range(_places(first_column, COLUMNS, width, padding)):
-            padded_column = _padded_place(column, width, padding, column_number)
-            offsets = tiles.pixel_offsets(
-                image, channel, padded_row, padded_column, channels, height + 2 * padding, width + 2 * padding
+            offsets, exists = _padded_offsets(
+                image, channel, row, column, row_number, column_number, channels, height, width, padding
             )
-            tl.store(y + offsets, values, mask=inside & (padded_row >= 0) & (padded_column >= 0))
+            tl.store(y + offsets, values, mask=inside & exists)
 
 
 @triton.jit

@@ -201,10 +201,11 @@ def compare(runs: list[Run]) -> dict[str, dict[str, dict[str, float | bool]]]:
     for score in SCORES:
         values = {variant: [r.summary["all"].get(score) for r in runs if r.variant == variant] for variant in VARIANTS}
         sound = {variant: column for variant, column in values.items() if None not in column}
+        chance = _chance(list(sound.values())) if WHOLE in sound else None
         for variant, column in sound.items():
             entry = {"mean": mean(column), "spread": variance(column) ** 0.5}
-            if variant != WHOLE and WHOLE in sound:
-                difference, chance = entry["mean"] - mean(sound[WHOLE]), _chance(list(sound.values()))
+            if variant != WHOLE and chance is not None:
+                difference = entry["mean"] - mean(sound[WHOLE])
                 entry |= {"difference": difference, "chance": chance, "exceeds": abs(difference) > chance}
             table[variant][score] = entry
     return table
