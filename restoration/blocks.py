@@ -6,6 +6,8 @@ convolution", npj Heritage Science 13 (2025), doi 10.1038/s40494-025-01595-0; eq
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,6 +28,11 @@ OUTPUT_INIT_SCALE = 0.1  # 22 residual sums deep, outputs of unit scale would le
 def round_to_quantum(x: Tensor) -> Tensor:
     """Rounds to the nearest multiple of STREAM_QUANTUM; the gradient passes straight through."""
     return _RoundToQuantum.apply(x)
+
+
+def round_to_quantum_(x: Tensor) -> Tensor:
+    """The same in place, without gradients."""
+    return x.div_(STREAM_QUANTUM).round_().mul_(STREAM_QUANTUM)
 
 
 class _RoundToQuantum(torch.autograd.Function):
@@ -69,9 +76,10 @@ class DualPoolingChannelAttention(nn.Module):
 class PixelAdaptiveFeatureExtraction(nn.Module):
     """CAFE (Fig. 4): guide and value from one input, then a pixel-adaptive convolution (eq. 5) of the value.
 
-    Called as module(padded, residual, alpha, in_place), padded being x with a pixel more on every side: returns
-    residual + alpha * CAFE(x), CAFE(x) rounded to the streams' quantum; with in_place, in residual's memory. With
-    adaptive=False an ordinary convolution of the same shape takes the place of the pixel-adaptive one.
+    Called as module(pad, residual, alpha, in_place), pad() being x with a pixel more on every side, which is freed as
+    soon as it is read: returns residual + alpha * CAFE(x), CAFE(x) rounded to the streams' quantum; with in_place, in
+    residual's memory. With adaptive=False an ordinary convolution of the same shape takes the place of the
+    pixel-adaptive one.
     """
 
     def __init__(self, channels: int, adaptive: bool = True) -> None:
@@ -86,13 +94,12 @@ class PixelAdaptiveFeatureExtraction(nn.Module):
         self.weight = nn.Parameter(output.weight.detach() * OUTPUT_INIT_SCALE)
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, padded: Tensor, residual: Tensor, alpha: float, in_place: bool = False) -> Tensor:
-        both = self.value_and_guide(padded)
+    def forward(self, pad: Callable[[], Tensor], residual: Tensor, alpha: float, in_place: bool = False) -> Tensor:
         if not self.adaptive:
-            output = F.conv2d(F.relu(both), self.weight, self.bias, padding=1)
+            output = F.conv2d(F.relu(self.value_and_guide(pad())), self.weight, self.bias, padding=1)
             change = alpha * round_to_quantum(output.to(residual.dtype))
             return residual.add_(change) if in_place else residual + change
-        tensors = (*relu_split(both, self.value_channels), self.weight, self.bias)
+        tensors = (*relu_split(self.value_and_guide(pad()), self.value_channels), self.weight, self.bias)
         options = {"padding": 1, "alpha": alpha, "quantum": STREAM_QUANTUM}
         if in_place:
             return pac_conv2d_(residual, *tensors, **options)
@@ -120,19 +127,21 @@ class ReversibleBlock(nn.Module):
 
         grad_addend, of the shape of x, is added to the gradient of x: what reaches x by another way.
         """
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         # One memory layout both ways: libraries choose the order of a sum by strides, and F must repeat to the bit.
         x = x.contiguous()
+        in_place = in_place and residual.is_contiguous()
+        return self.features(lambda: self._padded(x, grad_addend), residual, alpha, in_place)
+
+    def _padded(self, x: Tensor, grad_addend: Tensor | None) -> Tensor:
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         if self.attention is not None:
-            padded = self.attention(x, dtype, grad_addend)
-        else:
-            if grad_addend is not None:
-                x = _AddToGradient.apply(x, grad_addend)
-            # Without autocast, which pads in float32 on a CPU: two more copies of x, and two of its gradient.
-            with torch.autocast(kind, enabled=False):
-                padded = F.pad(x.to(dtype, memory_format=torch.channels_last), (1, 1, 1, 1), mode="reflect")
-        return self.features(padded, residual, alpha, in_place and residual.is_contiguous())
+            return self.attention(x, dtype, grad_addend)
+        if grad_addend is not None:
+            x = _AddToGradient.apply(x, grad_addend)
+        # Without autocast, which pads in float32 on a CPU: two more copies of x, and two of its gradient.
+        with torch.autocast(kind, enabled=False):
+            return F.pad(x.to(dtype, memory_format=torch.channels_last), (1, 1, 1, 1), mode="reflect")
 
     def forward(self, first: Tensor, second: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
         return second, self.add(first, second, 1.0, in_place=in_place)

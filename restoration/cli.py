@@ -128,16 +128,21 @@ def reconstruct(
     is then 2. Started by torchrun, several processes share the files of a folder.
     """
     from restoration.distributed import joined
-    from restoration.reconstruct import choose_device, plan, reconstruct_files
+    from restoration.reconstruct import Job, choose_device, plan, reconstruct_files
 
     with joined() as world:
         target = world.together(lambda: world.own_device(choose_device(device)))
-        jobs = world.decide(lambda: plan(degraded, reference, output, force=force, skip_existing=skip_existing))
         failures = []
 
         def note_failure(error: UserError) -> None:
-            failures.append(error)
+            failures.append(str(error))  # of the error itself a traceback would keep the picture in memory
             _print_error(error)
+
+        def choose_jobs() -> tuple[list[Job], int]:
+            jobs = plan(degraded, reference, output, force=force, skip_existing=skip_existing, on_failure=note_failure)
+            return jobs, len(jobs) + len(failures)
+
+        jobs, asked = world.decide(choose_jobs)
 
         def reconstruct_share() -> None:
             reports = reconstruct_files(
@@ -147,7 +152,7 @@ def reconstruct(
                 vgg=vgg,
                 strength=strength,
                 force=force,
-                on_failure=note_failure if len(jobs) > 1 else None,
+                on_failure=note_failure if asked > 1 else None,
             )
             for report in reports:
                 # Flushed line by line: several processes may write here.
@@ -156,7 +161,7 @@ def reconstruct(
         world.together(reconstruct_share)
         failed = sum(world.gather(len(failures)))
         if failed:
-            world.refuse(f"{failed} of {len(jobs)} pictures could not be recoloured, for the reasons above")
+            world.refuse(f"{failed} of {asked} pictures could not be recoloured, for the reasons above")
         if not jobs:
             world.tell("nothing to do: every output is there")
 

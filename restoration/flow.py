@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -11,7 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from restoration.blocks import STREAM_LIMIT, PixelAdaptiveFeatureExtraction, ReversibleBlock, round_to_quantum
+from restoration.blocks import (
+    STREAM_LIMIT,
+    PixelAdaptiveFeatureExtraction,
+    ReversibleBlock,
+    round_to_quantum,
+    round_to_quantum_,
+)
 from restoration.reversible import Coupling, Rearrangement, Step, Streams, run_chain
 from restoration.whitening import Transfer, transfer_statistics
 
@@ -81,7 +88,7 @@ class ReversibleNetwork(nn.Module):
     def encode(self, image: Tensor) -> Tensor:
         """[B,3,H,W] -> z [B,2*half_channels,H',W'], differentiable."""
         with self._residual_precision(image.device):
-            (z,) = run_chain(self._encoding(), round_to_quantum(pad_to_valid_size(image)), reversible=self.reversible)
+            (z,) = run_chain(self._encoding(), [round_to_quantum(pad_to_valid_size(image))], self.reversible)
         return z
 
     def decode(self, z: Tensor, size: Sequence[int] | None = None) -> Tensor:
@@ -90,9 +97,23 @@ class ReversibleNetwork(nn.Module):
         z is rounded to multiples of 2^-16 first.
         """
         with self._residual_precision(z.device):
-            first, _ = run_chain(self._decoding(), round_to_quantum(z), reversible=self.reversible)
+            first, _ = run_chain(self._decoding(), [round_to_quantum(z)], self.reversible)
         image = first[:, :IMAGE_CHANNELS]
         return image if size is None else image[..., : size[0], : size[1]]
+
+    @torch.no_grad()
+    def encode_halves(self, image: Tensor) -> list[Tensor]:
+        """z in two parts [B,half_channels,H',W'], without gradients: joining them would take twice more its memory."""
+        with self._residual_precision(image.device):
+            return run_chain(self._encoding((_UP, _UP)), [round_to_quantum(pad_to_valid_size(image))])
+
+    @torch.no_grad()
+    def decode_halves(self, halves: list[Tensor]) -> Tensor:
+        """`decode` of such parts, without gradients: they are rounded in place, and taken out of the list."""
+        halves[:] = map(round_to_quantum_, halves)
+        with self._residual_precision(halves[0].device):
+            first, _ = run_chain(self._decoding((_DOWN, _DOWN)), halves)
+        return first[:, :IMAGE_CHANNELS].clone()  # a view would keep all channels
 
     def _couplings(self, inverse: bool = False) -> list[list[Coupling]]:
         """Of the blocks of each stage, and of the refinement, in the order of encode."""
@@ -104,22 +125,24 @@ class ReversibleNetwork(nn.Module):
             for section in zip(copies, sections, strict=True)
         ]
 
-    def _encoding(self) -> list[Step]:
+    def _encoding(self, ending: Sequence[Step] | None = None) -> list[Step]:
+        """ending: the steps after the refinement; None: one that joins the streams."""
         *stages, refinement = self._couplings()
         steps: list[Step] = [Rearrangement(self._expand, self._reduce)]
         for index, stage in enumerate(stages):
             if index > 0:
-                steps.append(Rearrangement(_squeeze, _unsqueeze, each_stream=True))
+                steps.append(_DOWN)
             steps += stage
-        return [*steps, *refinement, Rearrangement(_merge, _split)]
+        return [*steps, *refinement, *(ending or [Rearrangement(_merge, _split)])]
 
-    def _decoding(self) -> list[Step]:
+    def _decoding(self, beginning: Sequence[Step] | None = None) -> list[Step]:
+        """beginning: the steps that undo such an ending."""
         *stages, refinement = self._couplings(inverse=True)
-        steps: list[Step] = [Rearrangement(_split, _merge), *reversed(refinement)]
+        steps: list[Step] = [*(beginning or [Rearrangement(_split, _merge)]), *reversed(refinement)]
         for index, stage in reversed(list(enumerate(stages))):
             steps += reversed(stage)
             if index > 0:
-                steps.append(Rearrangement(_unsqueeze, _squeeze, each_stream=True))
+                steps.append(_UP)
         return steps
 
     def _expand(self, image: Tensor) -> Streams:
@@ -159,14 +182,6 @@ class _RoundedCopy:
         return self._copy
 
 
-def _squeeze(first: Tensor, second: Tensor) -> Streams:
-    return _pixel_unshuffle(first), _pixel_unshuffle(second)
-
-
-def _unsqueeze(first: Tensor, second: Tensor) -> Streams:
-    return _pixel_shuffle(first), _pixel_shuffle(second)
-
-
 def _merge(first: Tensor, second: Tensor) -> Streams:
     return (_pixel_shuffle(_pixel_shuffle(torch.cat((first, second), 1))),)
 
@@ -202,6 +217,10 @@ class _PixelShuffle(torch.autograd.Function):
         return _pixel_unshuffle(gradient)
 
 
+_DOWN = Rearrangement(_pixel_unshuffle, _pixel_shuffle, each_stream=True)
+_UP = Rearrangement(_pixel_shuffle, _pixel_unshuffle, each_stream=True)
+
+
 def pad_to_valid_size(image: Tensor) -> Tensor:
     """Replicates the right and lower edges of [B,C,H,W] up to a size that the network accepts."""
     height, width = image.shape[-2:]
@@ -213,9 +232,9 @@ def pad_to_valid_size(image: Tensor) -> Tensor:
     return F.pad(image, (0, right, 0, below), mode="replicate") if right or below else image
 
 
-def check_stream_range(z: Tensor) -> float:
-    """Largest |z|; raises OverflowError where sums of stream values may have lost their exactness."""
-    largest = z.detach().abs().max().item()
+def check_stream_range(*streams: Tensor) -> float:
+    """Largest absolute value; raises OverflowError where sums of stream values may have lost their exactness."""
+    largest = max(torch.linalg.vector_norm(stream.detach(), math.inf).item() for stream in streams)
     if not largest < STREAM_LIMIT:
         raise OverflowError(
             f"the network's values reach {largest:.3g}, past the {STREAM_LIMIT:g} below which its arithmetic is "

@@ -19,7 +19,7 @@ from restoration.flow import ReversibleNetwork, check_stream_range
 from restoration.imaging import READABLE_SUFFIXES, check_writable, read_image, read_rgb, write_image
 from restoration.metrics import Metrics, measure
 from restoration.vgg import VGG19Features, metric_features
-from restoration.whitening import RIDGE_LADDER, Transfer, moments, transfer_moments
+from restoration.whitening import RIDGE_LADDER, Moments, moments_of_parts, transfer_parts_
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,19 @@ def choose_device(name: str) -> torch.device:
 
 
 def plan(
-    degraded: Path, reference: Path, output: Path, *, force: bool = False, skip_existing: bool = False
+    degraded: Path,
+    reference: Path,
+    output: Path,
+    *,
+    force: bool = False,
+    skip_existing: bool = False,
+    on_failure: Callable[[UserError], None] | None = None,
 ) -> list[Job]:
     """The jobs that two files, or two folders, ask for. UserError, before any work, where one cannot be done.
 
     Folders pair by file name without suffix; every picture of the degraded folder needs a partner. The output is then
     a folder (made if missing) of PNG files of the same names. skip_existing: less the jobs whose output is there.
+    on_failure, if any, is told of each of several pictures that cannot be read, and its job is left out.
     """
     if force and skip_existing:
         raise UserError("--force overwrites what --skip-existing leaves alone: take one of them")
@@ -78,12 +85,20 @@ def plan(
     if skip_existing:
         # An output that is there is whole: `write_image` publishes nothing less.
         jobs = [job for job in jobs if not job.output.is_file()]
+    ready = []
     for job in jobs:
-        picture = read_image(job.degraded)
-        read_rgb(job.reference)
+        try:
+            picture = read_image(job.degraded)
+            read_rgb(job.reference)
+        except UserError as error:
+            if on_failure is None or len(jobs) == 1:
+                raise
+            on_failure(error)
+            continue
         if not folders or output.is_dir():
             check_writable(job.output, force=force, like=picture)
-    return jobs
+        ready.append(job)
+    return ready
 
 
 def _pair_folders(degraded: Path, reference: Path, output: Path) -> list[Job]:
@@ -191,9 +206,12 @@ def recolour(
     UserError where memory does not suffice, UnsuitableWeightsError where these weights cannot treat the picture.
     """
     try:
-        transfer = _transfer(network, degraded, reference, device, strength)
-        check_stream_range(transfer.z)
-        result = _inside(network.decode(transfer.z), degraded)[0]
+        # One code at a time: each takes 128 bytes a pixel.
+        style = _moments_inside(network.encode_halves(_with_margin(reference).to(device)), reference)
+        code = network.encode_halves(_with_margin(degraded).to(device))
+        ridges = transfer_parts_(code, _moments_inside(code, degraded), style, strength)
+        check_stream_range(*code)
+        result = _inside(network.decode_halves(code), degraded)[0]
     except (RuntimeError, MemoryError) as error:
         # The CPU's allocator has no error of its own.
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in str(error):
@@ -207,7 +225,7 @@ def recolour(
         raise UnsuitableWeightsError(
             "the result holds values that are not finite: these weights do not suit this picture"
         )
-    rung = int(torch.maximum(transfer.content_ridge, transfer.style_ridge).max())
+    rung = int(torch.maximum(*ridges).max())
     notes = ()
     if rung > 0:
         notes = (
@@ -215,15 +233,6 @@ def recolour(
             f"{RIDGE_LADDER[0]:g}",
         )
     return fit_range(result).cpu(), notes
-
-
-def _transfer(
-    network: ReversibleNetwork, degraded: Tensor, reference: Tensor, device: torch.device, strength: float
-) -> Transfer:
-    """Keeps the code of one picture at a time, of 128 bytes a pixel."""
-    style = moments(_inside(network.encode(_with_margin(reference).to(device)), reference))
-    content = network.encode(_with_margin(degraded).to(device))
-    return transfer_moments(content, moments(_inside(content, degraded)), style, strength)
 
 
 # Values further than this from black and white stay as they are; the 13 steps of 8 bits that are nearer take in what
@@ -259,3 +268,7 @@ def _inside(padded: Tensor, image: Tensor) -> Tensor:
     """The part of padded [1,C,H',W'] that image [3,H,W] covers."""
     height, width = image.shape[-2:]
     return padded[..., MARGIN : MARGIN + height, MARGIN : MARGIN + width]
+
+
+def _moments_inside(code: list[Tensor], image: Tensor) -> Moments:
+    return moments_of_parts([_inside(half, image) for half in code])

@@ -44,15 +44,19 @@ class Gradients:
 class Rearrangement:
     """A step that moves numbers to new tensors: `apply` and its inverse `undo`, which is also the gradient of it.
 
-    With each_stream, of every stream by itself: a gradient that is held negated then stays so.
+    They take all streams and return a tuple of all; with each_stream, which keeps a gradient negated that is held so,
+    they take one and return one.
     """
 
-    apply: Callable[..., Streams]
-    undo: Callable[..., Streams]
+    apply: Callable[..., Streams | Tensor]
+    undo: Callable[..., Streams | Tensor]
     each_stream: bool = False
 
-    def run(self, *streams: Tensor, in_place: bool = False) -> Streams:
-        return self.apply(*streams)
+    def run(self, streams: list[Tensor], in_place: bool = False) -> list[Tensor]:
+        """With each_stream, streams are taken out of the list: the first may be freed before the second is moved."""
+        if self.each_stream:
+            return [self.apply(streams.pop(0)) for _ in range(len(streams))]
+        return list(self.apply(*streams))
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -61,10 +65,9 @@ class Rearrangement:
     def backward(self, streams: Streams, gradients: Gradients) -> tuple[Streams, Gradients, list[Tensor]]:
         """Streams and gradients on entering the step, of those on leaving it, and its parameters' gradients."""
         if self.each_stream:
-            before = Gradients(self.undo(*gradients.of), gradients.negated)
-        else:
-            before = Gradients(self.undo(*gradients.plain()))
-        return self.undo(*streams), before, []
+            before = Gradients(tuple(map(self.undo, gradients.of)), gradients.negated)
+            return tuple(map(self.undo, streams)), before, []
+        return self.undo(*streams), Gradients(self.undo(*gradients.plain())), []
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,10 @@ class Coupling:
     inverse: bool = False
     source: nn.Module | None = None
 
-    def run(self, *streams: Tensor, in_place: bool = False) -> Streams:
+    def run(self, streams: list[Tensor], in_place: bool = False) -> list[Tensor]:
         """With in_place, what changes is written over."""
         run = self.block.inverse if self.inverse else self.block
-        return run(*streams, in_place=in_place)
+        return list(run(*streams, in_place=in_place))
 
     # Walking through a module takes as long as one of its kernels on a small map.
     @functools.cached_property
@@ -119,18 +122,19 @@ class Coupling:
 Step = Rearrangement | Coupling
 
 
-def run_chain(steps: Sequence[Step], *streams: Tensor, reversible: bool = True) -> Streams:
+def run_chain(steps: Sequence[Step], streams: list[Tensor], reversible: bool = True) -> Sequence[Tensor]:
     """Applies the steps one after another, differentiable in streams and parameters.
 
     With reversible, backward rebuilds the input of every step from its output, so that beside the outputs no more than
     one step's activations are held at a time, however many steps there are. The streams must then be multiples of
     blocks.STREAM_QUANTUM, so that steps can be undone exactly; a gradient of gradients cannot be taken. Without,
-    PyTorch keeps all activations. Where no gradients are recorded, streams that steps have made are written over.
+    PyTorch keeps all activations. Where no gradients are recorded, streams may be taken out of the list, to be freed
+    as early as nobody else holds them, and those that steps have made are written over.
     """
     if not (reversible and torch.is_grad_enabled()):
         own = False  # streams of whoever called
         for step in steps:
-            streams = step.run(*streams, in_place=own)
+            streams = step.run(streams, in_place=own)
             own = own or (isinstance(step, Rearrangement) and not torch.is_grad_enabled())
         return streams
     parameters = [parameter for step in steps for parameter in step.parameters]
@@ -145,9 +149,9 @@ class _Chain(torch.autograd.Function):
         ctx.steps = steps
         ctx.count = count
         ctx.circumstances = _Circumstances.here(tensors[0].device)
-        streams = run_chain(steps, *tensors[:count])  # no gradients are recorded here
+        streams = run_chain(steps, list(tensors[:count]))  # no gradients are recorded here
         ctx.save_for_backward(*streams)
-        return streams
+        return tuple(streams)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -46,28 +46,25 @@ def moments(z: Tensor, mask: Tensor | None = None) -> Moments:
 
     Differentiable once, and only z is kept for it.
     """
-    weights = None if mask is None else mask.expand(z.shape[0], *z.shape[2:]).flatten(1)[:, None].double()
+    weights = None if mask is None else mask.expand(z.shape[0], *z.shape[2:])[:, None].double()
     return Moments(*_Moments.apply(z, weights))
 
 
+@torch.no_grad()
+def moments_of_parts(parts: Sequence[Tensor]) -> Moments:
+    """`moments` of z whose channels lie in several tensors [B,·,H,W], without gradients, and without joining them."""
+    mean, covariance, _ = _measure(parts, None)
+    return Moments(mean[..., 0], covariance)
+
+
 class _Moments(torch.autograd.Function):
-    """Weighted mean and covariance of z [B,C,H,W], weights [B,1,H·W]; in float64, CHUNK pixels at a time."""
+    """Weighted mean and covariance of z [B,C,H,W], weights [B,1,H,W]."""
 
     @staticmethod
     def forward(ctx, z: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        B, C = z.shape[:2]
-        count = z[0, 0].numel() if weights is None else weights.sum(2).clamp_min(1.0)[..., None]
-        total = z.new_zeros(B, C, 1, dtype=torch.float64)
-        for piece, weight in _pieces(z, weights):
-            total += (piece if weight is None else piece * weight).sum(2, keepdim=True)
-        mean = total / count
-        covariance = z.new_zeros(B, C, C, dtype=torch.float64)
-        for piece, weight in _pieces(z, weights):
-            piece -= mean
-            covariance.baddbmm_(piece if weight is None else piece * weight, piece.transpose(1, 2))
+        mean, covariance, ctx.count = _measure([z], weights)
         ctx.save_for_backward(z, weights, mean)
-        ctx.count = count
-        return mean[..., 0], covariance / count
+        return mean[..., 0], covariance
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -77,18 +74,40 @@ class _Moments(torch.autograd.Function):
         symmetric = (grad_covariance + grad_covariance.transpose(1, 2)) / ctx.count
         shift = grad_mean[..., None] / ctx.count - torch.bmm(symmetric, mean)
         parts = []
-        for piece, weight in _pieces(z, weights):
+        for piece, weight in _pieces([z], weights):
             part = torch.baddbmm(shift, symmetric, piece)
             parts.append((part if weight is None else part * weight).to(z.dtype))
         return torch.cat(parts, 2).reshape(z.shape), None
 
 
-def _pieces(z: Tensor, weights: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Copies in float64 of z [B,C,·], CHUNK pixels at a time, each with its part of the weights."""
-    values = z.flatten(2)
-    for start in range(0, values.shape[2], CHUNK):
-        part = slice(start, start + CHUNK)
-        yield values[..., part].to(torch.float64, copy=True), None if weights is None else weights[..., part]
+def _measure(parts: Sequence[Tensor], weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor | int]:
+    """Weighted mean [B,C,1] and covariance [B,C,C], in float64, and the sum of weights; parts as of `_pieces`."""
+    B, C = len(parts[0]), sum(part.shape[1] for part in parts)
+    count = parts[0][0, 0].numel() if weights is None else weights.sum((2, 3)).clamp_min(1.0)[..., None]
+    total = parts[0].new_zeros(B, C, 1, dtype=torch.float64)
+    for piece, weight in _pieces(parts, weights):
+        total += (piece if weight is None else piece * weight).sum(2, keepdim=True)
+    mean = total / count
+    covariance = parts[0].new_zeros(B, C, C, dtype=torch.float64)
+    for piece, weight in _pieces(parts, weights):
+        piece -= mean
+        covariance.baddbmm_(piece if weight is None else piece * weight, piece.transpose(1, 2))
+    return mean, covariance / count, count
+
+
+def _pieces(parts: Sequence[Tensor], weights: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Copies in float64 [B,C,·] of the channels of all parts [B,·,H,W], some rows at a time, and their weights."""
+    for rows in _strips(parts[0]):
+        strips = [part[:, :, rows] for part in parts]
+        strip = torch.cat(strips, 1) if len(strips) > 1 else strips[0]
+        yield strip.to(torch.float64, copy=True).flatten(2), None if weights is None else weights[:, :, rows].flatten(2)
+
+
+def _strips(z: Tensor) -> list[slice]:
+    """The rows of z [B,C,H,W], CHUNK pixels at a time."""
+    height, width = z.shape[2:]
+    rows = max(1, CHUNK // width)
+    return [slice(top, top + rows) for top in range(0, height, rows)]
 
 
 def blend(parts: Sequence[Moments], weights: Sequence[float]) -> Moments:
@@ -131,19 +150,41 @@ def transfer_moments(z: Tensor, content: Moments, style: Moments, strength: floa
     strength in [0,1] scales the change: 0 returns z, 1 the full transfer. The change is what is computed, so equal
     moments return z exactly.
     """
+    change, shift, *ridges = _change(content, style, strength, z.dtype)
+    return Transfer(_moved(z, change, shift), *ridges)
+
+
+@torch.no_grad()
+def transfer_parts_(
+    parts: Sequence[Tensor], content: Moments, style: Moments, strength: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`transfer_moments` of z whose channels lie in several tensors [B,·,H,W], in place. Returns the two ridges."""
+    change, shift, *ridges = _change(content, style, strength, parts[0].dtype)
+    for rows in _strips(parts[0]):
+        pieces = [part[:, :, rows] for part in parts]
+        moved = _moved(torch.cat(pieces, 1), change, shift)
+        torch._foreach_copy_(pieces, moved.split([piece.shape[1] for piece in pieces], 1))
+    return tuple(ridges)
+
+
+def _change(
+    content: Moments, style: Moments, strength: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Matrix [B,C,C] and shift [B,C,1] of what is added to z, and the ridges of content and style."""
     if not 0.0 <= strength <= 1.0:
         raise ValueError(f"transfer_moments: strength must lie in [0, 1], got {strength}")
     counts = [len(content.covariance), len(style.covariance)]
     factors, ridges = regularised_cholesky(torch.cat((content.covariance, style.covariance)))
-    (content_factor, style_factor), (content_ridge, style_ridge) = factors.split(counts), ridges.split(counts)
+    content_factor, style_factor = factors.split(counts)
     matrix = torch.linalg.solve_triangular(content_factor, style_factor, upper=False, left=False)
-    C = z.shape[1]
-    change = matrix - torch.eye(C, dtype=matrix.dtype, device=matrix.device)
-    shift = style.mean - content.mean - torch.matmul(change, content.mean[..., None])[..., 0]
-    change, shift = (strength * part.to(z.dtype) for part in (change, shift))
-    moved = torch.baddbmm(shift[..., None], change, z.flatten(2)).reshape(z.shape)
+    change = matrix - torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
+    shift = (style.mean - content.mean)[..., None] - torch.matmul(change, content.mean[..., None])
+    return strength * change.to(dtype), strength * shift.to(dtype), *ridges.split(counts)
+
+
+def _moved(z: Tensor, change: Tensor, shift: Tensor) -> Tensor:
     # In place: each further map takes as much memory as z.
-    return Transfer(moved.add_(z), content_ridge, style_ridge)
+    return torch.baddbmm(shift, change, z.flatten(2)).reshape(z.shape).add_(z)
 
 
 def transfer_statistics(

@@ -155,6 +155,16 @@ def test_reconstruct_goes_on_past_a_picture_that_cannot_be_treated(workshop, tmp
     assert sorted(path.name for path in out.iterdir()) == names[1:]
     assert len(said.splitlines()) == len(names) - 1
 
+    faded = tmp_path / "faded"
+    faded.mkdir()
+    for name in names:
+        (faded / name).write_bytes((ink / name).read_bytes()[: 100 if name == names[1] else None])
+    code, said, err = call(capsys, monkeypatch, "reconstruct", faded, ink, "-o", tmp_path / "new", *arguments[4:])
+    damaged, counted = err.splitlines()
+    assert code == 2 and len(said.splitlines()) == len(names) - 1
+    assert damaged.startswith(f"error: {faded / names[1]}: is damaged or truncated")
+    assert counted == f"error: 1 of {len(names)} pictures could not be recoloured, for the reasons above"
+
     written = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     code, said, err = call(capsys, monkeypatch, "reconstruct", *arguments, "--skip-existing")
     assert (code, err) == (0, "") and said.startswith(f"{out / names[0]}: SSIM") and said.count("\n") == 1

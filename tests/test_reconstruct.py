@@ -1,18 +1,18 @@
 """Recolouring of files: what is kept, what is refused before any work, folders."""
 
-import weakref
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from restoration.checkpoints import save_network
 from restoration.errors import UserError
 from restoration.flow import Architecture, ReversibleNetwork
 from restoration.imaging import read_image
 from restoration.metrics import newly_clipped
-from restoration.reconstruct import KNEE, choose_device, fit_range, plan, recolour, reconstruct_files
+from restoration.reconstruct import KNEE, MARGIN, choose_device, fit_range, plan, recolour, reconstruct_files
 
 CPU = torch.device("cpu")
 
@@ -129,7 +129,7 @@ def test_a_picture_that_cannot_be_treated_is_named(tmp_path, checkpoint, monkeyp
         raise error
 
     picture = save_picture(tmp_path / "faded.png", 20, 20)
-    monkeypatch.setattr(ReversibleNetwork, "encode", fail)
+    monkeypatch.setattr(ReversibleNetwork, "encode_halves", fail)
     with pytest.raises(UserError, match=f"faded.png: .*{message}"):
         run(picture, picture, tmp_path / "out.png", checkpoint)
 
@@ -194,23 +194,34 @@ def test_weights_that_overflow_are_named(tmp_path):
         recolour(network, torch.rand(3, 16, 16), torch.rand(3, 16, 16), CPU)
 
 
-def test_the_code_of_one_picture_is_kept_at_a_time(monkeypatch):
-    network = ReversibleNetwork(Architecture(4, 1, 1))
-    encode, decode, codes = network.encode, network.decode, []
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that the results of operators held at a time."""
 
-    def watched_encode(image):
-        assert not any(code() is not None for code in codes)
-        z = encode(image)
-        codes.append(weakref.ref(z))
-        return z
+    def __init__(self):
+        super().__init__()
+        self._storages, self.most = {}, 0
 
-    def watched_decode(z):
-        assert [code() for code in codes] == [None, None]
-        return decode(z)
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        results = operator(*arguments, **(options or {}))
+        for result in results if isinstance(results, (tuple, list)) else [results]:
+            if isinstance(result, torch.Tensor):
+                storage = result.untyped_storage()
+                self._storages[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        alive = {place: kept for place, kept in self._storages.items() if not kept[0].expired()}
+        self._storages, self.most = alive, max(self.most, sum(size for _, size in alive.values()))
+        return results
 
-    monkeypatch.setattr(network, "encode", watched_encode)
-    monkeypatch.setattr(network, "decode", watched_decode)
-    recolour(network, torch.rand(3, 16, 16), torch.rand(3, 16, 16), CPU)
+
+def test_memory_is_the_streams_and_less_than_as_much_again(monkeypatch):
+    """Streams of one picture at a time, 128 bytes a pixel; no map of theirs waits for a later one."""
+    monkeypatch.setattr("restoration.whitening.CHUNK", 1024)
+    network, side = ReversibleNetwork(), 352
+    degraded, reference = torch.rand(2, 3, side, side)
+    with LiveBytes() as live:
+        recolour(network, degraded, reference, CPU)
+    padded = (side + 2 * MARGIN) ** 2
+    streams, maps_between, pictures = 2 * 64, 64 + 48, 40  # padded and convolved; both as read, one with its margin
+    assert streams * padded < live.most < (streams + maps_between + pictures) * padded
 
 
 def ramp(low, high, count=1001):

@@ -63,16 +63,16 @@ def test_gradients_in_float64():
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 def test_every_step_rebuilds_its_input_bit_for_bit(precision, direction):
     net = network(precision=precision, blocks=3)
-    streams = (picture(16, 20).div(STREAM_QUANTUM).round().mul(STREAM_QUANTUM),)
+    streams = [picture(16, 20).div(STREAM_QUANTUM).round().mul(STREAM_QUANTUM)]
     steps = net._encoding()
     if direction == "decode":
         with torch.no_grad():
-            streams = (net.encode(streams[0]),)
+            streams = [net.encode(streams[0])]
         steps = net._decoding()
     with net._residual_precision(torch.device("cpu")):
         for step in steps:
             with torch.no_grad():
-                left = step.run(*streams)
+                left = step.run(list(streams))
             rebuilt, _, _ = step.backward(left, Gradients(tuple(map(torch.ones_like, left))))
             for tensor, expected in zip(rebuilt, streams, strict=True):
                 assert torch.equal(tensor, expected), step

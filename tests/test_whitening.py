@@ -7,8 +7,10 @@ from restoration.whitening import (
     RIDGE_LADDER,
     blend,
     moments,
+    moments_of_parts,
     regularised_cholesky,
     transfer_moments,
+    transfer_parts_,
     transfer_statistics,
 )
 
@@ -42,6 +44,20 @@ def test_moments_do_not_depend_on_the_pieces(monkeypatch):
     pieces = moments(z)
     assert torch.allclose(whole.mean, pieces.mean, rtol=1e-13)
     assert torch.allclose(whole.covariance, pieces.covariance, rtol=1e-13)
+
+
+def test_parts_are_treated_as_the_whole(monkeypatch):
+    monkeypatch.setattr("restoration.whitening.CHUNK", 64)
+    content, style = encoded(24, 25), moments(encoded(30, 10, seed=1))
+    own = moments(content)
+    parts = [part.clone() for part in content.split((2, 4), 1)]
+    found = moments_of_parts(parts)
+    assert torch.equal(found.mean, own.mean)
+    assert torch.equal(found.covariance, own.covariance)
+    expected = transfer_moments(content, own, style, 0.7)
+    ridges = transfer_parts_(parts, own, style, 0.7)
+    assert torch.allclose(torch.cat(parts, 1), expected.z, atol=1e-6)
+    assert [int(ridge) for ridge in ridges] == [int(expected.content_ridge), int(expected.style_ridge)]
 
 
 def test_transfer_reaches_the_styles_moments():
