@@ -14,7 +14,7 @@ from torch import Tensor
 import restoration
 from restoration.errors import UserError
 from restoration.files import write_whole
-from restoration.flow import Architecture, ReversibleNetwork
+from restoration.flow import PRECISIONS, Architecture, ReversibleNetwork
 
 FORMAT = "painting-restoration 1"
 NETWORK_PREFIX = "network."
@@ -76,7 +76,12 @@ def save_network(path: Path, network: ReversibleNetwork, description: dict[str, 
 
 
 def load_network(path: str | Path | None = None, precision: str = "fp32") -> ReversibleNetwork:
-    """The network of a training checkpoint or of shipped weights (path None), in float32, ready to use on the CPU."""
+    """The network of a training checkpoint or of shipped weights (path None), in float32, ready to use on the CPU.
+
+    precision: that of its residual functions, fp32 or bf16.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"--precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     path = Path(path) if path is not None else SHIPPED_WEIGHTS
     checkpoint = load_checkpoint(path)
     try:

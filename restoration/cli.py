@@ -39,6 +39,9 @@ SIGNAL_BASE = 128  # a shell reports a program that a signal ended as 128 + its 
 Checkpoint = Annotated[
     Path | None, typer.Option(help="Weights or a training checkpoint (safetensors); default: the shipped weights.")
 ]
+Precision = Annotated[
+    str, typer.Option(help="fp32, or bf16: faster on processors that have it, and hardly another picture.")
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: CUDA where there is one.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
 Vgg = Annotated[
@@ -115,6 +118,7 @@ def reconstruct(
     output: Annotated[Path, typer.Option("-o", "--output", help="File to write, or folder for folders.")],
     checkpoint: Checkpoint = None,
     device: Device = "auto",
+    precision: Precision = "fp32",
     strength: Annotated[float, typer.Option(help="Share of the change to make, 0 to 1.")] = 1.0,
     vgg: Vgg = None,
     force: Force = False,
@@ -149,6 +153,7 @@ def reconstruct(
                 world.share(jobs),
                 checkpoint=checkpoint,
                 device=target,
+                precision=precision,
                 vgg=vgg,
                 strength=strength,
                 force=force,
@@ -173,6 +178,7 @@ def evaluate(
     pairs: Annotated[Path | None, typer.Option(help="CSV with columns degraded,reference (paths in DATA).")] = None,
     checkpoint: Checkpoint = None,
     device: Device = "auto",
+    precision: Precision = "fp32",
     count: Annotated[int | None, typer.Option(help="Pairs a style, at most; default: 20.")] = None,
     size: Annotated[int, typer.Option(help="Longer side, in pixels, that larger pictures are reduced to.")] = 512,
     baselines: Annotated[bool, typer.Option(help="Measure other methods too; takes twice as long.")] = False,
@@ -195,7 +201,7 @@ def evaluate(
         raise UserError(f"--vgg {vgg} is for Gram losses, which --synthetic does not measure: leave one of them out")
     cases, number = choose_cases(data, pairs, count=count, size=size, synthetic=synthetic)
     target = choose_device(device)
-    methods = choose_methods(load_network(checkpoint).to(target), target, baselines=baselines)
+    methods = choose_methods(load_network(checkpoint, precision).to(target), target, baselines=baselines)
     features = None if synthetic else metric_features(vgg).to(target)
     check_output(out, force=force)
     evaluations = evaluate(cases, methods, features)

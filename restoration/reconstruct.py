@@ -138,6 +138,7 @@ def reconstruct_files(
     *,
     checkpoint: Path | None,
     device: torch.device,
+    precision: str = "fp32",
     vgg: Path | None = None,
     strength: float = 1.0,
     force: bool = False,
@@ -150,7 +151,7 @@ def reconstruct_files(
     """
     if not 0 <= strength <= 1:
         raise UserError(f"--strength must lie between 0 and 1, got {strength}")
-    network = load_network(checkpoint).to(device)
+    network = load_network(checkpoint, precision).to(device)
     features = metric_features(vgg).to(device)
     for folder in {job.output.parent for job in jobs}:
         make_folder(folder)

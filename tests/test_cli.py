@@ -134,7 +134,7 @@ def test_reconstruct(workshop, tmp_path, capsys, monkeypatch):
     ink = workshop / "paintings" / "ink"
     code, out, _ = call(
         capsys, monkeypatch, "reconstruct", ink / "0.png", ink / "1.png", "-o", tmp_path / "out.png",
-        "--checkpoint", workshop / "small.safetensors", "--device", "cpu",
+        "--checkpoint", workshop / "small.safetensors", "--device", "cpu", "--precision", "bf16",
     )  # fmt: skip
     assert code == 0
     assert "SSIM" in out and "Gram loss" in out and "seconds" in out
@@ -219,13 +219,17 @@ def test_evaluate(workshop, tmp_path, capsys, monkeypatch):
 
 
 def test_synthetic_evaluation_needs_no_data(workshop, tmp_path, capsys, monkeypatch):
-    options = ("--checkpoint", workshop / "small.safetensors", "--size", 48, "--device", "cpu")
+    options = ("--checkpoint", workshop / "small.safetensors", "--size", 48, "--device", "cpu", "--precision", "bf16")
     code, out, _ = call(
         capsys, monkeypatch, "evaluate", "--synthetic", "--baselines", *options, "--out", tmp_path / "out"
     )
     assert code == 0 and "CIEDE2000" in out and "Monge-Kantorovich" in out and "ochre" in out
     code, _, err = call(capsys, monkeypatch, "evaluate", *options, "--out", tmp_path / "other")
     assert code == 2 and "--data must be given" in err and not (tmp_path / "other").exists()
+    code, _, err = call(
+        capsys, monkeypatch, "evaluate", "--synthetic", "--precision", "tf32", "--out", tmp_path / "out"
+    )
+    assert code == 2 and err == "error: --precision must be one of fp32, bf16, got 'tf32'\n"
 
 
 @pytest.mark.parametrize(

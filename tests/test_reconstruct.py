@@ -175,6 +175,18 @@ def test_refusals_come_before_any_work(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_bfloat16_gives_hardly_another_picture(tmp_path):
+    """The residual functions of the shipped network add little to a nearly linear change of colours."""
+    faded, kept = (save_picture(tmp_path / f"{seed}.png", 40, 50, seed) for seed in (0, 1))
+    results = []
+    for precision in ("fp32", "bf16"):
+        run(faded, kept, tmp_path / f"{precision}.png", None, precision=precision)
+        results.append(read_image(tmp_path / f"{precision}.png").rgb)
+    assert 0 < (results[0] - results[1]).abs().max() * 255 < 1.5
+    with pytest.raises(UserError, match="--precision must be one of fp32, bf16, got 'fp16'"):
+        run(faded, kept, tmp_path / "fp16.png", None, precision="fp16")
+
+
 def test_devices():
     assert choose_device("cpu") == CPU
     with pytest.raises(UserError, match="cpu, cuda or auto, got 'tpu'"):
