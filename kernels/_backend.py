@@ -135,8 +135,14 @@ def _use_backend(name):
         _context_wish.reset(token)
 
 
+def _constant_when_compiled(function):
+    """What torch.compiler.assume_constant_result does, less its import of the compiler, which takes a second."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 # Neither context variables nor the environment can be traced by torch.compile: it takes their value as a constant.
-@torch.compiler.assume_constant_result
+@_constant_when_compiled
 def _ambient_wish():
     wish = _context_wish.get()
     if wish is not None:
@@ -160,7 +166,7 @@ def _has_triton():
     return importlib.util.find_spec("triton") is not None
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_compiled
 def why_not_here(backend):
     """None if this machine and this installation can run kernels of the backend, else the reason."""
     if backend in ("cuda", "cpu") and extension()[0] is None:
@@ -174,7 +180,7 @@ def why_not_here(backend):
     return None
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_compiled
 def why_not_on(backend, device):
     """None if kernels of the backend can run here on tensors of this device, else the reason."""
     reason = why_not_here(backend)
@@ -229,6 +235,6 @@ def _autocasts(device):
 
 
 # torch.compile of torch 2.11 cannot trace the question.
-@torch.compiler.assume_constant_result
+@_constant_when_compiled
 def _has_autocast(device_type):
     return torch.amp.is_autocast_available(device_type)

@@ -2,6 +2,7 @@ import asyncio
 import contextlib
 import importlib.util
 import logging
+import subprocess
 import sys
 import threading
 import warnings
@@ -231,6 +232,15 @@ def test_table_names_every_operator_and_backend(capsys):
 
 def test_public_names_are_exported():
     assert all(hasattr(restoration_kernels, name) for name in restoration_kernels.__all__)
+
+
+def test_import_leaves_the_compiler_out():
+    """It takes as long as torch itself, and few compile."""
+    loaded = "import restoration_kernels, sys; print('torch._dynamo' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
+    assert run.stdout == "False\n"
+    theirs = torch.compiler.assume_constant_result(lambda: None)
+    assert vars(theirs) == vars(_backend._constant_when_compiled(lambda: None))
 
 
 def test_import_under_another_name_is_refused(monkeypatch):
