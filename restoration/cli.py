@@ -89,12 +89,12 @@ def _one_line_errors() -> Iterator[None]:
         if not isinstance(error, UserError) and BACKEND_VARIABLE not in str(error):
             raise
         if not isinstance(error, ReportedError):
-            _print_error(error)
+            print(_error_line(error), file=sys.stderr, flush=True)
         raise SystemExit(USAGE_ERROR) from None
 
 
-def _print_error(error: Exception) -> None:
-    print(f"error: {error}", file=sys.stderr, flush=True)
+def _error_line(error: Exception) -> str:
+    return f"error: {error}"
 
 
 def _has_peers() -> bool:
@@ -132,15 +132,16 @@ def reconstruct(
     is then 2. Started by torchrun, several processes share the files of a folder.
     """
     from restoration.distributed import joined
+    from restoration.progress import PictureProgress
     from restoration.reconstruct import Job, choose_device, plan, reconstruct_files
 
-    with joined() as world:
+    with joined() as world, PictureProgress(shown=world.size == 1) as progress:
         target = world.together(lambda: world.own_device(choose_device(device)))
         failures = []
 
         def note_failure(error: UserError) -> None:
             failures.append(str(error))  # of the error itself a traceback would keep the picture in memory
-            _print_error(error)
+            progress.say(_error_line(error), sys.stderr)
 
         def choose_jobs() -> tuple[list[Job], int]:
             jobs = plan(degraded, reference, output, force=force, skip_existing=skip_existing, on_failure=note_failure)
@@ -158,10 +159,10 @@ def reconstruct(
                 strength=strength,
                 force=force,
                 on_failure=note_failure if asked > 1 else None,
+                on_progress=lambda job, share: progress.show(job.degraded.name, share),
             )
             for report in reports:
-                # Flushed line by line: several processes may write here.
-                print(report.summary(), flush=True)
+                progress.say(report.summary())
 
         world.together(reconstruct_share)
         failed = sum(world.gather(len(failures)))

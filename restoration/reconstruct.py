@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from restoration.blocks import ReversibleBlock
 from restoration.checkpoints import load_network
 from restoration.errors import UnsuitableWeightsError, UserError
 from restoration.files import make_folder
@@ -143,11 +144,13 @@ def reconstruct_files(
     strength: float = 1.0,
     force: bool = False,
     on_failure: Callable[[UserError], None] | None = None,
+    on_progress: Callable[[Job, float], None] | None = None,
 ) -> Iterator[Report]:
     """Loads what all jobs need, and makes their folders; then, as they are asked for, carries them out one by one.
 
     The reports come each after its file is written. on_failure is told of each picture that cannot be read or treated,
-    and the others are gone on with; without it the first such error is raised.
+    and the others are gone on with; without it the first such error is raised. on_progress is told how much of a job's
+    work in the network is done: 0 when it begins, 1 before its file is written.
     """
     if not 0 <= strength <= 1:
         raise UserError(f"--strength must lie between 0 and 1, got {strength}")
@@ -155,7 +158,7 @@ def reconstruct_files(
     features = metric_features(vgg).to(device)
     for folder in {job.output.parent for job in jobs}:
         make_folder(folder)
-    return _reports(jobs, network, features, device, strength, force, on_failure)
+    return _reports(jobs, network, features, device, strength, force, on_failure, on_progress)
 
 
 def _reports(
@@ -166,11 +169,27 @@ def _reports(
     strength: float,
     force: bool,
     on_failure: Callable[[UserError], None] | None,
+    on_progress: Callable[[Job, float], None] | None,
 ) -> Iterator[Report]:
+    blocks = [module for module in network.modules() if isinstance(module, ReversibleBlock)]
+
+    def tell(module: nn.Module, inputs: tuple[object, ...], stream: Tensor) -> None:
+        nonlocal changed
+        changed += stream.numel()
+        on_progress(job, min(changed / work, 1.0))
+
+    if on_progress is not None:
+        for block in blocks:
+            block.features.register_forward_hook(tell)
     for job in jobs:
         began = time.monotonic()
+        if on_progress is not None:
+            on_progress(job, 0.0)
         try:
             degraded, reference = read_image(job.degraded), read_image(job.reference).rgb
+            # Numbers that blocks will change: of the reference once, of the degraded picture on the way back, too.
+            pixels = _padded_pixels(reference) + 2 * _padded_pixels(degraded.rgb)
+            changed, work = 0, len(blocks) * network.architecture.half_channels * pixels
             with _naming(job.degraded):
                 result, notes = recolour(network, degraded.rgb, reference, device, strength)
         except UserError as error:
@@ -263,6 +282,11 @@ def _lift(image: Tensor) -> Tensor:
 def _with_margin(image: Tensor) -> Tensor:
     """[3,H,W] with its edges replicated on all sides, as a batch of one."""
     return F.pad(image[None], (MARGIN,) * 4, mode="replicate")
+
+
+def _padded_pixels(image: Tensor) -> int:
+    height, width = image.shape[-2:]
+    return (height + 2 * MARGIN) * (width + 2 * MARGIN)
 
 
 def _inside(padded: Tensor, image: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """The command line as a person meets it: one line for mistakes, exit codes, every command end to end."""
 
+import contextlib
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -139,6 +141,23 @@ def test_reconstruct(workshop, tmp_path, capsys, monkeypatch):
     assert code == 0
     assert "SSIM" in out and "Gram loss" in out and "seconds" in out
     assert Image.open(tmp_path / "out.png").size == (80, 60)
+
+
+def test_progress_is_shown_on_a_terminal_alone(workshop, tmp_path):
+    ink = workshop / "paintings" / "ink"
+    command = [sys.executable, "-m", "restoration", "reconstruct", ink / "0.png", ink / "1.png", "--device", "cpu"]
+    command += ["-o", tmp_path / "out.png", "--checkpoint", workshop / "small.safetensors"]
+    terminal, program_side = pty.openpty()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=program_side, text=True) as program:
+        os.close(program_side)
+        shown = b""
+        with contextlib.suppress(OSError):  # how a terminal says that nobody writes to it any more
+            while piece := os.read(terminal, 4096):
+                shown += piece
+        printed = program.stdout.read()
+    os.close(terminal)
+    assert program.returncode == 0 and b"0.png" in shown and b"100%" in shown
+    assert printed.startswith(f"{tmp_path / 'out.png'}: SSIM") and printed.count("\n") == 1
 
 
 def test_reconstruct_goes_on_past_a_picture_that_cannot_be_treated(workshop, tmp_path, capsys, monkeypatch):

@@ -187,6 +187,19 @@ def test_bfloat16_gives_hardly_another_picture(tmp_path):
         run(faded, kept, tmp_path / "fp16.png", None, precision="fp16")
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_progress_of_each_picture_is_told(tmp_path, checkpoint, precision):
+    names, told = ("a", "b"), []
+    for name in names:
+        save_picture(tmp_path / f"{name}.png", 12, 12)
+    jobs = plan(tmp_path, tmp_path, tmp_path / "out")
+    options = {"precision": precision, "on_progress": lambda job, share: told.append((job.degraded.stem, share))}
+    assert len(list(reconstruct_files(jobs, checkpoint=checkpoint, device=CPU, **options))) == 2
+    for name in names:
+        shares = [share for told_name, share in told if told_name == name]
+        assert shares[0] == 0 and shares[-1] == 1 and shares == sorted(set(shares))
+
+
 def test_devices():
     assert choose_device("cpu") == CPU
     with pytest.raises(UserError, match="cpu, cuda or auto, got 'tpu'"):
