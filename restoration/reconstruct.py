@@ -296,4 +296,7 @@ def _inside(padded: Tensor, image: Tensor) -> Tensor:
 
 
 def _moments_inside(code: list[Tensor], image: Tensor) -> Moments:
-    return moments_of_parts([_inside(half, image) for half in code])
+    """Of the picture without its margin, unless it has too few pixels for a covariance."""
+    channels = sum(half.shape[1] for half in code)
+    inside = code if image[0].numel() <= channels else [_inside(half, image) for half in code]
+    return moments_of_parts(inside)

@@ -7,7 +7,7 @@ from PIL import Image
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from restoration.checkpoints import save_network
+from restoration.checkpoints import load_network, save_network
 from restoration.errors import UserError
 from restoration.flow import Architecture, ReversibleNetwork
 from restoration.imaging import read_image
@@ -68,6 +68,16 @@ def test_one_pixel_and_the_same_file_twice(tmp_path, checkpoint):
     run(picture, picture, tmp_path / "c.png", checkpoint)
     difference = (read_image(tmp_path / "c.png").rgb - read_image(picture).rgb).abs().max()
     assert difference <= 1.001 / 255
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 3), (1, 32)])
+def test_pictures_with_fewer_pixels_than_channels(size):
+    """Their covariance alone would not tell what their margin holds, which then left the shipped network's range."""
+    generator = torch.Generator().manual_seed(0)
+    small, large = (torch.rand(3, *sides, generator=generator) for sides in (size, (40, 50)))
+    network = load_network()
+    assert recolour(network, small, large, CPU)[0].shape == small.shape
+    assert recolour(network, large, small, CPU)[0].shape == large.shape
 
 
 def test_strength_zero_changes_nothing(tmp_path, checkpoint):
