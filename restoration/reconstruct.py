@@ -179,6 +179,7 @@ def _reports(
         on_progress(job, min(changed / work, 1.0))
 
     if on_progress is not None:
+        # Before the first picture: with it the network copies its blocks for bfloat16, and these hooks too.
         for block in blocks:
             block.features.register_forward_hook(tell)
     for job in jobs:
