@@ -103,7 +103,7 @@ class ReversibleNetwork(nn.Module):
 
     @torch.no_grad()
     def encode_halves(self, image: Tensor) -> list[Tensor]:
-        """z in two parts [B,half_channels,H',W'], without gradients: joining them would take twice more its memory."""
+        """z in two parts [B,half_channels,H',W'], without gradients: to join them takes their memory twice more."""
         with self._residual_precision(image.device):
             return run_chain(self._encoding((_UP, _UP)), [round_to_quantum(pad_to_valid_size(image))])
 
@@ -234,7 +234,7 @@ def pad_to_valid_size(image: Tensor) -> Tensor:
 
 def check_stream_range(*streams: Tensor) -> float:
     """Largest absolute value; raises OverflowError where sums of stream values may have lost their exactness."""
-    largest = max(torch.linalg.vector_norm(stream.detach(), math.inf).item() for stream in streams)
+    largest = torch.stack([torch.linalg.vector_norm(stream.detach(), math.inf) for stream in streams]).amax().item()
     if not largest < STREAM_LIMIT:
         raise OverflowError(
             f"the network's values reach {largest:.3g}, past the {STREAM_LIMIT:g} below which its arithmetic is "

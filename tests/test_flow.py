@@ -187,6 +187,8 @@ def test_values_past_the_exact_range_are_an_error():
     for bad in (STREAM_LIMIT, float("nan"), float("inf")):
         with pytest.raises(OverflowError, match="exact"):
             check_stream_range(torch.tensor([1.0, bad]))
+        with pytest.raises(OverflowError):
+            check_stream_range(torch.tensor([1.0]), torch.tensor([bad]))
 
 
 def test_rejects_unknown_precision():
