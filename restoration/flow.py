@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 
@@ -232,9 +232,14 @@ def pad_to_valid_size(image: Tensor) -> Tensor:
     return F.pad(image, (0, right, 0, below), mode="replicate") if right or below else image
 
 
+def largest_value(streams: Iterable[Tensor]) -> Tensor:
+    """Largest absolute value of all streams, on their device, without gradients; NaN where there is one."""
+    return torch.stack([torch.linalg.vector_norm(stream.detach(), math.inf) for stream in streams]).amax()
+
+
 def check_stream_range(*streams: Tensor) -> float:
     """Largest absolute value; raises OverflowError where sums of stream values may have lost their exactness."""
-    largest = torch.stack([torch.linalg.vector_norm(stream.detach(), math.inf) for stream in streams]).amax().item()
+    largest = largest_value(streams).item()
     if not largest < STREAM_LIMIT:
         raise OverflowError(
             f"the network's values reach {largest:.3g}, past the {STREAM_LIMIT:g} below which its arithmetic is "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from restoration.blocks import STREAM_LIMIT
 from restoration.config import TrainingConfig
-from restoration.flow import ReversibleNetwork
+from restoration.flow import ReversibleNetwork, largest_value
 from restoration.graph import CapturedUpdate, why_not_captured
 from restoration.losses import ReconstructionLoss
 from restoration.memory import return_freed_pages
@@ -69,7 +69,7 @@ class TrainingStep(nn.Module):
             losses=self.losses(degraded, reference, result, cycled, generator),
             result=result.detach(),
             ridge_fallbacks=fallbacks + more_fallbacks,
-            largest_stream=torch.stack([torch.linalg.vector_norm(z.detach(), math.inf) for z in streams]).amax(),
+            largest_stream=largest_value(streams),
         )
 
     def _encode_both(self, degraded: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:

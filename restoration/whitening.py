@@ -16,7 +16,7 @@ from torch import Tensor
 RIDGE_LADDER = (1e-6, 1e-4, 1e-2, 1.0)
 # Variance of half a stream quantum: below it, spread is the rounding's own, and a flat picture has trace 0.
 RIDGE_FLOOR = 2.0**-34
-# Pixels converted to float64 at a time: 32 channels of them are 8 MB, whatever the picture's size.
+# Pixels treated at a time, in whole rows: 32 channels of them are 8 MB in float64, whatever the picture's size.
 CHUNK = 1 << 15
 
 
