@@ -133,10 +133,19 @@ def reconstruct(
     """
     from restoration.distributed import joined
     from restoration.progress import PictureProgress
-    from restoration.reconstruct import Job, choose_device, plan, reconstruct_files
+    from restoration.reconstruct import Job, Recolourer, choose_device, plan
 
     with joined() as world, PictureProgress(shown=world.size == 1) as progress:
-        target = world.together(lambda: world.own_device(choose_device(device)))
+        recolourer = world.together(
+            lambda: Recolourer(
+                world.own_device(choose_device(device)),
+                checkpoint=checkpoint,
+                precision=precision,
+                vgg=vgg,
+                strength=strength,
+                on_progress=lambda job, share: progress.show(job.degraded.name, share),
+            )
+        )
         failures = []
 
         def note_failure(error: UserError) -> None:
@@ -150,18 +159,8 @@ def reconstruct(
         jobs, asked = world.decide(choose_jobs)
 
         def reconstruct_share() -> None:
-            reports = reconstruct_files(
-                world.share(jobs),
-                checkpoint=checkpoint,
-                device=target,
-                precision=precision,
-                vgg=vgg,
-                strength=strength,
-                force=force,
-                on_failure=note_failure if asked > 1 else None,
-                on_progress=lambda job, share: progress.show(job.degraded.name, share),
-            )
-            for report in reports:
+            on_failure = note_failure if asked > 1 else None
+            for report in recolourer.recolour_files(world.share(jobs), force=force, on_failure=on_failure):
                 progress.say(report.summary())
 
         world.together(reconstruct_share)

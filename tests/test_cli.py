@@ -206,9 +206,11 @@ def test_reconstruct_goes_on_past_a_picture_that_cannot_be_treated(workshop, tmp
         (("{ink}", "{ink}", "-o", "{out}/no/o.png"), "does not exist"),
         (("{ink}", "{ink}", "-o", "{out}/o.png", "--checkpoint", "{root}/pickled.pt"), "never loaded"),
         (("{ink}", "{ink}", "-o", "{out}/o.png", "--checkpoint", "{root}/other.safetensors"), "another architecture"),
-        (("{ink}", "{ink}", "-o", "{out}/o.png", "--device", "tpu"), "--device"),
-        (("{ink}", "{ink}", "-o", "{out}/o.png", "--strength", "2"), "--strength"),
-        (("{ink}", "{ink}", "-o", "{out}/o.png", "--vgg", "{root}/text.png"), "text.png"),
+        # Before pictures are read: those of a folder take their time.
+        (("missing.png", "{ink}", "-o", "{out}/o.png", "--device", "tpu"), "--device"),
+        (("missing.png", "{ink}", "-o", "{out}/o.png", "--strength", "2"), "--strength"),
+        (("missing.png", "{ink}", "-o", "{out}/o.png", "--precision", "fp16"), "--precision"),
+        (("missing.png", "{ink}", "-o", "{out}/o.png", "--vgg", "{root}/text.png"), "text.png"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(workshop, tmp_path, capsys, monkeypatch, arguments, message):

@@ -12,7 +12,7 @@ from restoration.errors import UserError
 from restoration.flow import Architecture, ReversibleNetwork
 from restoration.imaging import read_image
 from restoration.metrics import newly_clipped
-from restoration.reconstruct import KNEE, MARGIN, choose_device, fit_range, plan, recolour, reconstruct_files
+from restoration.reconstruct import KNEE, MARGIN, Recolourer, choose_device, fit_range, plan, recolour
 
 CPU = torch.device("cpu")
 
@@ -32,9 +32,9 @@ def save_picture(path, height, width, seed=0, mode="RGB", **options):
     return path
 
 
-def run(degraded, reference, output, checkpoint, **options):
-    jobs = plan(degraded, reference, output, force=options.get("force", False))
-    return list(reconstruct_files(jobs, checkpoint=checkpoint, device=CPU, **options))
+def run(degraded, reference, output, checkpoint, force=False, **options):
+    jobs = plan(degraded, reference, output, force=force)
+    return list(Recolourer(CPU, checkpoint=checkpoint, **options).recolour_files(jobs, force=force))
 
 
 def test_one_file(tmp_path, checkpoint):
@@ -123,7 +123,7 @@ def test_a_folder_that_cannot_be_made_is_found_before_any_work(tmp_path, checkpo
     (tmp_path / "out").touch()
     monkeypatch.delattr("restoration.reconstruct.recolour")
     with pytest.raises(UserError, match="out: cannot be made"):
-        next(reconstruct_files(jobs, checkpoint=checkpoint, device=CPU))
+        next(Recolourer(CPU, checkpoint=checkpoint).recolour_files(jobs))
 
 
 @pytest.mark.parametrize(
@@ -202,9 +202,8 @@ def test_progress_of_each_picture_is_told(tmp_path, checkpoint, precision):
     names, told = ("a", "b"), []
     for name in names:
         save_picture(tmp_path / f"{name}.png", 12, 12)
-    jobs = plan(tmp_path, tmp_path, tmp_path / "out")
     options = {"precision": precision, "on_progress": lambda job, share: told.append((job.degraded.stem, share))}
-    assert len(list(reconstruct_files(jobs, checkpoint=checkpoint, device=CPU, **options))) == 2
+    assert len(run(tmp_path, tmp_path, tmp_path / "out", checkpoint, **options)) == 2
     for name in names:
         shares = [share for told_name, share in told if told_name == name]
         assert shares[0] == 0 and shares[-1] == 1 and shares == sorted(set(shares))
