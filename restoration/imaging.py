@@ -18,10 +18,11 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from restoration.errors import UserError
 from restoration.files import write_through
+from restoration.metadata import descriptive_exif, descriptive_xmp
 
 logger = logging.getLogger(__name__)
 
@@ -46,29 +47,12 @@ _SAVE_OPTIONS = {
 }
 # The formats' own limits (libjpeg's JPEG_MAX_DIMENSION, WebP's 14-bit sizes): a long handscroll exceeds them.
 _LONGEST_SIDE = {"JPEG": 65_500, "WEBP": 16_383}
-_LONGEST_JPEG_EXIF = 65_533  # bytes: a marker's 16-bit length counts itself
+# Bytes of notes in a JPEG: a marker's 16-bit length counts itself, and XMP begins with its name.
+_LONGEST_JPEG_NOTES = {"exif": 65_533, "xmp": 65_533 - len(b"http://ns.adobe.com/xap/1.0/\0")}
 
 # Values of TIFF's tags that say what a number stands for, and the name under which a picture carries the answer.
 _WHITE_IS_ZERO, _SIGNED = 0, 2
 _TIFF_RANGE = "range of a TIFF file's grey"
-
-# Tags that describe the painting or its photograph. The others describe how the old file stored its pixels
-# (orientation, size, strips, thumbnail) and would be stale in a new one.
-_KEPT_TAGS = (
-    ExifTags.Base.ImageDescription,
-    ExifTags.Base.Make,
-    ExifTags.Base.Model,
-    ExifTags.Base.Software,
-    ExifTags.Base.DateTime,
-    ExifTags.Base.Artist,
-    ExifTags.Base.Copyright,
-)
-_STALE_PHOTOGRAPH_TAGS = (
-    ExifTags.Base.ColorSpace,
-    ExifTags.Base.ExifImageWidth,
-    ExifTags.Base.ExifImageHeight,
-    ExifTags.Base.ExifInteroperabilityOffset,
-)
 
 # A warm off-white like a picture mount: pure white would make old paper look dirty.
 _MOUNT_COLOUR = (246, 243, 236)
@@ -80,13 +64,15 @@ _LABEL_COLOUR = (128, 118, 106)
 class Picture:
     """An upright picture and what its file said about it.
 
-    ``rgb`` is float32 [3, H, W] in [0, 1], sRGB; ``alpha`` is uint8 [H, W] or None; ``exif`` holds the descriptive
-    tags only, without orientation; ``icc_profile`` is None or an sRGB profile; ``dpi`` is dots an inch (x, y).
+    ``rgb`` is float32 [3, H, W] in [0, 1], sRGB; ``alpha`` is uint8 [H, W] or None; ``exif`` and ``xmp`` hold what
+    describes the painting and its photograph, without orientation and sizes; ``icc_profile`` is None or an sRGB
+    profile; ``dpi`` is dots an inch (x, y).
     """
 
     rgb: torch.Tensor
     alpha: torch.Tensor | None = None
     exif: bytes | None = None
+    xmp: bytes | None = None
     icc_profile: bytes | None = None
     dpi: tuple[float, float] | None = None
 
@@ -106,6 +92,7 @@ def read_image(path: str | os.PathLike) -> Picture:
         rgb=from_pillow(rgb),
         alpha=None if alpha is None else torch.from_numpy(np.array(alpha)),
         exif=exif,
+        xmp=_xmp(image, path),
         icc_profile=icc_profile,
         dpi=_resolution(image),
     )
@@ -121,7 +108,7 @@ def read_rgb(path: str | os.PathLike) -> Image.Image:
 def check_writable(path: str | os.PathLike, *, force: bool = False, like: Picture | None = None) -> None:
     """Raise the UserError that ``write_image`` would raise, to be called before hours of work rather than after.
 
-    ``like``, where it is known already, is the picture whose size, alpha and EXIF the written one will have.
+    ``like``, where it is known already, is the picture whose size, alpha and notes the written one will have.
     """
     path = Path(path)
     if path.suffix.lower() not in _WRITABLE_FORMATS:
@@ -143,9 +130,9 @@ def write_image(
 ) -> None:
     """Write ``rgb`` (float [3, H, W], clamped to [0, 1], rounded to 8 bits) in the format of the path's suffix.
 
-    Alpha, descriptive EXIF, ICC profile and resolution are those of ``like`` (WebP has no place for the resolution).
-    The file appears whole or not at all, and replaces another only with ``force``. PNG, TIFF and WebP are lossless.
-    Raises UserError where the file cannot be written, or where JPEG would lose transparency or EXIF data; ValueError
+    Alpha, EXIF, XMP, ICC profile and resolution are those of ``like`` (WebP has no place for the resolution). The file
+    appears whole or not at all, and replaces another only with ``force``. PNG, TIFF and WebP are lossless.
+    Raises UserError where the file cannot be written, or where JPEG would lose transparency, EXIF or XMP; ValueError
     where rgb has another shape than [3, H, W], another size than the alpha of ``like``, or a value that is not finite.
     """
     path = Path(path)
@@ -160,13 +147,7 @@ def write_image(
     if alpha is not None and image_format != "JPEG":
         image.putalpha(Image.fromarray(alpha.cpu().numpy()))
     if like is not None:
-        kept = {"exif": like.exif, "icc_profile": like.icc_profile, "dpi": like.dpi}
-        options |= {name: value for name, value in kept.items() if value is not None}
-    if image_format == "TIFF" and "exif" in options:
-        # Given as bytes, Pillow would read the text once more, and write it as it does.
-        notes = Image.Exif()
-        notes.load(options.pop("exif"))
-        options["tiffinfo"] = dict(_descriptive_exif(notes))
+        options |= _notes_options(like, image_format)
 
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
@@ -182,6 +163,26 @@ def write_image(
         raise UserError(f"{path}: cannot be written ({_reason(error)})") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _notes_options(picture: Picture, image_format: str) -> dict[str, object]:
+    """What Pillow's save takes to put the picture's notes into a file of that format."""
+    names = ("exif", "xmp", "icc_profile", "dpi")
+    options = {name: getattr(picture, name) for name in names if getattr(picture, name) is not None}
+    if image_format == "PNG" and "xmp" in options:
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        options["pnginfo"].add_itxt("XML:com.adobe.xmp", options.pop("xmp").decode())
+    if image_format == "TIFF":
+        tags = {}
+        if "exif" in options:
+            # Given as bytes, Pillow would read the text once more, and write it as it does.
+            exif = Image.Exif()
+            exif.load(options.pop("exif"))
+            tags |= descriptive_exif(exif)
+        if "xmp" in options:
+            tags[ExifTags.Base.XMLPacket] = options.pop("xmp")
+        options["tiffinfo"] = tags
+    return options
 
 
 def to_uint8(values: torch.Tensor) -> torch.Tensor:
@@ -298,7 +299,7 @@ def _upright(image: Image.Image, path: Path) -> tuple[Image.Image, bytes | None]
     upright = image
     try:
         upright = ImageOps.exif_transpose(image)
-        kept = _descriptive_exif(image.getexif())
+        kept = descriptive_exif(image.getexif())
         return upright, kept.tobytes() if len(kept) else None
     # Damaged notes raise nearly anything too, but a picture with damaged notes is still a picture.
     except Exception as error:
@@ -306,21 +307,15 @@ def _upright(image: Image.Image, path: Path) -> tuple[Image.Image, bytes | None]
         return upright, None
 
 
-def _descriptive_exif(source: Image.Exif) -> Image.Exif:
-    kept = Image.Exif()
-    for tag in _KEPT_TAGS:
-        if tag in source:
-            kept[tag] = _as_it_was(source[tag])
-    for directory, stale in ((ExifTags.IFD.Exif, _STALE_PHOTOGRAPH_TAGS), (ExifTags.IFD.GPSInfo, ())):
-        values = {tag: _as_it_was(value) for tag, value in source.get_ifd(directory).items() if tag not in stale}
-        if values:
-            kept[directory] = values
-    return kept
-
-
-def _as_it_was(value: object) -> object:
-    """Text of any encoding as its bytes: Pillow reads it as Latin-1, and would write question marks."""
-    return value.encode("latin-1") if isinstance(value, str) and not value.isascii() else value
+def _xmp(image: Image.Image, path: Path) -> bytes | None:
+    packet = image.info.get("xmp")
+    if not packet:
+        return None
+    try:
+        return descriptive_xmp(packet)
+    except (AttributeError, UnicodeDecodeError) as error:  # no bytes, or none of UTF-8
+        logger.warning("%s: its XMP data cannot be read and is left out (%s)", path, _reason(error))
+        return None
 
 
 def _to_srgb(image: Image.Image, path: Path) -> tuple[Image.Image, Image.Image | None, bytes | None]:
@@ -412,11 +407,13 @@ def _check_format_holds(path: Path, size: Sequence[int], like: Picture | None) -
         return
     if like.alpha is not None and bool((like.alpha < 255).any()):
         raise UserError(f"{path}: JPEG would lose the picture's transparency; use .png, .tif or .webp")
-    if like.exif is not None and len(like.exif) > _LONGEST_JPEG_EXIF:
-        raise UserError(
-            f"{path}: JPEG holds at most {_LONGEST_JPEG_EXIF} bytes of EXIF data, got {len(like.exif)}; "
-            "use .png, .tif or .webp"
-        )
+    for name, longest in _LONGEST_JPEG_NOTES.items():
+        length = len(getattr(like, name) or b"")
+        if length > longest:
+            raise UserError(
+                f"{path}: JPEG holds at most {longest} bytes of {name.upper()} data, got {length}; "
+                "use .png, .tif or .webp"
+            )
 
 
 def _reason(error: Exception) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import PIL
 import pytest
 import torch
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from restoration.errors import UserError
 from restoration.imaging import (
@@ -70,6 +70,33 @@ def notes(orientation):
     }
     exif[ExifTags.IFD.GPSInfo] = {ExifTags.GPS.GPSLatitudeRef: "N"}
     return exif.tobytes()
+
+
+# Attributes and elements, of which those of the second half describe the old file.
+XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
+<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<rdf:Description rdf:about="" photoshop:Credit="Palace Museum" tiff:Make="Phase One"{}>
+<dc:title><rdf:Alt><rdf:li xml:lang="zh">千里江山圖</rdf:li></rdf:Alt></dc:title>{}
+</rdf:Description></rdf:RDF></x:xmpmeta>
+<?xpacket end="w"?>"""
+KEPT_XMP = XMP.format("", "").encode()
+STALE_XMP = XMP.format(
+    """ tiff:Orientation="6"\n photoshop:ICCProfile='Adobe RGB' exif:PixelXDimension = "13" dc:format="image/tiff\"""",
+    """<exif:ColorSpace>65535</exif:ColorSpace><tiff:ImageWidth/><xmp:Thumbnails><rdf:Alt><rdf:li
+    xmpGImg:image="/9j/4AAQ"/></rdf:Alt></xmp:Thumbnails><tiff:BitsPerSample a="/"><rdf:Seq/></tiff:BitsPerSample>""",
+).encode()
+
+
+def save_with_xmp(path, packet, **options):
+    image = Image.fromarray(random_pixels())
+    if path.suffix == ".png":
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        options["pnginfo"].add(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + packet)
+    elif path.suffix == ".tif":
+        options["tiffinfo"] = {700: packet}
+    else:
+        options["xmp"] = packet
+    image.save(path, **options)
 
 
 def png_of_16_bits(values):
@@ -225,6 +252,18 @@ def test_descriptive_notes_survive(tmp_path, source, target):
 
 
 @pytest.mark.parametrize("target", FORMATS)
+@pytest.mark.parametrize("source", FORMATS)
+def test_xmp_survives_without_what_it_says_of_the_old_pixels(tmp_path, source, target):
+    save_with_xmp(tmp_path / f"old.{source}", STALE_XMP)
+    picture = read_image(tmp_path / f"old.{source}")
+    assert picture.rgb.shape[1:] == (13, 9)  # its orientation, which EXIF does not tell, was heeded
+    write_image(tmp_path / f"new.{target}", picture.rgb, picture)
+    with Image.open(tmp_path / f"new.{target}") as image:
+        assert image.info["xmp"] == KEPT_XMP
+    assert read_image(tmp_path / f"new.{target}").xmp == KEPT_XMP
+
+
+@pytest.mark.parametrize("target", FORMATS)
 @pytest.mark.parametrize("text", ["千里江山圖".encode(), "© Müller".encode("latin-1")], ids=["utf-8", "latin-1"])
 def test_notes_in_any_encoding_keep_their_bytes(tmp_path, target, text):
     exif = Image.Exif()
@@ -272,6 +311,13 @@ def test_damaged_notes_do_not_cost_the_picture(tmp_path, caplog):
     assert (picture.icc_profile, picture.exif) == (None, None)
     assert "old.png: its EXIF data cannot be read and is left out" in caplog.text
     assert "old.png: its colour profile is ignored" in caplog.text
+
+
+@pytest.mark.parametrize("source", FORMATS)
+def test_xmp_that_is_not_utf8_is_left_out(tmp_path, caplog, source):
+    save_with_xmp(tmp_path / f"old.{source}", "<x/>".encode("utf-16"))
+    assert read_image(tmp_path / f"old.{source}").xmp is None
+    assert f"old.{source}: its XMP data cannot be read and is left out" in caplog.text
 
 
 def test_srgb_profile_leaves_pixels_alone(tmp_path):
@@ -387,17 +433,24 @@ def test_formats_refuse_longer_sides_than_they_hold(tmp_path, suffix, longest):
 
 
 def test_jpeg_refuses_more_notes_than_it_holds_before_any_work(tmp_path):
-    exif = Image.Exif()
-    for length, refused in ((65_000, False), (66_000, True)):
+    def assert_refuses_beyond(longest, name, save):
+        for length, refused in ((longest - 500, False), (longest + 500, True)):
+            save(tmp_path / "old.png", length)
+            picture = read_image(tmp_path / "old.png")
+            if refused:
+                saying = f"new.jpg: JPEG holds at most {longest} bytes of {name} data, got 6"
+                assert_refuses(check_writable, tmp_path / "new.jpg", force=True, like=picture, saying=saying)
+                assert_refuses(write_image, tmp_path / "new.jpg", picture.rgb, picture, force=True, saying=saying)
+            else:
+                write_image(tmp_path / "new.jpg", picture.rgb, picture, force=True)
+
+    def save_exif(path, length):
+        exif = Image.Exif()
         exif[ExifTags.Base.ImageDescription] = "x" * length
-        Image.fromarray(random_pixels()).save(tmp_path / "old.png", exif=exif)
-        picture = read_image(tmp_path / "old.png")
-        if refused:
-            saying = "new.jpg: JPEG holds at most 65533 bytes of EXIF data, got 660"
-            assert_refuses(check_writable, tmp_path / "new.jpg", force=True, like=picture, saying=saying)
-            assert_refuses(write_image, tmp_path / "new.jpg", picture.rgb, picture, force=True, saying=saying)
-        else:
-            write_image(tmp_path / "new.jpg", picture.rgb, picture)
+        Image.fromarray(random_pixels()).save(path, exif=exif)
+
+    assert_refuses_beyond(65_533, "EXIF", save_exif)
+    assert_refuses_beyond(65_504, "XMP", lambda path, length: save_with_xmp(path, b"x" * length))
 
 
 def test_one_pixel(tmp_path):
