@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from restoration.contact_sheet import contact_sheet
 from restoration.errors import UserError
 from restoration.files import make_folder
-from restoration.imaging import check_writable, contact_sheet, from_pillow, read_image, write_image
+from restoration.imaging import check_writable, from_pillow, read_image, write_image
 from restoration.reconstruct import Job, Recolourer, Report
 from restoration.samples import PALETTES, sample_pair
 

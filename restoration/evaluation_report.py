@@ -9,10 +9,11 @@ from statistics import mean
 import torch
 
 import restoration
+from restoration.contact_sheet import contact_sheet
 from restoration.errors import UserError
 from restoration.evaluate import NETWORK, UNTOUCHED, Evaluation
 from restoration.files import make_folder, write_json, write_text_whole
-from restoration.imaging import check_writable, contact_sheet, write_image
+from restoration.imaging import check_writable, write_image
 
 METRICS, TABLE, SHEET = "metrics.json", "table.md", "contact_sheet.png"
 

@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from restoration.errors import UserError
 from restoration.files import write_through
@@ -53,11 +53,6 @@ _LONGEST_JPEG_NOTES = {"exif": 65_533, "xmp": 65_533 - len(b"http://ns.adobe.com
 # Values of TIFF's tags that say what a number stands for, and the name under which a picture carries the answer.
 _WHITE_IS_ZERO, _SIGNED = 0, 2
 _TIFF_RANGE = "range of a TIFF file's grey"
-
-# A warm off-white like a picture mount: pure white would make old paper look dirty.
-_MOUNT_COLOUR = (246, 243, 236)
-_TITLE_COLOUR = (52, 46, 40)
-_LABEL_COLOUR = (128, 118, 106)
 
 
 @dataclass(frozen=True)
@@ -200,59 +195,6 @@ def from_pillow(image: Image.Image) -> torch.Tensor:
     # In NumPy, not torch: loader processes must not start a team of threads for every small crop.
     values = np.asarray(image).transpose(2, 0, 1).astype(np.float32, order="C")
     return torch.from_numpy(np.divide(values, 255, out=values))
-
-
-def contact_sheet(
-    rows: Sequence[tuple[str, Sequence[torch.Tensor]]], column_titles: Sequence[str], *, cell: int = 320
-) -> torch.Tensor:
-    """Lay pictures out in titled columns and labelled rows, each scaled to fit ``cell`` x ``cell`` pixels.
-
-    ``rows`` are (label, pictures), a picture being float [3, h, w] in [0, 1] of any size, one for each column title.
-    A label stands above its row; an empty one takes no room. Returns float32 [3, H, W], for ``write_image``.
-    """
-    if not rows or any(len(pictures) != len(column_titles) for _, pictures in rows):
-        counts = [len(pictures) for _, pictures in rows]
-        raise ValueError(f"rows must hold {len(column_titles)} pictures each, one a column title, got {counts}")
-    margin = max(4, cell // 20)
-    text_height = max(10, cell // 18)  # the smallest that Pillow's default font still renders readably is 10
-    font = ImageFont.load_default(text_height)
-    line = text_height + margin // 2
-    scaled = [(label, [_fit(to_pillow(picture), cell) for picture in pictures]) for label, pictures in rows]
-    heights = [max(picture.height for picture in pictures) for _, pictures in scaled]
-    labels_height = sum(line for label, _ in scaled if label)
-    width = margin + (cell + margin) * len(column_titles)
-    height = margin + line + labels_height + sum(heights) + margin * len(scaled)
-
-    sheet = Image.new("RGB", (width, height), _MOUNT_COLOUR)
-    draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(column_titles):
-        center = margin + column * (cell + margin) + cell // 2
-        draw.text((center, margin // 2), _shorten(title, font, cell), font=font, fill=_TITLE_COLOUR, anchor="ma")
-    top = margin + line
-    for (label, pictures), row_height in zip(scaled, heights, strict=True):
-        if label:
-            text = _shorten(label, font, width - 2 * margin)
-            draw.text((margin, top - margin // 2), text, font=font, fill=_LABEL_COLOUR)
-            top += line
-        for column, picture in enumerate(pictures):
-            left = margin + column * (cell + margin) + (cell - picture.width) // 2
-            sheet.paste(picture, (left, top + (row_height - picture.height) // 2))
-        top += row_height + margin
-    return from_pillow(sheet)
-
-
-def _fit(image: Image.Image, cell: int) -> Image.Image:
-    scale = cell / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    return image.resize(size, Image.Resampling.LANCZOS)
-
-
-def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
 
 
 def _decode(path: Path) -> Image.Image:

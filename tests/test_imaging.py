@@ -18,7 +18,6 @@ from restoration.errors import UserError
 from restoration.imaging import (
     Picture,
     check_writable,
-    contact_sheet,
     from_pillow,
     read_image,
     read_rgb,
@@ -561,34 +560,3 @@ def test_rejects_wrong_tensors(tmp_path, rgb):
     with pytest.raises(ValueError, match="rgb must"):
         write_image(tmp_path / "new.png", rgb, like)
     assert not any(tmp_path.iterdir())
-
-
-def test_contact_sheet_shows_every_picture_in_its_place():
-    colours = torch.eye(3)[:, :, None, None]
-    wide, tall, small = (
-        colour.expand(3, *size) for colour, size in zip(colours, ((10, 40), (80, 20), (1, 1)), strict=True)
-    )
-    titles = ("degraded", "reference", "result")
-    sheet = contact_sheet([("one", [wide, tall, small]), ("", [small, wide, tall])], titles, cell=64)
-    assert sheet.dtype == torch.float32
-    assert sheet.shape[0] == 3
-    column = sheet.shape[2] // 3
-    red, green, blue = ((sheet == colour).all(0) for colour in colours)
-    # Scaled to fit 64 x 64: 64 x 16, 16 x 64, 64 x 64, in the order given.
-    expected = [(0, red, 64 * 16), (1, green, 16 * 64), (2, blue, 64 * 64)]
-    expected += [(0, blue, 64 * 64), (1, red, 64 * 16), (2, green, 16 * 64)]
-    for place, mask, area in expected:
-        assert int(mask[:, place * column : (place + 1) * column].sum()) == area
-    labelled = contact_sheet([("one", [wide, tall, small]), ("two", [small, wide, tall])], titles, cell=64)
-    assert labelled.shape[1] > sheet.shape[1]
-
-
-def test_contact_sheet_shortens_long_text():
-    picture = torch.zeros(3, 8, 8)
-    assert contact_sheet([("x" * 500, [picture])], ["y" * 500], cell=64).shape[2] < 100
-
-
-@pytest.mark.parametrize("rows", [[], [("one", [torch.zeros(3, 2, 2)])]])
-def test_contact_sheet_rejects_ragged_rows(rows):
-    with pytest.raises(ValueError, match="rows must hold 2 pictures each"):
-        contact_sheet(rows, ["degraded", "result"])
