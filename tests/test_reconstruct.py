@@ -209,6 +209,14 @@ def test_progress_of_each_picture_is_told(tmp_path, checkpoint, precision):
         assert shares[0] == 0 and shares[-1] == 1 and shares == sorted(set(shares))
 
 
+@pytest.mark.parametrize(("contrast", "noted"), [(0.002, True), (0.2, False)])
+def test_contrast_raised_out_of_noise_is_noted(tmp_path, contrast, noted):
+    torch.manual_seed(0)
+    drawing, reference = torch.rand(2, 3, 40, 40)
+    _, notes = recolour(load_network(), 0.5 + contrast * (drawing - 0.5), reference, CPU)
+    assert any("hardly any drawing: values deviate by 0.1 of 255" in note for note in notes) is noted
+
+
 def test_devices():
     assert choose_device("cpu") == CPU
     with pytest.raises(UserError, match="cpu, cuda or auto, got 'tpu'"):
