@@ -5,6 +5,7 @@ Errors that a person can mend are one line on standard error and exit code 2.
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -86,7 +87,8 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not isinstance(error, UserError) and BACKEND_VARIABLE not in str(error):
+        full_disk = isinstance(error, OSError) and error.errno == errno.ENOSPC  # behind standard output, say
+        if not (full_disk or isinstance(error, UserError) or BACKEND_VARIABLE in str(error)):
             raise
         if not isinstance(error, ReportedError):
             print(_error_line(error), file=sys.stderr, flush=True)

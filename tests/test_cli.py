@@ -114,6 +114,19 @@ def test_a_name_that_the_terminal_cannot_show_is_written_all_the_same(workshop, 
     assert b"\\u58a8\\udcff.png" in done.stdout
 
 
+def test_a_full_disk_behind_standard_output_is_one_line(workshop, tmp_path, capsys, monkeypatch):
+    ink = workshop / "paintings" / "ink"
+    arguments = (ink / "0.png", ink / "1.png", "-o", tmp_path / "out.png", "--device", "cpu")
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        code, _, err = call(
+            capsys, monkeypatch, "reconstruct", *arguments, "--checkpoint", workshop / "small.safetensors"
+        )
+        with contextlib.suppress(OSError):
+            full.close()  # what it could not write
+    assert code == 2 and err == "error: [Errno 28] No space left on device\n"
+
+
 def test_sigterm_cleans_up_as_ctrl_c_does():
     code = """
 import os, signal
