@@ -53,10 +53,12 @@ class Rearrangement:
     each_stream: bool = False
 
     def run(self, streams: list[Tensor], in_place: bool = False) -> list[Tensor]:
-        """With each_stream, streams are taken out of the list: the first may be freed before the second is moved."""
+        """Takes the streams out of the list, which callers hold: with each_stream the first, moved, may be freed."""
         if self.each_stream:
             return [self.apply(streams.pop(0)) for _ in range(len(streams))]
-        return list(self.apply(*streams))
+        taken = tuple(streams)
+        streams.clear()
+        return list(self.apply(*taken))
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -128,7 +130,7 @@ def run_chain(steps: Sequence[Step], streams: list[Tensor], reversible: bool = T
     With reversible, backward rebuilds the input of every step from its output, so that beside the outputs no more than
     one step's activations are held at a time, however many steps there are. The streams must then be multiples of
     blocks.STREAM_QUANTUM, so that steps can be undone exactly; a gradient of gradients cannot be taken. Without,
-    PyTorch keeps all activations. Where no gradients are recorded, streams may be taken out of the list, to be freed
+    PyTorch keeps all activations. Streams may be taken out of the list: where no gradients are recorded, they are freed
     as early as nobody else holds them, and those that steps have made are written over.
     """
     if not (reversible and torch.is_grad_enabled()):
