@@ -30,3 +30,7 @@ class _AddToGradient(torch.autograd.Function):
     def backward(ctx, grad_x):
         (grad_addend,) = ctx.saved_tensors
         return grad_x + grad_addend, None
+
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        return tangent.view_as(tangent)

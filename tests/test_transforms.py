@@ -37,6 +37,18 @@ def test_gradients_and_tangents_are_those_of_autograd(operator):
     assert torch.allclose(found, along)
 
 
+def test_what_is_added_to_the_gradient_is_not_added_to_the_tangent():
+    (sample, *_) = samples("dual_pool_attention_pad2d", "tiny")
+    arguments = sample.arguments(torch.float64)
+    x = arguments.pop("x")
+
+    def tangent(**options):
+        function = compare.public("dual_pool_attention_pad2d", None)
+        return torch.func.jvp(lambda value: function(value, **arguments, **options), (x,), (torch.ones_like(x),))[1]
+
+    assert torch.equal(tangent(grad_addend=torch.ones_like(x)), tangent())
+
+
 @every_operator
 def test_vmap_keeps_the_graph_of_what_it_maps_over(operator):
     function, value = sum_by_first(operator)
