@@ -26,12 +26,13 @@ struct PacConv2dAxis {
 // Nearest multiple of 2^n where quantum = 2^n and inverse = 2^-n, ties to even.
 template <typename A>
 HOST_DEVICE A round_to_multiple(A value, A quantum, A inverse) {
-  // Adding 2^23 (2^52), with the sign of the value, leaves no room for a fraction; larger numbers have none.
+  // Adding 2^23 (2^52), with the sign of the value, leaves no room for a fraction; larger numbers have none, and may be
+  // too large to be scaled.
   constexpr A kNoFraction = sizeof(A) == 4 ? A(int64_t{1} << 23) : A(int64_t{1} << 52);
   const A scaled = value * inverse;
   const A rounder = scaled < 0 ? -kNoFraction : kNoFraction;
   const A rounded = (scaled + rounder) - rounder;
-  return (std::abs(scaled) < kNoFraction ? rounded : scaled) * quantum;
+  return std::abs(scaled) < kNoFraction ? rounded * quantum : value;
 }
 
 struct PacConv2dSizes {

@@ -81,7 +81,9 @@ class _RoundToMultiple(torch.autograd.Function):
     def forward(y, quantum):
         # float16 overflows when divided by a small quantum; a power of two makes the division itself exact.
         wide = y.to(torch.promote_types(y.dtype, torch.float32))
-        return (torch.round(wide / quantum) * quantum).to(y.dtype)
+        scaled = wide / quantum
+        # What is too large to be scaled has no fraction.
+        return torch.where(scaled.isfinite(), torch.round(scaled) * quantum, wide).to(y.dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

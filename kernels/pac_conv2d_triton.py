@@ -294,11 +294,12 @@ def add_products(
 @triton.jit
 def _round_to_multiple(value, quantum):
     """Nearest multiple of a power of two, ties to even."""
-    # With this added, of the sign of the value, there is no room for a fraction; larger numbers have none.
+    # With this added, of the sign of the value, there is no room for a fraction; larger numbers have none, and may be
+    # too large to be scaled.
     NO_FRACTION: tl.constexpr = 2.0**52 if value.dtype == tl.float64 else 2.0**23
     scaled = value * (1 / quantum)
     rounder = tl.where(scaled < 0, -NO_FRACTION, NO_FRACTION).to(value.dtype)
-    return tl.where(tl.abs(scaled) < NO_FRACTION, (scaled + rounder) - rounder, scaled) * quantum
+    return tl.where(tl.abs(scaled) < NO_FRACTION, ((scaled + rounder) - rounder) * quantum, value)
 
 
 @triton.jit(do_not_specialize=SIZES)

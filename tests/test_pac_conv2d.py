@@ -322,6 +322,16 @@ def test_quantum_of_half_precision(backend):
     assert pac_conv2d(x, x, torch.ones_like(x), quantum=2.0**-16, backend=backend).item() == 3.0
 
 
+@compare.every_backend(OPERATOR)
+def test_the_least_quantum_leaves_finite_numbers_as_they_are(backend):
+    """Numbers divided by it overflow float32."""
+    x = torch.tensor([8.0, -3e38, 2.0**-120, float("inf")], device=compare.device(backend)).view(1, 1, 2, 2)
+    weight = x.new_ones(1, 1, 1, 1)
+    compare.skip_unless_able(backend, OPERATOR, {"x": x, "guide": x, "weight": weight})
+    guide = torch.zeros_like(x)
+    assert torch.equal(pac_conv2d(x, guide, weight, quantum=2.0**-126, backend=backend), x)
+
+
 @compare.every_case("pac_conv2d_")
 @compare.every_dtype()
 def test_in_place(backend, sample, dtype):
