@@ -62,9 +62,10 @@ void backward_planes(const NeighborDifferenceBackward& arguments, const Neighbor
   constexpr int64_t kChannels = kCacheLineBytes / sizeof(T);
   const int64_t blocks = ceil_divide(sizes.channels, kChannels);
   const bool parallel = threads > 1 && sizes.batch * sizes.entries() * sizes.channels >= kParallelElements;
+  ThreadBuffers<A> memory(parallel ? threads : 1, sizes.entries() * kChannels);
 #pragma omp parallel num_threads(threads) if (parallel)
   {
-    Buffer<A> sums(sizes.entries() * kChannels);
+    A* const sums = memory.own();
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < sizes.batch * blocks; ++task) {
       const int64_t image = task / blocks;
@@ -74,7 +75,7 @@ void backward_planes(const NeighborDifferenceBackward& arguments, const Neighbor
       T* grad_x = static_cast<T*>(arguments.grad_x) + (image * sizes.channels + begin) * sizes.places;
       for (int64_t index = 0; index < sizes.entries(); ++index) {
         if (!owns_place(arguments, index)) continue;
-        sum_place(arguments, sizes, grad_y, index, begin, channels, sums.data() + index * kChannels);
+        sum_place(arguments, sizes, grad_y, index, begin, channels, sums + index * kChannels);
       }
       for (int64_t channel = 0; channel < channels; ++channel) {
         T* plane = grad_x + channel * sizes.places;
@@ -93,16 +94,17 @@ void backward_rows(const NeighborDifferenceBackward& arguments, const NeighborDi
   T* const grad_x = static_cast<T*>(arguments.grad_x);
   const int64_t stride = sizes.channels * sizes.places;
   const bool parallel = threads > 1 && sizes.batch * sizes.entries() * sizes.channels >= kParallelElements;
+  ThreadBuffers<A> memory(parallel ? threads : 1, sizes.channels);
 #pragma omp parallel num_threads(threads) if (parallel)
   {
-    Buffer<A> sums(sizes.channels);
+    A* const sums = memory.own();
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < sizes.batch * sizes.entries(); ++task) {
       const int64_t image = task / sizes.entries();
       const int64_t index = task % sizes.entries();
       if (!owns_place(arguments, index)) continue;
       const T* grad_y = static_cast<const T*>(arguments.grad_y) + image * sizes.anchors * kNeighbors * sizes.channels;
-      sum_place(arguments, sizes, grad_y, index, 0, sizes.channels, sums.data());
+      sum_place(arguments, sizes, grad_y, index, 0, sizes.channels, sums);
       T* row = grad_x + image * stride + arguments.places[index] * sizes.channels;
       for (int64_t channel = 0; channel < sizes.channels; ++channel) row[channel] = T(sums[channel]);
     }

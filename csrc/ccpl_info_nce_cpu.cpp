@@ -159,13 +159,17 @@ HOST_DEVICE A exponentiate(A* values, int64_t columns, A shift) {
   return sum;
 }
 
-template <typename Task>
-void for_each_block(const InfoNceSizes& sizes, int threads, Task task) {
+// Calls task(image, first row, scratch) for every block of rows; scratch holds `numbers` for each row of a block.
+template <typename A, typename Task>
+void for_each_block(const InfoNceSizes& sizes, int64_t numbers, int threads, Task task) {
   const int64_t blocks = ceil_divide(sizes.rows, kBlockRows);
   const bool parallel = threads > 1 && sizes.batch * sizes.rows * sizes.rows * sizes.width >= kParallelProducts;
+  ThreadBuffers<A> scratch(parallel ? threads : 1, kBlockRows * numbers);
   // Dynamic: one slow core would else hold up all others for its equal share.
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (parallel)
-  for (int64_t index = 0; index < sizes.batch * blocks; ++index) task(index / blocks, index % blocks * kBlockRows);
+  for (int64_t index = 0; index < sizes.batch * blocks; ++index) {
+    task(index / blocks, index % blocks * kBlockRows, scratch.own());
+  }
 }
 
 template <typename T>
@@ -182,9 +186,8 @@ void forward(const InfoNceForward& arguments, const InfoNceSizes& sizes, double 
   for (int64_t image = 0; image < sizes.batch; ++image) {
     keys.pack(image, key + image * sizes.rows * sizes.width, 1, sizes.width);
   }
-  for_each_block(sizes, threads, [&](int64_t image, int64_t first) {
-    Buffer<A> rows(kBlockRows * sizes.width);
-    widen_rows(query + image * sizes.rows * sizes.width, sizes, first, rows.data());
+  for_each_block<A>(sizes, sizes.width, threads, [&](int64_t image, int64_t first, A* rows) {
+    widen_rows(query + image * sizes.rows * sizes.width, sizes, first, rows);
     A maximum[kBlockRows], sum[kBlockRows], positive[kBlockRows];
     std::fill_n(maximum, kBlockRows, -std::numeric_limits<A>::infinity());
     std::fill_n(sum, kBlockRows, A(0));
@@ -194,7 +197,7 @@ void forward(const InfoNceForward& arguments, const InfoNceSizes& sizes, double 
       const int64_t columns =
           std::min(chunks.columns, ceil_divide(sizes.rows - begin, kPanel<A>) * kPanel<A>);
       for (int64_t tile = 0; tile < end; tile += kTileRows) {
-        tile_logits(rows.data() + tile * sizes.width, keys, image, sizes, begin, columns, inverse_temperature, logits);
+        tile_logits(rows + tile * sizes.width, keys, image, sizes, begin, columns, inverse_temperature, logits);
         for (int64_t row = tile; row < tile + kTileRows; ++row) {
           A* values = logits + (row - tile) * kChunkColumns;
           const int64_t own = first + row - begin;  // the column of the row's own key
@@ -233,17 +236,16 @@ void backward(const InfoNceBackward& arguments, const InfoNceSizes& sizes, doubl
     key_columns.pack(image, key + image * sizes.rows * sizes.width, sizes.width, 1);
   }
   const int64_t sum_stride = key_columns.count() * kPanel<A>;
-  for_each_block(sizes, threads, [&](int64_t image, int64_t first) {
-    Buffer<A> rows(kBlockRows * sizes.width), sums(kBlockRows * sum_stride);
-    widen_rows(query + image * sizes.rows * sizes.width, sizes, first, rows.data());
-    std::fill_n(sums.data(), kBlockRows * sum_stride, A(0));
+  for_each_block<A>(sizes, sum_stride + sizes.width, threads, [&](int64_t image, int64_t first, A* sums) {
+    A* const rows = sums + kBlockRows * sum_stride;
+    widen_rows(query + image * sizes.rows * sizes.width, sizes, first, rows);
+    std::fill_n(sums, kBlockRows * sum_stride, A(0));
     alignas(kVectorBytes) A probabilities[kTileRows * kChunkColumns];
     const int64_t end = std::min(kBlockRows, sizes.rows - first);
     for (int64_t begin = 0; begin < sizes.rows; begin += chunks.columns) {
       const int64_t columns = std::min(chunks.columns, ceil_divide(sizes.rows - begin, kPanel<A>) * kPanel<A>);
       for (int64_t tile = 0; tile < end; tile += kTileRows) {
-        tile_logits(rows.data() + tile * sizes.width, keys, image, sizes, begin, columns, inverse_temperature,
-                    probabilities);
+        tile_logits(rows + tile * sizes.width, keys, image, sizes, begin, columns, inverse_temperature, probabilities);
         for (int64_t row = tile; row < tile + kTileRows; ++row) {
           A* values = probabilities + (row - tile) * kChunkColumns;
           const int64_t place = std::min(first + row, sizes.rows - 1);
@@ -254,7 +256,7 @@ void backward(const InfoNceBackward& arguments, const InfoNceSizes& sizes, doubl
         for (int64_t number = 0; number < key_columns.count(); ++number) {
           multiply_tile<A, true>(probabilities, kChunkColumns, key_columns.panel(image, number) + begin * kPanel<A>,
                                  std::min(columns, sizes.rows - begin),
-                                 sums.data() + tile * sum_stride + number * kPanel<A>, sum_stride);
+                                 sums + tile * sum_stride + number * kPanel<A>, sum_stride);
         }
       }
     }

@@ -1,5 +1,5 @@
-// What every source file of the extension shares: the dtype code of the border, host and device qualifiers, rounding.
-// No torch header is included anywhere in csrc: the border to Python is addresses, sizes and a stream.
+// What every source file of the extension shares: the dtype code of the border, host and device qualifiers, division
+// and rounding of counts, the cutting of scratch memory. No torch header is included anywhere in csrc: the border to Python is addresses, sizes and a stream.
 #pragma once
 
 #include <cstdint>
@@ -53,5 +53,30 @@ struct TypeTag {
 HOST_DEVICE constexpr int64_t ceil_divide(int64_t numerator, int64_t denominator) {
   return (numerator + denominator - 1) / denominator;
 }
+
+HOST_DEVICE constexpr int64_t round_up(int64_t count, int64_t multiple) {
+  return ceil_divide(count, multiple) * multiple;
+}
+
+constexpr int64_t kCacheLineBytes = 64;
+
+// A piece of memory, cut into arrays that begin with a cache line. With no memory it only counts.
+class Carver {
+ public:
+  HOST_DEVICE explicit Carver(void* memory) : memory_(static_cast<char*>(memory)) {}
+
+  template <typename Number>
+  HOST_DEVICE Number* take(int64_t count) {
+    char* const array = memory_ == nullptr ? nullptr : memory_ + used_;
+    used_ += round_up(count * int64_t{sizeof(Number)}, kCacheLineBytes);
+    return reinterpret_cast<Number*>(array);
+  }
+
+  HOST_DEVICE int64_t used() const { return used_; }
+
+ private:
+  char* memory_;
+  int64_t used_ = 0;
+};
 
 }  // namespace restoration

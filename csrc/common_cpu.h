@@ -16,6 +16,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 
 #include "common.h"
 
@@ -55,16 +58,13 @@ HOST_DEVICE void assign(T& destination, A value) {
 }
 HOST_DEVICE void assign(BFloat16& destination, float value) { destination.bits = BFloat16::nearest(value); }
 
-constexpr int64_t kCacheLineBytes = 64;
-
 // Uninitialised scratch memory that begins with a cache line and frees itself.
 template <typename T>
 class Buffer {
  public:
   explicit Buffer(int64_t count)
       : data_(static_cast<T*>(std::aligned_alloc(
-            kCacheLineBytes,
-            ceil_divide(std::max<int64_t>(count, 1) * sizeof(T), kCacheLineBytes) * kCacheLineBytes))) {
+            kCacheLineBytes, round_up(std::max<int64_t>(count, 1) * sizeof(T), kCacheLineBytes)))) {
     if (data_ == nullptr) throw std::bad_alloc();
   }
   ~Buffer() { std::free(data_); }
@@ -76,6 +76,29 @@ class Buffer {
 
  private:
   T* data_;
+};
+
+HOST_DEVICE int64_t thread_number() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+// A buffer for each thread of a parallel region. Made before it: an exception that leaves one ends the program.
+template <typename T>
+class ThreadBuffers {
+ public:
+  ThreadBuffers(int threads, int64_t count)
+      : stride_(round_up(count, kCacheLineBytes / sizeof(T))), memory_(threads * stride_) {}
+
+  T* of(int64_t thread) { return memory_.data() + thread * stride_; }
+  T* own() { return of(thread_number()); }
+
+ private:
+  int64_t stride_;
+  Buffer<T> memory_;
 };
 
 template <typename Call>

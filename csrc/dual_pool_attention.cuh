@@ -87,20 +87,20 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
 template <typename T>
 struct Workspace {
   using A = AccumulateType<T>;
+  Carver carver;  // before the arrays that it cuts
   A* columns;
   A* rows;
   A* partial;
   A* grad_logit;
-  A* end;
 
   Workspace(void* memory, const DualPoolAttentionSizes& sizes, int64_t tiles)
-      : columns(static_cast<A*>(memory)),
-        rows(columns + sizes.width),
-        partial(rows + sizes.height),
-        grad_logit(partial + sizes.planes() * tiles),
-        end(grad_logit + sizes.planes()) {}
+      : carver(memory),
+        columns(carver.take<A>(sizes.width)),
+        rows(carver.take<A>(sizes.height)),
+        partial(carver.take<A>(sizes.planes() * tiles)),
+        grad_logit(carver.take<A>(sizes.planes())) {}
 
-  int64_t bytes() const { return (end - columns) * int64_t{sizeof(A)}; }
+  int64_t bytes() const { return carver.used(); }
 };
 
 template <typename A>

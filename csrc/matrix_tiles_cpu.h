@@ -14,10 +14,6 @@
 
 namespace restoration::CPU_ISA {
 
-HOST_DEVICE constexpr int64_t round_up(int64_t count, int64_t multiple) {
-  return ceil_divide(count, multiple) * multiple;
-}
-
 // Threads take longer to wake than one takes to pack fewer numbers.
 constexpr int64_t kParallelNumbers = int64_t{1} << 15;
 

@@ -31,18 +31,17 @@ constexpr int64_t kParallelPixels = int64_t{1} << 11;
 // As many rows of several planes as a window has, in float64; a row gives its place to the one `side` below.
 class RowRing {
  public:
-  RowRing(int64_t planes, int64_t side, int64_t stride)
-      : side_(side), stride_(stride), size_(planes * side * stride), values_(size_) {
-    std::memset(values_.data(), 0, size_ * sizeof(double));
+  RowRing(Carver& carver, int64_t planes, int64_t side, int64_t stride)
+      : side_(side), stride_(stride), values_(carver.take<double>(planes * side * stride)) {
+    if (values_ != nullptr) std::fill_n(values_, planes * side * stride, 0.0);
   }
 
-  double* row(int64_t plane, int64_t row) { return values_.data() + (plane * side_ + row % side_) * stride_; }
+  double* row(int64_t plane, int64_t row) { return values_ + (plane * side_ + row % side_) * stride_; }
 
  private:
   int64_t side_;
   int64_t stride_;
-  int64_t size_;
-  Buffer<double> values_;
+  double* values_;
 };
 
 template <typename T, int kRadius>
@@ -51,15 +50,18 @@ class Strip {
   static constexpr int kSide = 2 * kRadius + 1;
   static constexpr int kPixels = kSide * kSide;
 
-  Strip(const MattingLaplacian& arguments, const MattingLaplacianSizes& sizes)
+  Strip(Carver carver, const MattingLaplacian& arguments, const MattingLaplacianSizes& sizes)
       : arguments_(arguments),
         sizes_(sizes),
         // Windows come in whole vectors; the columns that the last ones reach beyond the image stay zero.
         stride_(ceil_divide(sizes.width, kVectorWindows) * kVectorWindows + kSide - 1),
-        guide_(3, kSide, stride_),
-        image_(sizes.channels, kSide, stride_),
-        product_(sizes.channels, kSide, stride_),
-        residuals_(sizes.channels * kPixels * kBlock) {}
+        guide_(carver, 3, kSide, stride_),
+        image_(carver, sizes.channels, kSide, stride_),
+        product_(carver, sizes.channels, kSide, stride_),
+        residuals_(carver.take<double>(sizes.channels * kPixels * kBlock)),
+        memory_used_(carver.used()) {}
+
+  int64_t memory_used() const { return memory_used_; }
 
   // Writes the product's rows from first to last - 1; returns the energy of the windows whose upper row is one of them.
   double run(int64_t image, int64_t first, int64_t last) {
@@ -128,7 +130,7 @@ class Strip {
       const int64_t count = std::min(kBlock, windows - block);
       for (int64_t start = 0; start < count; start += kVectorWindows) {
         const int64_t inside = std::min<int64_t>(kVectorWindows, count - start);
-        energy += fit_windows(row, block + start, inside, residuals_.data() + start);
+        energy += fit_windows(row, block + start, inside, residuals_ + start);
       }
       if (arguments_.product != nullptr) add_residuals(row, block, ceil_divide(count, kVectorWindows) * kVectorWindows);
     }
@@ -164,7 +166,7 @@ class Strip {
   }
 
   void add_residuals(int64_t row, int64_t column, int64_t count) {
-    const double* residuals = residuals_.data();
+    const double* residuals = residuals_;
     for (int64_t channel = 0; channel < sizes_.channels; ++channel) {
       for (int i = 0; i < kSide; ++i) {
         double* sums = product_.row(channel, row + i) + column;
@@ -184,7 +186,8 @@ class Strip {
   RowRing guide_;
   RowRing image_;
   RowRing product_;
-  Buffer<double> residuals_;  // [C, n, kBlock]
+  double* residuals_;  // [C, n, kBlock]
+  int64_t memory_used_;
 };
 
 template <typename T, int kRadius>
@@ -197,9 +200,11 @@ void run(const MattingLaplacian& arguments, const MattingLaplacianSizes& sizes, 
   }
   Buffer<double> energy(strips);
   const bool parallel = threads > 1 && sizes.batch * sizes.pixels() >= kParallelPixels;
+  auto strip_in = [&](char* memory) { return Strip<T, kRadius>(Carver(memory), arguments, sizes); };
+  ThreadBuffers<char> memory(parallel ? threads : 1, strip_in(nullptr).memory_used());
 #pragma omp parallel num_threads(threads) if (parallel)
   {
-    Strip<T, kRadius> strip(arguments, sizes);
+    Strip<T, kRadius> strip = strip_in(memory.own());
 #pragma omp for schedule(dynamic)
     for (int64_t index = 0; index < strips; ++index) {
       const int64_t first = index % strips_per_image * kStripRows;

@@ -318,9 +318,8 @@ void backward(const PacConv2dBackward& arguments, const PacConv2dSizes& sizes, i
     return Worker<T, R>(arguments, sizes, shape, panels.data(), grad_x.wanted() ? grad_x.sums() : nullptr,
                         grad_guide.wanted() ? grad_guide.sums() : nullptr, memory);
   };
-  const int64_t worker_memory = worker(nullptr).memory_used();
-  Buffer<char> memory(workers * worker_memory);
-  for (int number = 0; number < workers; ++number) worker(memory.data() + number * worker_memory).clear();
+  ThreadBuffers<char> memory(workers, worker(nullptr).memory_used());
+  for (int number = 0; number < workers; ++number) worker(memory.of(number)).clear();
 
   // Rows that the taps of one output row reach over, in output rows: bands two apart then have no input row in common.
   const int64_t reach = ceil_divide((sizes.kernel_size - 1) * sizes.vertical.dilation, sizes.vertical.stride);
@@ -331,7 +330,7 @@ void backward(const PacConv2dBackward& arguments, const PacConv2dSizes& sizes, i
 #pragma omp parallel num_threads(workers) if (workers > 1)
   {
     [[maybe_unused]] const MatrixUnit<E> matrix_unit;
-    Worker<T, R> own = worker(memory.data() + thread_number() * worker_memory);
+    Worker<T, R> own = worker(memory.own());
     for (int64_t turn = 0; turn < 2; ++turn) {
       const int64_t turn_bands = (bands + 1 - turn) / 2;
       // Fixed shares, so that the sums of each thread are the same in every call.
@@ -348,9 +347,9 @@ void backward(const PacConv2dBackward& arguments, const PacConv2dSizes& sizes, i
   grad_guide.finish();
   // Sums of all threads in the first one's memory, in their order.
   auto sum_of_workers = [&](auto sums_of, int64_t count) {
-    auto* totals = sums_of(worker(memory.data()));
+    auto* totals = sums_of(worker(memory.of(0)));
     for (int number = 1; number < workers; ++number) {
-      const auto* sums = sums_of(worker(memory.data() + number * worker_memory));
+      const auto* sums = sums_of(worker(memory.of(number)));
 #pragma omp simd
       for (int64_t index = 0; index < count; ++index) totals[index] += sums[index];
     }

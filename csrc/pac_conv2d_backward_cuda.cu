@@ -31,7 +31,6 @@ struct Plan {
   void* weight = nullptr;
   A* weight_sums = nullptr;  // of shared filters too
   A* bias_sums = nullptr;
-  int64_t bytes = 0;
 
   Plan(const PacConv2dSizes& sizes, const PacConv2dWanted& wanted, void* workspace)
       : makes_product(wanted.x || wanted.guide || (wanted.weight && sizes.shared)),
@@ -39,15 +38,17 @@ struct Plan {
         packed(sizes, kNumbersInWord, kWide),
         cut(sizes, wanted.weight && !sizes.shared, kNumbersInWord, kWide),
         filter_shares(int64_t{shared_grid(sizes).x} * shared_grid(sizes).y),
-        memory_(static_cast<char*>(workspace)) {
+        carver_(workspace) {
     const int64_t plane = sizes.batch * sizes.taps() * sizes.out_pixels();
-    if (makes_product || wanted.weight) kernel = take<A>(plane);
-    if (wanted.guide) slope = replaces_kernel(sizes) ? kernel : take<A>(plane);
-    if (makes_product && !sizes.shared) weight = take<A>(packed.count(sizes.taps()));
+    if (makes_product || wanted.weight) kernel = carver_.take<A>(plane);
+    if (wanted.guide) slope = replaces_kernel(sizes) ? kernel : carver_.take<A>(plane);
+    if (makes_product && !sizes.shared) weight = carver_.take<A>(packed.count(sizes.taps()));
     const int64_t share = sizes.shared ? sizes.taps() : sizes.out_channels * cut.columns;
-    if (wanted.weight) weight_sums = take<A>((sizes.shared ? filter_shares : cut.shares) * share);
-    if (wanted.bias) bias_sums = take<A>(cut.shares * sizes.out_channels);
+    if (wanted.weight) weight_sums = carver_.take<A>((sizes.shared ? filter_shares : cut.shares) * share);
+    if (wanted.bias) bias_sums = carver_.take<A>(cut.shares * sizes.out_channels);
   }
+
+  int64_t bytes() const { return carver_.used(); }
 
  private:
   static constexpr bool kWide = std::is_same_v<T, double>;
@@ -58,14 +59,7 @@ struct Plan {
     return !sizes.normalize && sizes.channels <= (sizes.shared ? kSharedChannels : packed.channels);
   }
 
-  template <typename V>
-  V* take(int64_t count) {
-    V* const values = memory_ == nullptr ? nullptr : reinterpret_cast<V*>(memory_ + bytes);
-    bytes += ceil_divide(count * int64_t{sizeof(V)}, kVectorBytes) * kVectorBytes;
-    return values;
-  }
-
-  char* memory_;
+  Carver carver_;
 };
 
 // W: how operands are multiplied.
@@ -117,7 +111,7 @@ void launch(const PacConv2dBackward& arguments, const PacConv2dSizes& sizes, con
 int64_t pac_conv2d_backward_workspace(const PacConv2dSizes& sizes, const PacConv2dWanted& wanted, DType dtype) {
   int64_t bytes = 0;
   dispatch_cuda_dtype("pac_conv2d", dtype, [&](auto tag) {
-    bytes = Plan<typename decltype(tag)::Type>(sizes, wanted, nullptr).bytes;
+    bytes = Plan<typename decltype(tag)::Type>(sizes, wanted, nullptr).bytes();
   });
   return bytes;
 }

@@ -135,8 +135,7 @@ void forward(const PacConv2dForward& arguments, const PacConv2dSizes& sizes, int
   Carver counter(nullptr);
   StripScratch<E>(counter, sizes, shape.largest());
   RowOperand<E>(counter, sizes, shape.largest());
-  const int64_t scratch_size = counter.used();
-  Buffer<char> memory(threads * scratch_size);
+  ThreadBuffers<char> memory(threads, counter.used());
 
   if (arguments.y != arguments.residual) {
     advise_huge_pages(arguments.y, sizes.batch * sizes.out_channels * sizes.out_pixels() * int64_t{sizeof(R)});
@@ -147,7 +146,7 @@ void forward(const PacConv2dForward& arguments, const PacConv2dSizes& sizes, int
 #pragma omp parallel num_threads(threads) if (parallel)
   {
     [[maybe_unused]] const MatrixUnit<E> matrix_unit;
-    Carver carver(memory.data() + thread_number() * scratch_size);
+    Carver carver(memory.own());
     const StripScratch<E> scratch(carver, sizes, shape.largest());
     RowOperand<E> operand(carver, sizes, shape.largest());
     // Handed out one by one: a core that is busy with something else holds nobody up.

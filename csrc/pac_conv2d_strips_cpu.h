@@ -7,10 +7,6 @@
 #include "matrix_tiles_cpu.h"
 #include "pac_conv2d.h"
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 namespace restoration::CPU_ISA {
 
 // Longer strips save nothing more, and images of few pixels would give too few strips to share among threads.
@@ -18,14 +14,6 @@ constexpr int64_t kMostPlaces = 2048;
 
 // A call of fewer products takes less time than waking the threads.
 constexpr int64_t kParallelProducts = int64_t{1} << 18;
-
-HOST_DEVICE int64_t thread_number() {
-#if defined(_OPENMP)
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
 
 // Some rows of one image of the output, and in each of them the same span of columns.
 struct Strip {
@@ -95,24 +83,6 @@ HOST_DEVICE void for_each_strip(const StripShape<E>& shape, const PacConv2dSizes
     }
   }
 }
-
-// One thread's piece of memory, cut into arrays that begin with a cache line. With no memory it only counts.
-class Carver {
- public:
-  explicit Carver(char* memory) : memory_(memory) {}
-
-  template <typename Number>
-  Number* take(int64_t count) {
-    char* array = memory_ == nullptr ? nullptr : memory_ + used_;
-    used_ += round_up(count * int64_t{sizeof(Number)}, kCacheLineBytes);
-    return reinterpret_cast<Number*>(array);
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* memory_;
-  int64_t used_ = 0;
-};
 
 // Channels of the guide whose distances are summed in registers: those of the model.
 constexpr int kGuideBlock = 8;
