@@ -51,7 +51,9 @@ def pac_conv2d_reference(
     else:
         y = F.conv2d(scaled.flatten(1, 2), weight.flatten(1)[:, :, None, None], bias)
     if quantum is not None:
-        y = _RoundToMultiple.apply(y, quantum)
+        # torch.compile takes no Function that has a tangent.
+        rounding = _RoundToMultiple if torch.compiler.is_compiling() else _RoundToMultipleWithTangent
+        y = rounding.apply(y, quantum)
     return alpha * y if residual is None else residual + alpha * y
 
 
@@ -93,6 +95,8 @@ class _RoundToMultiple(torch.autograd.Function):
     def backward(ctx, grad_y):
         return grad_y, None
 
+
+class _RoundToMultipleWithTangent(_RoundToMultiple):
     @staticmethod
     def jvp(ctx, tangent, _):
         return tangent.clone()
