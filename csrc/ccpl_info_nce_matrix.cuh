@@ -25,8 +25,8 @@ constexpr int kTileKeys = 64;
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
 
-// Probabilities are kept times 2^14, as float16 knows nothing between 0 and 6e-8. The largest is then half of what it
-// can hold.
+// Probabilities are kept times 2^14, as float16 knows nothing between 0 and 6e-8. The largest is then a quarter of what
+// it can hold.
 constexpr int kProbabilityBits = 14;
 
 // Sizes for rows padded to kDepth numbers.

@@ -159,8 +159,7 @@ def evaluate(cases: Iterator[Case], methods: dict[str, Method], features: VGG19F
     """Recolours case after case by every method and scores the results.
 
     Without an original: SSIM to the degraded painting, Gram losses (features: `vgg.metric_features`) and tint to the
-    reference.
-    With one: CIEDE2000 and SSIM to the original.
+    reference; with one: CIEDE2000 and SSIM to the original. Either way the share of newly clipped pixels.
     """
     for case in cases:
         results = {name: method(case.degraded, case.reference) for name, method in methods.items()}

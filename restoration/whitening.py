@@ -1,6 +1,6 @@
 """Cholesky transfer of first and second moments between encoded paintings (cWCT).
 
-Source: model.md's cWCT, after Wen, Gao, Zou, "CAP-VSTNet", CVPR 2023; the ridge is this project's. Moments and
+Source: Wen, Gao, Zou, "CAP-VSTNet", CVPR 2023, whose cWCT it is; the ridge is this project's. Moments and
 factors are in float64: whitening a nearly grey painting divides by standard deviations a thousandth of the largest.
 """
 
