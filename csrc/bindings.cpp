@@ -2,16 +2,13 @@
 // Everything is keyword-only, so that no two pointers can be swapped. Python has checked the tensors; an address of 0
 // stands for an output that is not wanted. The interpreter lock is released while a kernel runs.
 
+#include <pthread.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
 #include <stdexcept>
 #include <string>
-
-#if !defined(_WIN32)
-#include <pthread.h>
-#endif
 
 #include "ccpl.h"
 #include "cpu_isa.h"
@@ -495,9 +492,7 @@ PYBIND11_MODULE(RESTORATION_MODULE, module) {
   } catch (const std::invalid_argument& error) {
     throw py::import_error(error.what());
   }
-#if !defined(_WIN32)
   pthread_atfork(nullptr, nullptr, [] { forked = true; });
-#endif
   module.doc() = "Compiled kernels of restoration_kernels. Call the functions of the package instead.";
   module.attr("DTYPES") = py::dict(
       "float32"_a = static_cast<int64_t>(DType::float32), "float64"_a = static_cast<int64_t>(DType::float64),

@@ -210,7 +210,7 @@ class Worker {
   }
 
   // k_t(p) is a share of the sum: a change of k_t changes the shares of all taps.
-  void center_slope(const StripTiles<E>& tiles, int64_t row) {
+  void centre_slope(const StripTiles<E>& tiles, int64_t row) {
     const int64_t count = tiles.places_per_row(), stride = tiles.places();
     A* total = own_.guide_row;
     std::memset(total, 0, count * sizeof(A));
@@ -230,7 +230,7 @@ class Worker {
     const int64_t middle = sizes_.taps() / 2;
     const int64_t pixels = tiles.strip.columns, count = tiles.places_per_row();
     for (int64_t row = 0; row < tiles.strip.rows; ++row) {
-      if (sizes_.normalize) center_slope(tiles, row);
+      if (sizes_.normalize) centre_slope(tiles, row);
       for (int64_t channel = 0; channel < sizes_.guide_channels; ++channel) {
         const int64_t offset = (tiles.strip.image * sizes_.guide_channels + channel) * sizes_.pixels();
         const A* centre = centre_row(tiles, sizes_, guide_ + offset, row, strip_.centre);

@@ -238,7 +238,9 @@ def train(
     style_distance: Annotated[str | None, typer.Option(help="mse, or l2 as the paper prints it.")] = None,
     anchors: Annotated[int | None, typer.Option(help="Of the contrastive loss, a layer.")] = None,
     pairing: Annotated[str | None, typer.Option(help="random, or nearest by VGG statistics.")] = None,
-    largest_box: Annotated[float | None, typer.Option(help="Boxes are cut at 1 to this many crops' side.")] = None,
+    largest_box: Annotated[
+        float | None, typer.Option(help="Boxes are cut at 1 to this many times the crop's side.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that load pictures, a GPU; 0: none.")] = None,
     cache_mb: Annotated[int | None, typer.Option(help="MiB of decoded pictures kept, by all workers together.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,

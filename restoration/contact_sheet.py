@@ -55,8 +55,8 @@ def contact_sheet(
     sheet = Image.new("RGB", (width, height), _MOUNT_COLOUR)
     draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(column_titles):
-        center = margin + column * (cell + margin) + cell // 2
-        draw.text((center, margin // 2), _shorten(title, font, cell), font=font, fill=_TITLE_COLOUR, anchor="ma")
+        centre = margin + column * (cell + margin) + cell // 2
+        draw.text((centre, margin // 2), _shorten(title, font, cell), font=font, fill=_TITLE_COLOUR, anchor="ma")
     top = margin + line
     for (label, pictures), row_height in zip(scaled, heights, strict=True):
         if label:

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 # Real updates made before capture: libraries load their kernels and Adam makes its moments. PyTorch's own advice.
 WARM_UP = 3
 
-Outcome = TypeVar("Outcome")
+Result = TypeVar("Result")
 
 
 def why_not_captured(module: nn.Module, device: torch.device) -> str | None:
@@ -42,7 +42,7 @@ class CapturedUpdate:
         generator: of the device's random numbers that update draws. Seeding it between calls counts.
     """
 
-    def __init__(self, update: Callable[[Tensor, Tensor], Outcome], generator: torch.Generator) -> None:
+    def __init__(self, update: Callable[[Tensor, Tensor], Result], generator: torch.Generator) -> None:
         self._update = update
         self._generator = generator
         self._remaining: int | None = WARM_UP  # None: never to be captured
@@ -51,7 +51,7 @@ class CapturedUpdate:
         self._stream: torch.cuda.Stream | None = None
         self._outcome = None
 
-    def __call__(self, degraded: Tensor, reference: Tensor) -> Outcome:
+    def __call__(self, degraded: Tensor, reference: Tensor) -> Result:
         images = (degraded, reference)
         if self._remaining == 0 and self._graph is None:
             self._try_to_capture(images)
@@ -62,7 +62,7 @@ class CapturedUpdate:
         self._remaining -= 1
         return self._warm_up(images)
 
-    def _warm_up(self, images: tuple[Tensor, ...]) -> Outcome:
+    def _warm_up(self, images: tuple[Tensor, ...]) -> Result:
         # On the stream of the capture: what libraries and PyTorch's memory keep for a stream is made then.
         self._stream, current = self._stream or torch.cuda.Stream(), torch.cuda.current_stream()
         self._stream.wait_stream(current)
@@ -111,7 +111,7 @@ class CapturedUpdate:
             return False
         return True
 
-    def _replay(self, images: tuple[Tensor, ...]) -> Outcome:
+    def _replay(self, images: tuple[Tensor, ...]) -> Result:
         for own, given in zip(self._inputs, images, strict=True):
             own.copy_(given)
         self._graph.replay()

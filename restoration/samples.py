@@ -13,8 +13,8 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from .samples_brush import Noise
-from .samples_landscape import PALETTES, landscape, smoothstep
+from restoration.samples_brush import Noise
+from restoration.samples_landscape import PALETTES, landscape, smoothstep
 
 # Pictures are painted this much larger and averaged: the finest texture strokes are half a pixel wide.
 SUPERSAMPLING = 2

@@ -13,7 +13,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from .samples_brush import (
+from restoration.samples_brush import (
     Canvas,
     Noise,
     Palette,

@@ -195,7 +195,12 @@ def _run_steps(
     began = time.monotonic()
     # purge_step: of a run that was killed, TensorBoard forgets the steps after the checkpoint.
     writing = world.speaker(lambda: SummaryWriter(str(run), purge_step=start))
-    with stop_requests() as stop, _one_line_errors(run), writing as writer, world.speaker(_progress_bar) as progress:
+    with (
+        stop_requests() as stop,
+        _disk_errors_are_told(run),
+        writing as writer,
+        world.speaker(_progress_bar) as progress,
+    ):
         bar = progress.add_task("training", total=config.iterations, completed=start, status="")
         for step, batch in enumerate(batches, start):
             outcome = optimise(step, batch["degraded"], batch["reference"])
@@ -225,7 +230,7 @@ def _run_steps(
 
 
 @contextmanager
-def _one_line_errors(run: Path) -> Iterator[None]:
+def _disk_errors_are_told(run: Path) -> Iterator[None]:
     """A disk too full for TensorBoard's file, say, becomes a UserError."""
     previous = threading.excepthook
 
