@@ -210,6 +210,16 @@ def _why_not_on_gpu(index):
     return reason and f"the compiled kernels do not run on this GPU ({reason}); reinstall the package on this machine"
 
 
+def no_float16(x, **_):
+    """A predicate: CPU kernels take none."""
+    return "its kernel takes no float16" if x.dtype == torch.float16 else None
+
+
+def rows_in_32_bits(x, **_):
+    """A predicate: CUDA kernels count rows and columns, and those of a tile beyond the edge, in 32 bits."""
+    return "its kernel takes at most 2^30 rows or columns" if max(x.shape[2:]) > 2**30 else None
+
+
 def autocast(tensors, dtype=None):
     """The tensors as torch.autocast wants them, unchanged outside of it and where they are None or float64.
 

@@ -39,18 +39,20 @@ def pac_conv2d(operator, x, guide, weight, bias, stride, padding, dilation, norm
     """Checks a pixel-adaptive convolution; returns stride, padding and dilation as (vertical, horizontal) pairs."""
     B, C, H, W = _tensor(operator, "x", x, ("B", "C", "H", "W"))
     _tensor(operator, "guide", guide, (B, "G", H, W), like=("x", x))
-    O, channels, K, _ = _tensor(operator, "weight", weight, ("O", "C", "K", "K"), like=("x", x))
+    O, channels, K, width = _tensor(operator, "weight", weight, ("O", "C", "K", "K"), like=("x", x))
     if (O, channels) == (1, 1):
         O = C
     elif channels != C:
         _fail(operator, "weight", f"be of shape [O, {C}, K, K] or [1, 1, K, K]", _shape(weight))
-    _kernel_size(operator, "weight", K, weight.shape[3])
+    if width != K or K % 2 == 0:
+        _fail(operator, "weight", "have a square kernel of odd size", f"{K} x {width}")
     if bias is not None:
         _tensor(operator, "bias", bias, (O,), like=("x", x))
-    geometry = _geometry(operator, stride, padding, dilation, normalize)
-    output = _output_size(operator, "x", x, K, *geometry)
+    _boolean(operator, "normalize", normalize)
+    geometry = _geometry(operator, stride, padding, dilation)
+    _has_output(operator, "x", x, K, *geometry)
     if residual is not None:
-        _tensor(operator, "residual", residual, (B, O, *output), device_of=("x", x))
+        _tensor(operator, "residual", residual, (B, O, *output_size(x, K, *geometry)), device_of=("x", x))
         # A convolution of half precision may be added to a stream of float32.
         wide = torch.promote_types(x.dtype, torch.float32)
         if residual.dtype not in (x.dtype, wide):
@@ -89,18 +91,20 @@ def pac_kernel2d(guide, kernel_size, stride, padding, dilation, normalize):
     """Checks a kernel to look at; returns stride, padding and dilation as pairs."""
     operator = "pac_kernel2d"
     _tensor(operator, "guide", guide, ("B", "G", "H", "W"))
-    _kernel_size(operator, "kernel_size", kernel_size, kernel_size)
-    geometry = _geometry(operator, stride, padding, dilation, normalize)
-    _output_size(operator, "guide", guide, kernel_size, *geometry)
+    _kernel_size(operator, kernel_size)
+    _boolean(operator, "normalize", normalize)
+    geometry = _geometry(operator, stride, padding, dilation)
+    _has_output(operator, "guide", guide, kernel_size, *geometry)
     return geometry
 
 
-def pac_conv2d_module(in_channels, out_channels, kernel_size, stride, padding, dilation, shared_filters):
+def pac_conv2d_module(in_channels, out_channels, kernel_size, stride, padding, dilation, normalize, shared_filters):
     """Checks the arguments of PacConv2d."""
     operator = "PacConv2d"
     _integer(operator, "in_channels", in_channels, 1)
     _integer(operator, "out_channels", out_channels, 1)
-    _kernel_size(operator, "kernel_size", kernel_size, kernel_size)
+    _kernel_size(operator, kernel_size)
+    _boolean(operator, "normalize_kernel", normalize)
     _geometry(operator, stride, padding, dilation)
     if shared_filters and in_channels != out_channels:
         _fail(operator, "out_channels", f"equal in_channels = {in_channels} with shared_filters", out_channels)
@@ -111,12 +115,8 @@ def sample_neighbors(height, width, num_anchors, generator):
     operator = "sample_neighbors"
     _integer(operator, "height", height, 3)
     _integer(operator, "width", width, 3)
-    _integer(operator, "num_anchors", num_anchors, 1)
-    places = (height - 2) * (width - 2)
-    if num_anchors > places:
-        _fail(operator, "num_anchors", f"be at most the {places} interior places of {height} x {width}", num_anchors)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        _fail(operator, "generator", "be a torch.Generator or None", _kind(generator), TypeError)
+    _anchors(operator, "num_anchors", num_anchors, height, width)
+    _generator(operator, generator)
 
 
 def neighbor_difference(features, anchors, neighbors):
@@ -157,14 +157,19 @@ def ccpl_loss(features, targets, num_anchors, temperature, projections, generato
         shape = _tensor(operator, f"features[{layer}]", feature, ("B", "C", "H", "W"), device_of=first)
         _tensor(operator, f"targets[{layer}]", target, shape, like=(f"features[{layer}]", feature))
     _number(operator, "temperature", temperature, positive=True)
-    if not isinstance(num_anchors, (tuple, list)):
+    each = isinstance(num_anchors, (tuple, list))
+    if not each:
         num_anchors = [num_anchors] * len(features)
     if projections is None:
         projections = [None] * len(features)
     _sequence(operator, "num_anchors", num_anchors, len(features))
     _sequence(operator, "projections", projections, len(features))
-    for feature, count in zip(features, num_anchors, strict=True):
-        sample_neighbors(*feature.shape[2:], count, generator)
+    for layer, (feature, count) in enumerate(zip(features, num_anchors, strict=True)):
+        H, W = feature.shape[2:]
+        if H < 3 or W < 3:
+            _fail(operator, f"features[{layer}]", "be at least 3 x 3", f"{H} x {W}")
+        _anchors(operator, f"num_anchors[{layer}]" if each else "num_anchors", count, H, W)
+    _generator(operator, generator)
     return num_anchors, projections
 
 
@@ -244,9 +249,7 @@ def _tensor(operator, argument, value, shape, *, like=None, device_of=None, dtyp
     return sizes
 
 
-def _geometry(operator, stride, padding, dilation, normalize=False):
-    if not isinstance(normalize, bool):
-        _fail(operator, "normalize", "be True or False", repr(normalize))
+def _geometry(operator, stride, padding, dilation):
     return (
         _pair(operator, "stride", stride, 1),
         _pair(operator, "padding", padding, 0),
@@ -261,20 +264,36 @@ def _pair(operator, argument, value, least):
     return pair
 
 
-def _kernel_size(operator, argument, height, width):
-    if not _is_integer(height) or height != width or height < 1 or height % 2 == 0:
-        got = repr(height) if height == width else f"{height} x {width}"
-        _fail(operator, argument, "have a square kernel of odd size", got)
+def _kernel_size(operator, kernel_size):
+    if not _is_integer(kernel_size) or kernel_size < 1 or kernel_size % 2 == 0:
+        _fail(operator, "kernel_size", "be an odd integer of at least 1", repr(kernel_size))
 
 
-def _output_size(operator, argument, image, kernel_size, stride, padding, dilation):
-    H, W = image.shape[2:]
-    rows = (H + 2 * padding[0] - dilation[0] * (kernel_size - 1) - 1) // stride[0] + 1
-    columns = (W + 2 * padding[1] - dilation[1] * (kernel_size - 1) - 1) // stride[1] + 1
-    if rows < 1 or columns < 1:
+def output_size(image, kernel_size, stride, padding, dilation):
+    """Rows and columns of a convolution's output; below 1 where there is none."""
+    return tuple(
+        (image.shape[2 + axis] + 2 * padding[axis] - dilation[axis] * (kernel_size - 1) - 1) // stride[axis] + 1
+        for axis in (0, 1)
+    )
+
+
+def _has_output(operator, argument, image, kernel_size, stride, padding, dilation):
+    if min(output_size(image, kernel_size, stride, padding, dilation)) < 1:
+        H, W = image.shape[2:]
         reach = [dilation[axis] * (kernel_size - 1) + 1 - 2 * padding[axis] for axis in (0, 1)]
         _fail(operator, argument, f"be at least {reach[0]} x {reach[1]} to give an output", f"{H} x {W}")
-    return rows, columns
+
+
+def _anchors(operator, argument, count, height, width):
+    _integer(operator, argument, count, 1)
+    places = (height - 2) * (width - 2)
+    if count > places:
+        _fail(operator, argument, f"be at most the {places} interior places of {height} x {width}", count)
+
+
+def _generator(operator, generator):
+    if generator is not None and not isinstance(generator, torch.Generator):
+        _fail(operator, "generator", "be a torch.Generator or None", _kind(generator), TypeError)
 
 
 def _window(operator, eps, radius):
@@ -286,6 +305,11 @@ def _integer(operator, argument, value, least, most=None):
     if not _is_integer(value) or value < least or (most is not None and value > most):
         span = f"of at least {least}" if most is None else f"from {least} to {most}"
         _fail(operator, argument, f"be an integer {span}", repr(value))
+
+
+def _boolean(operator, argument, value):
+    if not isinstance(value, bool):
+        _fail(operator, argument, "be True or False", repr(value))
 
 
 def _number(operator, argument, value, *, positive=False):

@@ -127,7 +127,8 @@ def info_nce(query: Tensor, key: Tensor, temperature: float = 0.07, *, backend: 
 
     Returns:
         [B, S], in the dtype of query, or float32 where that is of half precision; at least 0. Products and sums are at
-        least float32. Memory: at most twice the inputs, widened; the reference holds 3·B·S² numbers. Gradients: query
+        least float32. Memory: keys, widened, in backward twice, and on a CPU some rows a thread
+        (docs/ccpl.md); the reference holds 3·B·S² numbers. Gradients: query
         only, key is a constant; for rows of unit length that of loss[b, i] is no longer than 2/τ. The reference can be
         differentiated twice.
 
@@ -389,9 +390,8 @@ _nce_backward = _registration.define(
 _differentiable_nce = _registration.differentiate(_nce_forward, _nce_backward, _save_nce, count=1)
 
 
-def _cpu_cannot(**arguments):
-    dtype = arguments.get("features", arguments.get("query")).dtype
-    return "its kernel takes no float16" if dtype == torch.float16 else None
+def _cpu_cannot(features=None, query=None, **_):
+    return _backend.no_float16(features if query is None else query)
 
 
 def _triton_cannot(query=None, **others):

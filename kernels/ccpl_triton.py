@@ -123,11 +123,11 @@ def neighbor_difference_forward_kernel(
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < channels
     maps = x + program // anchors * channels * map_places + channel.to(tl.int64) * channel_stride
-    center = tl.load(maps + tl.load(places + anchor * 9) * place_stride, mask=inside).to(ACCUMULATE)
+    centre = tl.load(maps + tl.load(places + anchor * 9) * place_stride, mask=inside).to(ACCUMULATE)
     for neighbor in tl.static_range(8):
         place = tl.load(places + anchor * 9 + 1 + neighbor)
         value = tl.load(maps + place * place_stride, mask=inside).to(ACCUMULATE)
-        tl.store(y + (program * 8 + neighbor) * channels + channel, center - value, mask=inside)
+        tl.store(y + (program * 8 + neighbor) * channels + channel, centre - value, mask=inside)
 
 
 @triton.jit

@@ -46,15 +46,6 @@ def dual_pool_attention(x: Tensor, weight: Tensor, *, pool_size: int = 50, backe
     return _OPERATOR.run(backend, x=x, weight=weight, pool_size=pool_size)
 
 
-def _cpu_cannot(x, **_):
-    return "its kernel takes no float16" if x.dtype == torch.float16 else None
-
-
-def _gpu_cannot(x, **_):
-    # The kernels count rows and columns, and those of a tile beyond the edge, in 32 bits.
-    return "its kernel takes at most 2^30 rows or columns" if max(x.shape[2:]) > 2**30 else None
-
-
 def _allocate_forward(x, weight, pool_size):
     mean = x.new_empty(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32))
     return torch.empty_like(x, memory_format=torch.contiguous_format), mean, torch.empty_like(mean)
@@ -65,7 +56,9 @@ def _launch_forward(backend, outputs, x, weight, pool_size):
     _launch_kernel("forward", backend, {"x": x, "weight": weight, "y": y, "mean": mean, "scale": scale}, pool_size)
 
 
-def _allocate_backward(grad_y, x, weight, mean, scale, pool_size, wanted):
+def allocate_backward(grad_y, x, weight, *others):
+    """Of :func:`dual_pool_attention`, and of what else has gradients to x and weight; others ends with the wanted."""
+    wanted = others[-1]
     return [
         torch.empty_like(value, memory_format=torch.contiguous_format) if wish else None
         for value, wish in zip((x, weight), wanted, strict=True)
@@ -108,7 +101,7 @@ _forward = _registration.define(
 _backward = _registration.define(
     "dual_pool_attention_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor mean, Tensor scale, SymInt pool_size,"
     " bool[] wanted, str backend) -> Tensor[]",
-    _allocate_backward,
+    allocate_backward,
     _launch_backward,
 )
 _differentiable = _registration.differentiate(_forward, _backward, _save_for_backward, count=2)
@@ -118,6 +111,6 @@ def _run(backend, x, weight, pool_size):
     return _differentiable(x, weight, pool_size, backend)[0]
 
 
-_OPERATOR.register("cuda", functools.partial(_run, "cuda"), _gpu_cannot)
-_OPERATOR.register("triton", functools.partial(_run, "triton"), _gpu_cannot)
-_OPERATOR.register("cpu", functools.partial(_run, "cpu"), _cpu_cannot)
+_OPERATOR.register("cuda", functools.partial(_run, "cuda"), _backend.rows_in_32_bits)
+_OPERATOR.register("triton", functools.partial(_run, "triton"), _backend.rows_in_32_bits)
+_OPERATOR.register("cpu", functools.partial(_run, "cpu"), _backend.no_float16)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _backend, _checks, _launch, _registration
+from .dual_pool_attention import allocate_backward
 from .dual_pool_attention_pad2d_reference import dual_pool_attention_pad2d_reference
 
 _OPERATOR = _backend.Operator("dual_pool_attention_pad2d", dual_pool_attention_pad2d_reference)
@@ -46,7 +47,7 @@ def dual_pool_attention_pad2d(
     Raises:
         TypeError, ValueError: an argument is not as said here.
         RuntimeError: the backend asked for cannot run this call. Kernels return the dtype of x, or float16 or bfloat16
-            from float32; the CPU's knows no float16.
+            from float32; the CPU's takes no float16.
 
     Source: Sun, Zhang, Wu (2025), doi 10.1038/s40494-025-01595-0, Fig. 3; the padding is that of their convolutions.
     """
@@ -70,7 +71,7 @@ def _kernels_cannot(x, dtype):
 
 
 def _cpu_cannot(x, dtype=None, **_):
-    return "its kernel knows no float16" if torch.float16 in (x.dtype, dtype) else _kernels_cannot(x, dtype)
+    return "its kernel takes no float16" if torch.float16 in (x.dtype, dtype) else _kernels_cannot(x, dtype)
 
 
 # The kernels count in 32 bits: CUDA rows and columns, as the attention's, Triton the pixels of a plane.
@@ -101,13 +102,6 @@ def _launch_forward(backend, outputs, x, weight, grad_addend, padding, pool_size
     _launch_kernel(
         "forward", backend, {"x": x, "weight": weight, "y": y, "mean": mean, "scale": scale}, padding, pool_size, dtype
     )
-
-
-def _allocate_backward(grad_y, x, weight, mean, scale, grad_addend, padding, pool_size, dtype, wanted):
-    return [
-        torch.empty_like(value, memory_format=torch.contiguous_format) if wish else None
-        for value, wish in zip((x, weight), wanted, strict=True)
-    ]
 
 
 def _launch_backward(backend, outputs, grad_y, x, weight, mean, scale, grad_addend, padding, pool_size, dtype, wanted):
@@ -148,7 +142,7 @@ _forward = _registration.define(
 _backward = _registration.define(
     "dual_pool_attention_pad2d_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor mean, Tensor scale,"
     " Tensor? grad_addend, SymInt padding, SymInt pool_size, ScalarType dtype, bool[] wanted, str backend) -> Tensor[]",
-    _allocate_backward,
+    allocate_backward,
     _launch_backward,
 )
 _differentiable = _registration.differentiate(_forward, _backward, _save_for_backward, count=2)

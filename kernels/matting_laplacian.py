@@ -101,9 +101,7 @@ def _cannot(image, guide, **_):
 
 
 def _cuda_cannot(image, guide, **_):
-    # The kernel counts rows and columns, and those of a tile beyond the edge, in 32 bits.
-    too_large = "its kernel takes at most 2^30 rows or columns" if max(image.shape[2:]) > 2**30 else None
-    return too_large or _cannot(image, guide)
+    return _backend.rows_in_32_bits(image) or _cannot(image, guide)
 
 
 def _launch_kernel(backend, image, guide, product, energy, factor, eps, radius):

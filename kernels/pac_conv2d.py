@@ -204,7 +204,9 @@ class PacConv2d(nn.Module):
         shared_filters: bool = False,
     ) -> None:
         super().__init__()
-        _checks.pac_conv2d_module(in_channels, out_channels, kernel_size, stride, padding, dilation, shared_filters)
+        _checks.pac_conv2d_module(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, normalize_kernel, shared_filters
+        )
         self.stride = stride
         self.padding = padding
         self.dilation = dilation
@@ -242,10 +244,6 @@ class PacConv2d(nn.Module):
         )
 
 
-def _cpu_cannot(x, **others):
-    return "its kernel takes no float16" if x.dtype == torch.float16 else None
-
-
 def _gpu_cannot(x, weight, stride=1, padding=0, dilation=1, **others):
     if max(_pair(stride)) > _MOST_PIXELS:
         return "its kernel counts the steps of a stride in 32 bits"
@@ -254,13 +252,8 @@ def _gpu_cannot(x, weight, stride=1, padding=0, dilation=1, **others):
     return "its kernel counts the pixels of a padded plane in 32 bits" if height * width > _MOST_PIXELS else None
 
 
-def _output_size(x, weight, stride, padding, dilation):
-    """Sizes of the output [B, O, H', W'] of checked arguments."""
-    reach = weight.shape[-1] - 1
-    rows, columns = (
-        (x.shape[2 + axis] + 2 * padding[axis] - dilation[axis] * reach - 1) // stride[axis] + 1 for axis in (0, 1)
-    )
-    return x.shape[0], x.shape[1] if _is_shared(weight) else weight.shape[0], rows, columns
+def _out_channels(x, weight):
+    return x.shape[1] if _is_shared(weight) else weight.shape[0]
 
 
 def _is_shared(weight):
@@ -275,7 +268,7 @@ def _options(x, guide, weight, stride, padding, dilation, normalize):
         "batch": B,
         "channels": C,
         "guide_channels": guide.shape[1],
-        "out_channels": C if _is_shared(weight) else weight.shape[0],
+        "out_channels": _out_channels(x, weight),
         "height": H,
         "width": W,
         "kernel_size": weight.shape[-1],
@@ -289,7 +282,8 @@ def _options(x, guide, weight, stride, padding, dilation, normalize):
 
 def _allocate_forward(x, guide, weight, bias, residual, stride, padding, dilation, normalize, alpha, quantum):
     like = x if residual is None else residual
-    return (like.new_empty(_output_size(x, weight, stride, padding, dilation)),)
+    size = _checks.output_size(x, weight.shape[-1], stride, padding, dilation)
+    return (like.new_empty((x.shape[0], _out_channels(x, weight), *size)),)
 
 
 def _launch_forward(
@@ -319,12 +313,11 @@ def _launch_in_place(backend, residual, *arguments):
 
 
 def _allocate_backward(grad_y, x, guide, weight, stride, padding, dilation, normalize, alpha, wanted):
-    out_channels = x.shape[1] if _is_shared(weight) else weight.shape[0]
     outputs = (
         (x, x.shape),
         (guide, guide.shape),
         (weight, weight.shape),
-        (weight, (out_channels,)),
+        (weight, (_out_channels(x, weight),)),
         (grad_y, grad_y.shape),
     )
     return [like.new_empty(shape) if wish else None for (like, shape), wish in zip(outputs, wanted, strict=True)]
@@ -395,5 +388,5 @@ _OPERATOR.register("cuda", functools.partial(_run, "cuda"), _gpu_cannot)
 _IN_PLACE.register("cuda", functools.partial(_run_in_place, "cuda"), _gpu_cannot)
 _OPERATOR.register("triton", functools.partial(_run, "triton"), _gpu_cannot)
 _IN_PLACE.register("triton", functools.partial(_run_in_place, "triton"), _gpu_cannot)
-_OPERATOR.register("cpu", functools.partial(_run, "cpu"), _cpu_cannot)
-_IN_PLACE.register("cpu", functools.partial(_run_in_place, "cpu"), _cpu_cannot)
+_OPERATOR.register("cpu", functools.partial(_run, "cpu"), _backend.no_float16)
+_IN_PLACE.register("cpu", functools.partial(_run_in_place, "cpu"), _backend.no_float16)

@@ -2,7 +2,6 @@
 
 import functools
 
-import torch
 from torch import Tensor
 
 from . import _backend, _checks, _launch, _registration
@@ -38,16 +37,8 @@ def relu_split(x: Tensor, channels: int, *, backend: str | None = None) -> tuple
     return _OPERATOR.run(backend, x=x, channels=channels)
 
 
-def _cpu_cannot(x, **_):
-    return "its kernel takes no float16" if x.dtype == torch.float16 else None
-
-
-# The kernels count in 32 bits: CUDA rows and columns, Triton the pixels of a plane.
-def _cuda_cannot(x, **_):
-    return "its kernel takes at most 2^30 rows or columns" if max(x.shape[2:]) > 2**30 else None
-
-
 def _triton_cannot(x, **_):
+    # It counts the pixels of a plane in 32 bits.
     return "its kernel takes at most 2^30 pixels of a plane" if x.shape[2] * x.shape[3] > 2**30 else None
 
 
@@ -106,6 +97,6 @@ def _run(backend, x, channels):
     return _differentiable(x.permute(0, 2, 3, 1), channels, backend)
 
 
-_OPERATOR.register("cuda", functools.partial(_run, "cuda"), _cuda_cannot)
+_OPERATOR.register("cuda", functools.partial(_run, "cuda"), _backend.rows_in_32_bits)
 _OPERATOR.register("triton", functools.partial(_run, "triton"), _triton_cannot)
-_OPERATOR.register("cpu", functools.partial(_run, "cpu"), _cpu_cannot)
+_OPERATOR.register("cpu", functools.partial(_run, "cpu"), _backend.no_float16)

@@ -1,7 +1,6 @@
 import collections
 import itertools
 import math
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -220,10 +219,8 @@ def test_sample_neighbors_waits_for_no_device(device):
 
 
 def test_sample_neighbors_costs_nothing_on_a_large_map():
-    start = time.perf_counter()
-    assert sample_neighbors(200_000, 200_000, 64)[0].max() > 200_000
     # A permutation of all places would take 320 GB.
-    assert time.perf_counter() - start < 1
+    assert sample_neighbors(200_000, 200_000, 64)[0].max() > 200_000
 
 
 @compare.every_backend("info_nce")
@@ -481,7 +478,9 @@ def test_rejects(arguments, message, backend):
         (([FEATURES], [ROWS]), {}, r"ccpl_loss: targets\[0\] must be of shape .*, got shape \[1, 6, 3\]"),
         (([FEATURES], [FEATURES]), {"projections": []}, r"ccpl_loss: projections must have 1 entries, .*, got 0"),
         (([FEATURES], [FEATURES], [1, 2]), {}, r"ccpl_loss: num_anchors must have 1 entries, .*, got 2"),
-        (([FEATURES], [FEATURES]), {}, r"sample_neighbors: num_anchors must be at most the 6 .*, got 64"),
+        (([FEATURES], [FEATURES]), {}, r"ccpl_loss: num_anchors must be at most the 6 interior places of .*, got 64"),
+        (([FEATURES] * 2, [FEATURES] * 2, [1, 64]), {}, r"ccpl_loss: num_anchors\[1\] must be at most .*, got 64"),
+        (([FEATURES[..., :2]],) * 2, {}, r"ccpl_loss: features\[0\] must be at least 3 x 3, got \d x 2"),
         (
             ([FEATURES, FEATURES.to("meta")], [FEATURES] * 2, 1),
             {},

@@ -193,5 +193,5 @@ def test_cpu_kernel_refuses_other_dtypes():
         RuntimeError, match=r": its kernel returns the dtype of x, or half precision from float32, not "
     ):
         dual_pool_attention_pad2d(X, WEIGHT, dtype=torch.float64, backend="cpu")
-    with pytest.raises(RuntimeError, match=r": its kernel knows no float16$"):
+    with pytest.raises(RuntimeError, match=r": its kernel takes no float16$"):
         dual_pool_attention_pad2d(X.half(), WEIGHT.half(), backend="cpu")

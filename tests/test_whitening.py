@@ -98,7 +98,6 @@ def test_flat_and_tiny_pictures_survive(size):
     for content, reference in ((flat, style), (style, flat), (flat, flat)):
         transfer = transfer_statistics(content, reference)
         assert transfer.z.isfinite().all()
-        assert_moments_equal(transfer.z, transfer.z, 0)
 
 
 def test_an_indefinite_covariance_climbs_the_ladder_and_says_so():
