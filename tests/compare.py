@@ -159,7 +159,9 @@ def check_values(backend, sample, dtype, definition, names=()):
     else:
         # Nothing is more exact than float64, so there the rounding of the exact values counts.
         ulps = REFERENCE_ULPS[dtype] if dtype == torch.float64 else ULPS
-        judge_all(ours, exact, differentiate(reference, arguments, names), ulps)
+        plain = differentiate(reference, arguments, names)
+        assert {name: value.dtype for name, value in ours.items()} == {name: plain[name].dtype for name in ours}
+        judge_all(ours, exact, plain, ulps)
 
 
 def check_gradcheck(backend, sample):

@@ -112,6 +112,14 @@ def test_half_precision_from_float32(backend, sample):
 
 
 @compare.one_case(OPERATOR)
+def test_autocast_gives_the_weight_the_dtype_of_x(backend, sample):
+    arguments = compare.arguments_for(backend, sample, torch.bfloat16)
+    with torch.autocast(arguments["x"].device.type, torch.bfloat16):
+        y = dual_pool_attention_pad2d(**{**arguments, "weight": arguments["weight"].float()}, backend=backend)
+    assert torch.equal(y, dual_pool_attention_pad2d(**arguments, backend=backend))
+
+
+@compare.one_case(OPERATOR)
 def test_channels_last(backend, sample):
     y = dual_pool_attention_pad2d(**compare.arguments_for(backend, sample, torch.float32), backend=backend)
     assert y.is_contiguous(memory_format=torch.channels_last)
