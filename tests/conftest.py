@@ -42,6 +42,15 @@ def simulated_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
 
 
+@pytest.fixture
+def order(request, monkeypatch):
+    """In which the runner of simt_build takes blocks and threads; simt_build.both_orders asks for it."""
+    monkeypatch.delenv("SIMT_REVERSE", raising=False)
+    if request.param == "reverse":
+        monkeypatch.setenv("SIMT_REVERSE", "1")
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def paintings(tmp_path_factory):
     """Two styles of three smooth pictures."""

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pybind11
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,6 +59,10 @@ parse_resources = runpy.run_path(str(CSRC / "resource_report.py"))["parse"]
 def compiler():
     """The C++ compiler, or None."""
     return os.environ.get("CXX") or shutil.which("g++")
+
+
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+both_orders = pytest.mark.parametrize("order", ["forward", "reverse"], indirect=True)  # the fixture is in conftest.py
 
 
 def nvcc():
@@ -154,3 +159,8 @@ def _run(command):
     if result.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{result.stdout}")
     return result.stdout
+
+
+def pointer(tensor):
+    """The address of a tensor's numbers, for a function of a library of load_library."""
+    return ctypes.c_void_p(tensor.data_ptr())

@@ -10,10 +10,10 @@ import pytest
 import simt_build
 import torch
 import torch.nn.functional as F
+from simt_build import both_orders, needs_compiler, pointer
 
 from restoration_kernels import matting_laplacian_apply, matting_laplacian_energy, relu_split
 
-needs_compiler = pytest.mark.skipif(simt_build.compiler() is None, reason="no C++ compiler")
 needs_nvcc = pytest.mark.skipif(simt_build.nvcc() is None, reason="no nvcc")
 
 THREADS = 96  # of planted.cu
@@ -50,17 +50,6 @@ HOT_KERNELS = {
 }
 
 
-@pytest.fixture
-def order(request, monkeypatch):
-    monkeypatch.delenv("SIMT_REVERSE", raising=False)
-    if request.param == "reverse":
-        monkeypatch.setenv("SIMT_REVERSE", "1")
-    return request.param
-
-
-both_orders = pytest.mark.parametrize("order", ["forward", "reverse"], indirect=True)
-
-
 @pytest.fixture(scope="module")
 def planted():
     library = simt_build.load_library(simt_build.SIMT / "planted.cu")
@@ -75,10 +64,6 @@ def run(planted, kernel):
     if error is not None:
         raise RuntimeError(error.decode())
     return y
-
-
-def pointer(tensor):
-    return ctypes.c_void_p(tensor.data_ptr())
 
 
 @needs_compiler

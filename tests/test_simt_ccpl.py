@@ -4,7 +4,7 @@ import compare
 import pytest
 import simt_build
 import torch
-from test_simt import both_orders, needs_compiler, order  # noqa: F401
+from simt_build import both_orders, needs_compiler
 
 from restoration_kernels import info_nce, neighbor_difference
 from restoration_kernels._samples import DIFFERENTIABLE, samples
@@ -21,7 +21,7 @@ CASES = [
 @both_orders
 @pytest.mark.parametrize("sample", CASES)
 @compare.every_dtype()
-def test_values(sample, dtype, order):  # noqa: F811
+def test_values(sample, dtype, order):
     arguments = sample.arguments(dtype)
     names = DIFFERENTIABLE[sample.operator]
     reference = compare.public(sample.operator, "reference")
@@ -34,7 +34,7 @@ def test_values(sample, dtype, order):  # noqa: F811
 
 @both_orders
 @pytest.mark.parametrize("width", [1, 16, 65, 130, 300])
-def test_info_nce_of_any_width(width, order):  # noqa: F811
+def test_info_nce_of_any_width(width, order):
     """Beside the edges of tiles, wider than the columns that one block owns, and more images than a grid holds."""
     query, key = torch.nn.functional.normalize(torch.randn(2, 5, 67, width, dtype=torch.float64), dim=-1)
     results = [
@@ -47,7 +47,7 @@ def test_info_nce_of_any_width(width, order):  # noqa: F811
 @both_orders
 @pytest.mark.parametrize("shape", [(5, 65, 64), (1, 150, 72), (1, 129, 128), (1, 16, 8), (1, 1, 8)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_info_nce_on_tensor_cores(shape, dtype, order):  # noqa: F811
+def test_info_nce_on_tensor_cores(shape, dtype, order):
     """Rows and keys that end in the middle of a tile, widths that end in the middle of a fragment."""
     query, key = torch.nn.functional.normalize(torch.randn(2, *shape, dtype=torch.float64), dim=-1).to(dtype)
     arguments = {"query": query, "key": key}
@@ -64,7 +64,7 @@ def test_info_nce_on_tensor_cores(shape, dtype, order):  # noqa: F811
 @both_orders
 @pytest.mark.parametrize("deterministic", [True, False], ids=["sorted", "atomic"])
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "nchw"])
-def test_repeated_places_accumulate(deterministic, channels_last, order):  # noqa: F811
+def test_repeated_places_accumulate(deterministic, channels_last, order):
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     features = torch.randn(3, 5, 4, 4, dtype=torch.float64).contiguous(memory_format=layout)

@@ -5,7 +5,7 @@ import ctypes
 import pytest
 import simt_build
 import torch
-from test_simt import both_orders, needs_compiler, order, pointer  # noqa: F401
+from simt_build import both_orders, needs_compiler, pointer
 
 pytestmark = needs_compiler
 
@@ -33,7 +33,7 @@ def product(planted, kind, left, right):
 
 @both_orders
 @pytest.mark.parametrize("kind", MANTISSA)
-def test_products(planted, kind, order):  # noqa: F811
+def test_products(planted, kind, order):
     """Numbers of few bits, whose products and sums are exact: any wrong place or lost number shows."""
     depth = 24 if kind == "tf32" else 48
     left, right = torch.randint(-8, 8, (16, depth)).float(), torch.randint(-8, 8, (depth, 8)).float()
@@ -72,7 +72,7 @@ def test_rounding_to_tf32(planted):
 
 @both_orders
 @pytest.mark.parametrize("width", [4, 16])
-def test_copies(planted, width, order):  # noqa: F811
+def test_copies(planted, width, order):
     """Whole pieces and a cut off one, behind which are zeros."""
     piece = THREADS * width // 4
     x = torch.randn(3 * piece - 20)
@@ -82,7 +82,7 @@ def test_copies(planted, width, order):  # noqa: F811
 
 
 @both_orders
-def test_copies_nobody_waited_for_are_nan(planted, order):  # noqa: F811
+def test_copies_nobody_waited_for_are_nan(planted, order):
     x, y = torch.randn(3 * THREADS), torch.zeros(3 * THREADS)
     raise_error(planted.copy(4, False, pointer(x), pointer(y), len(x)))
     assert y[:THREADS].isnan().all()

@@ -4,7 +4,7 @@ import compare
 import pytest
 import torch
 import torch.nn.functional as F
-from test_simt import both_orders, needs_compiler, order  # noqa: F401
+from simt_build import both_orders, needs_compiler
 
 from restoration_kernels import pac_conv2d, pac_conv2d_, pac_kernel2d
 from restoration_kernels._samples import samples
@@ -79,20 +79,20 @@ every_example = pytest.mark.parametrize("arguments", EXAMPLES.values(), ids=EXAM
 @both_orders
 @pytest.mark.parametrize("sample", samples(OPERATOR, "tiny", "odd"), ids=lambda sample: sample.name)
 @compare.every_dtype()
-def test_samples(sample, dtype, order):  # noqa: F811
+def test_samples(sample, dtype, order):
     judge(sample.arguments(dtype))
 
 
 @both_orders
 @every_example
 @compare.every_dtype()
-def test_examples(arguments, dtype, order):  # noqa: F811
+def test_examples(arguments, dtype, order):
     judge(compare.convert(arguments, dtype, "cpu"))
 
 
 @both_orders
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if "shared" not in name or name == "large_shared"])
-def test_tf32(name, tf32, order):  # noqa: F811
+def test_tf32(name, tf32, order):
     judge(EXAMPLES[name], pac_conv2d_in_tf32)
 
 
@@ -107,7 +107,7 @@ def test_tf32_is_asked_for(monkeypatch):
 @both_orders
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("alpha", [1.0, -0.5])
-def test_epilogue(dtype, alpha, order):  # noqa: F811
+def test_epilogue(dtype, alpha, order):
     """Rounded before alpha and residual, out of place and in it, to a residual of float32 too."""
     arguments = compare.convert(EXAMPLES["groups"], dtype, "cpu")
     quantum = 2.0**-4

@@ -4,7 +4,7 @@ import compare
 import pytest
 import simt_build
 import torch
-from test_simt import needs_compiler
+from simt_build import needs_compiler
 
 from restoration_kernels._samples import convert, samples
 
