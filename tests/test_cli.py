@@ -4,13 +4,13 @@ import contextlib
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -23,17 +23,12 @@ from restoration.reconstruct import recolour
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
+def workshop(tmp_path_factory, paintings):
     """Paintings of two styles, small weights, and some files that are not what they seem."""
     root = tmp_path_factory.mktemp("workshop")
     torch.manual_seed(0)
     save_network(root / "small.safetensors", ReversibleNetwork(Architecture(4, 1, 1)), {})
-    generator = np.random.default_rng(0)
-    for style in ("ink", "green"):
-        (root / "paintings" / style).mkdir(parents=True)
-        for number in range(3):
-            coarse = Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8))
-            coarse.resize((80, 60), Image.Resampling.BICUBIC).save(root / "paintings" / style / f"{number}.png")
+    shutil.copytree(paintings, root / "paintings")
     picture = root / "paintings" / "ink" / "0.png"
     (root / "text.png").write_text("no picture")
     (root / "cut.png").write_bytes(picture.read_bytes()[:200])
