@@ -5,9 +5,7 @@ import json
 import shutil
 import sys
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from restoration import ablate, files
 from restoration.ablate import DIVERGED, VARIANTS, WHOLE, Run, compare, plan, report
@@ -18,17 +16,6 @@ from restoration.journal import TrainingDivergedError
 from restoration.train import newest_checkpoint
 
 TINY = ("--crop", "24", "--batch", "1", "--blocks", "1", "--size", "32", "--count", "1", "--device", "cpu")
-
-
-@pytest.fixture(scope="module")
-def paintings(tmp_path_factory):
-    root = tmp_path_factory.mktemp("paintings")
-    (root / "ink").mkdir()
-    generator = np.random.default_rng(0)
-    for number in range(2):
-        coarse = Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8))
-        coarse.resize((48, 40), Image.Resampling.BICUBIC).save(root / "ink" / f"{number}.png")
-    return root
 
 
 SCORES = {"ssim": 0.9, "relative_gram": 0.2, "finite": 1.0}
