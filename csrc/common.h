@@ -1,5 +1,6 @@
 // What every source file of the extension shares: the dtype code of the border, host and device qualifiers, division
-// and rounding of counts, the cutting of scratch memory. No torch header is included anywhere in csrc: the border to Python is addresses, sizes and a stream.
+// and rounding of counts, the cutting of scratch memory. No torch header is included anywhere in csrc: the border to
+// Python is addresses, sizes and a stream.
 #pragma once
 
 #include <cstdint>

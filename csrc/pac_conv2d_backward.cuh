@@ -79,19 +79,19 @@ inline unsigned grid_y(int64_t count) { return static_cast<unsigned>(std::min(co
 
 // How an operand of a product lies in shared memory: float and double as they are, for products of the threads
 // themselves; Tf32 and 16-bit numbers in words for tensor cores.
-template <typename W>
-struct Operand : Word<W> {
+template <typename Factor>
+struct Operand : Word<Factor> {
   using Element = uint32_t;
   using Sum = float;
   static constexpr bool kExact = false;
 };
-template <typename W>
+template <typename Factor>
 struct ExactOperand {
-  using Element = W;
-  using Sum = W;
+  using Element = Factor;
+  using Sum = Factor;
   static constexpr bool kExact = true;
   static constexpr int kCount = 1;
-  __device__ static W pack(const W (&values)[kCount]) { return values[0]; }
+  __device__ static Factor pack(const Factor (&values)[kCount]) { return values[0]; }
 };
 template <>
 struct Operand<float> : ExactOperand<float> {};
@@ -100,10 +100,10 @@ struct Operand<double> : ExactOperand<double> {};
 
 // One warp's share of a product: kRowTiles · 16 rows, kColumnTiles · 8 columns. A lane owns the same sums whether it
 // makes them or tensor cores do.
-template <typename W, int kRowTiles, int kColumnTiles>
+template <typename Factor, int kRowTiles, int kColumnTiles>
 struct WarpTile {
-  using A = typename Operand<W>::Sum;
-  using Element = typename Operand<W>::Element;
+  using A = typename Operand<Factor>::Sum;
+  using Element = typename Operand<Factor>::Element;
   static constexpr int kRows = 2 * kRowTiles;  // of this lane
   static constexpr int kColumns = 2 * kColumnTiles;
 
@@ -124,7 +124,7 @@ struct WarpTile {
   // Adds a product kFragmentWords deep. The strides are those between neighbours in an operand.
   template <int kRowStride, int kLeftWordStride, int kColumnStride, int kRightWordStride>
   __device__ void multiply(const Element* left, const Element* right) {
-    if constexpr (Operand<W>::kExact) {
+    if constexpr (Operand<Factor>::kExact) {
       UNROLL
       for (int word = 0; word < kFragmentWords; ++word) {
         A rows[kRows], columns[kColumns];
@@ -143,8 +143,8 @@ struct WarpTile {
         }
       }
     } else {
-      using Left = LeftFragment<W>;
-      using Right = RightFragment<W>;
+      using Left = LeftFragment<Factor>;
+      using Right = RightFragment<Factor>;
       Left lefts[kRowTiles];
       UNROLL
       for (int tile = 0; tile < kRowTiles; ++tile) {
@@ -164,7 +164,7 @@ struct WarpTile {
         }
         UNROLL
         for (int row = 0; row < kRowTiles; ++row) {
-          matrix_product(W(), sums[row][tile], lefts[row].words, columns.words);
+          matrix_product(Factor(), sums[row][tile], lefts[row].words, columns.words);
         }
       }
     }

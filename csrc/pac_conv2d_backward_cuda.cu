@@ -62,10 +62,10 @@ struct Plan {
   Carver carver_;
 };
 
-// W: how operands are multiplied.
-template <typename T, typename R, typename W>
+// Factor: how operands are multiplied.
+template <typename T, typename R, typename Factor>
 void launch(const PacConv2dBackward& arguments, const PacConv2dSizes& sizes, const Plan<T>& plan, cudaStream_t stream) {
-  using Element = typename Operand<W>::Element;
+  using Element = typename Operand<Factor>::Element;
   static_assert(sizeof(Element) == sizeof(AccumulateType<T>), "the plan counts operands as sums");
   const PacMap map(sizes);
   if (sizes.batch > 0 && plan.kernel != nullptr) {
@@ -74,15 +74,15 @@ void launch(const PacConv2dBackward& arguments, const PacConv2dSizes& sizes, con
   }
   // Before m takes the place of k.
   if (plan.makes_sums) {
-    launch_weight<T, R, W>(arguments, plan.kernel, plan.weight_sums, plan.bias_sums, plan.cut, map, stream);
+    launch_weight<T, R, Factor>(arguments, plan.kernel, plan.weight_sums, plan.bias_sums, plan.cut, map, stream);
   }
   if (sizes.batch > 0 && plan.makes_product) {
     if (sizes.shared) {
       launch_shared<T, R>(arguments, sizes, plan.kernel, plan.slope, plan.weight_sums, map, stream);
     } else {
       Element* const packed = static_cast<Element*>(plan.weight);
-      launch_pack<T, W>(arguments.weight, packed, plan.packed, map, stream);
-      launch_input<T, R, W>(arguments, packed, plan.kernel, plan.slope, plan.packed, map, stream);
+      launch_pack<T, Factor>(arguments.weight, packed, plan.packed, map, stream);
+      launch_input<T, R, Factor>(arguments, packed, plan.kernel, plan.slope, plan.packed, map, stream);
     }
   }
   if (sizes.batch > 0 && plan.slope != nullptr) {

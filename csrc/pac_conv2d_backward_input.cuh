@@ -27,11 +27,11 @@ inline int64_t input_channels(int64_t channels, bool wide) {
   return channels <= 16 || wide ? 16 : 64;
 }
 
-template <typename W, int kChannels>
+template <typename Factor, int kChannels>
 struct InputTile {
-  using Element = typename Operand<W>::Element;
+  using Element = typename Operand<Factor>::Element;
   // A multiprocessor's: leaves 128 registers to a thread, or 255 where a sum takes two.
-  static constexpr int kBlocks = sizeof(typename Operand<W>::Sum) == 8 ? 1 : 2;
+  static constexpr int kBlocks = sizeof(typename Operand<Factor>::Sum) == 8 ? 1 : 2;
   static constexpr int kWarpsAcross = kChannels == 64 ? 2 : 1;
   static constexpr int kWarpsDown = kInputWarps / kWarpsAcross;
   static constexpr int kWarpPixels = kInputPixels / kWarpsDown;
@@ -41,7 +41,7 @@ struct InputTile {
   static constexpr int kChannelStride = kChannels / 8 % 2 == 1 ? kChannels : kChannels + 8;
   static constexpr int kVectors = kInputWords * kChannels / Vector<Element>::kCount;
   static_assert(kVectors <= kInputThreads, "each thread copies one vector of weights at most");
-  using Sums = WarpTile<W, kWarpPixels / kFragmentRows, kWarpChannels / kFragmentColumns>;
+  using Sums = WarpTile<Factor, kWarpPixels / kFragmentRows, kWarpChannels / kFragmentColumns>;
 };
 
 // Elements of the weights that pac_conv2d_backward_pack_kernel writes: [passes, taps, pieces, kInputWords, kChannels].
@@ -62,10 +62,11 @@ struct PackedWeight {
 };
 
 // Weights in the order in which they are multiplied, so that every copy of a piece is one run of vectors.
-template <typename T, typename W>
+template <typename T, typename Factor>
 __global__ void __launch_bounds__(kInputThreads)
-    pac_conv2d_backward_pack_kernel(const T* __restrict__ weight, typename Operand<W>::Element* __restrict__ packed,
-                                    PackedWeight shape, PacMap map) {
+    pac_conv2d_backward_pack_kernel(const T* __restrict__ weight,
+                                    typename Operand<Factor>::Element* __restrict__ packed, PackedWeight shape,
+                                    PacMap map) {
   using A = AccumulateType<T>;
   const int64_t index = int64_t{blockIdx.x} * kInputThreads + threadIdx.x;
   if (index >= shape.count(map.taps)) return;
@@ -79,14 +80,14 @@ __global__ void __launch_bounds__(kInputThreads)
   const int64_t word = digit(int64_t{shape.pieces} * kInputWords);
   const int64_t tap = digit(map.taps);
   const int64_t channel = rest * shape.channels + pass_channel;
-  A values[Operand<W>::kCount];
+  A values[Operand<Factor>::kCount];
   UNROLL
-  for (int number = 0; number < Operand<W>::kCount; ++number) {
-    const int64_t output = word * Operand<W>::kCount + number;
+  for (int number = 0; number < Operand<Factor>::kCount; ++number) {
+    const int64_t output = word * Operand<Factor>::kCount + number;
     const bool exists = output < map.out_channels && channel < map.channels;
     values[number] = exists ? static_cast<A>(weight[(output * map.channels + channel) * map.taps + tap]) : A(0);
   }
-  packed[index] = Operand<W>::pack(values);
+  packed[index] = Operand<Factor>::pack(values);
 }
 
 // Pixels of the image that lie `stride` apart: one of phases(vertical) · phases(horizontal) such sets.
@@ -118,12 +119,12 @@ struct InputPhase {
 };
 
 // What one thread carries of a piece of the operands.
-template <typename R, typename W, int kChannels>
+template <typename R, typename Factor, int kChannels>
 struct InputPiece {
-  using Tile = InputTile<W, kChannels>;
+  using Tile = InputTile<Factor, kChannels>;
   using Element = typename Tile::Element;
-  using A = typename Operand<W>::Sum;
-  static constexpr int kCount = Operand<W>::kCount;
+  using A = typename Operand<Factor>::Sum;
+  static constexpr int kCount = Operand<Factor>::kCount;
   static constexpr int kStep = kInputThreads / kInputPixels;  // from one word of a thread to its next
   static constexpr int kWords = kInputWords / kStep;
 
@@ -156,7 +157,7 @@ struct InputPiece {
       UNROLL
       for (int number = 0; number < kCount; ++number) values[number] = static_cast<A>(grads[word][number]);
       const int row = threadIdx.x / kInputPixels + word * kStep;
-      grad_words[row * Tile::kPixelStride + threadIdx.x % kInputPixels] = Operand<W>::pack(values);
+      grad_words[row * Tile::kPixelStride + threadIdx.x % kInputPixels] = Operand<Factor>::pack(values);
     }
     if (threadIdx.x < Tile::kVectors) {
       const int first = threadIdx.x * Vector<Element>::kCount;
@@ -212,13 +213,13 @@ __device__ __forceinline__ void store_gradient(Sums& gradient, T* __restrict__ g
 // grad_x[c](q) = alpha · sum over t of k_t(p) u_t(p)[c] and slope[t](p) = alpha · k_t(p) · (sum over c of x[c](q)
 // u_t(p)[c]), where p reads q with t. Either may be null. No other thread reads the k_t(p) of a slope, which may
 // therefore take its place if there is one pass.
-template <typename T, typename R, typename W, int kChannels>
-__global__ void __launch_bounds__(kInputThreads, InputTile<W, kChannels>::kBlocks)
+template <typename T, typename R, typename Factor, int kChannels>
+__global__ void __launch_bounds__(kInputThreads, InputTile<Factor, kChannels>::kBlocks)
     pac_conv2d_backward_input_kernel(const R* __restrict__ grad_y, const T* __restrict__ x,
-                                     const typename Operand<W>::Element* __restrict__ weight,
+                                     const typename Operand<Factor>::Element* __restrict__ weight,
                                      const AccumulateType<T>* kernel, T* __restrict__ grad_x, AccumulateType<T>* slope,
                                      PackedWeight packed, PacMap map, int tiles, AccumulateType<T> alpha) {
-  using Tile = InputTile<W, kChannels>;
+  using Tile = InputTile<Factor, kChannels>;
   using Element = typename Tile::Element;
   using A = AccumulateType<T>;
   using Sums = typename Tile::Sums;
@@ -252,7 +253,7 @@ __global__ void __launch_bounds__(kInputThreads, InputTile<W, kChannels>::kBlock
       Sums sums, gradient;
       sums.clear();
       gradient.clear();
-      InputPiece<R, W, kChannels> coming;
+      InputPiece<R, Factor, kChannels> coming;
       const auto load = [&](int tap, int piece) {
         coming.load(grad_y + image * map.out_channels * map.out_pixels,
                     weight + packed.piece(pass, map.taps, tap, piece), kernel + map.tap_plane(image, tap), map,
@@ -308,16 +309,16 @@ __global__ void __launch_bounds__(kInputThreads, InputTile<W, kChannels>::kBlock
   }
 }
 
-template <typename T, typename W>
-void launch_pack(const void* weight, typename Operand<W>::Element* packed, const PackedWeight& shape, const PacMap& map,
-                 cudaStream_t stream) {
+template <typename T, typename Factor>
+void launch_pack(const void* weight, typename Operand<Factor>::Element* packed, const PackedWeight& shape,
+                 const PacMap& map, cudaStream_t stream) {
   const int64_t blocks = ceil_divide(shape.count(map.taps), kInputThreads);
-  LAUNCH((pac_conv2d_backward_pack_kernel<T, W>), dim3(static_cast<unsigned>(blocks)), dim3(kInputThreads), 0, stream,
-         static_cast<const T*>(weight), packed, shape, map);
+  LAUNCH((pac_conv2d_backward_pack_kernel<T, Factor>), dim3(static_cast<unsigned>(blocks)), dim3(kInputThreads), 0,
+         stream, static_cast<const T*>(weight), packed, shape, map);
 }
 
-template <typename T, typename R, typename W>
-void launch_input(const PacConv2dBackward& arguments, const typename Operand<W>::Element* weight,
+template <typename T, typename R, typename Factor>
+void launch_input(const PacConv2dBackward& arguments, const typename Operand<Factor>::Element* weight,
                   const AccumulateType<T>* kernel, AccumulateType<T>* slope, const PackedWeight& packed,
                   const PacMap& map, cudaStream_t stream) {
   // Of the first phase, which has the most pixels.
@@ -327,8 +328,8 @@ void launch_input(const PacConv2dBackward& arguments, const typename Operand<W>:
   const int64_t phases = int64_t{InputPhase::phases(map.vertical)} * InputPhase::phases(map.horizontal);
   const dim3 grid(static_cast<unsigned>(tiles * phases), grid_y(map.batch));
   const auto launch = [&](auto channels) {
-    LAUNCH((pac_conv2d_backward_input_kernel<T, R, W, decltype(channels)::value>), grid, dim3(kInputThreads), 0, stream,
-           static_cast<const R*>(arguments.grad_y), static_cast<const T*>(arguments.x), weight, kernel,
+    LAUNCH((pac_conv2d_backward_input_kernel<T, R, Factor, decltype(channels)::value>), grid, dim3(kInputThreads), 0,
+           stream, static_cast<const R*>(arguments.grad_y), static_cast<const T*>(arguments.x), weight, kernel,
            static_cast<T*>(arguments.grad_x), slope, packed, map, static_cast<int>(tiles),
            static_cast<AccumulateType<T>>(arguments.alpha));
   };

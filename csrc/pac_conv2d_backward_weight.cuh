@@ -35,8 +35,8 @@ struct WeightTile {
   static constexpr int kWarpsAcross = kOutputs == 16 ? 4 : 2;
   static constexpr int kWarpOutputs = kOutputs * kWarpsAcross / kWarps;
   static constexpr int kWarpColumns = kWeightColumns / kWarpsAcross;
-  template <typename W>
-  using Sums = WarpTile<W, kWarpOutputs / kFragmentRows, kWarpColumns / kFragmentColumns>;
+  template <typename Factor>
+  using Sums = WarpTile<Factor, kWarpOutputs / kFragmentRows, kWarpColumns / kFragmentColumns>;
 };
 
 // 16 outputs cost little beside what must be read for them. Above 64, larger tiles read less; channels are then many.
@@ -133,10 +133,10 @@ struct TapOfPixels {
 
 // grad_words[output] = grad_y of a lane's pixels, for this warp's outputs; from `grad_y` on there are `outputs`. Adds
 // what it reads to bias, if wanted.
-template <typename W, typename Tile, typename R, typename A, int kCount, int kEach>
+template <typename Factor, typename Tile, typename R, typename A, int kCount, int kEach>
 __device__ __forceinline__ void stage_grads(const R* __restrict__ grad_y, const PacMap& map,
                                             const LanePixels<kCount>& pixels, int outputs, bool sums_bias,
-                                            A (&bias)[kEach], typename Operand<W>::Element* grad_words) {
+                                            A (&bias)[kEach], typename Operand<Factor>::Element* grad_words) {
   UNROLL
   for (int part = 0; part < kEach; ++part) {
     const int row = part * Tile::kWarps;
@@ -147,15 +147,16 @@ __device__ __forceinline__ void stage_grads(const R* __restrict__ grad_y, const 
       values[number] = reads ? static_cast<A>(grad_y[row * map.out_pixels + pixels.place + number]) : A(0);
       if (sums_bias) bias[part] += values[number];
     }
-    grad_words[row * kWeightStride] = Operand<W>::pack(values);
+    grad_words[row * kWeightStride] = Operand<Factor>::pack(values);
   }
 }
 
 // column_words[column] = k_t(p) x[c](p+t) of a lane's pixels, for this warp's columns, the first of them table[0].
-template <typename W, typename Tile, typename T, typename A, int kCount>
+template <typename Factor, typename Tile, typename T, typename A, int kCount>
 __device__ __forceinline__ void stage_columns(const T* __restrict__ x, const A* __restrict__ kernel, const PacMap& map,
                                               const LanePixels<kCount>& pixels, int64_t image,
-                                              const WeightColumn* table, typename Operand<W>::Element* column_words) {
+                                              const WeightColumn* table,
+                                              typename Operand<Factor>::Element* column_words) {
   const T* const image_x = x + image * map.channels * map.pixels;
   TapOfPixels<A, kCount> tap = {};
   if constexpr (Tile::kOneTap) tap.set(map, pixels, kernel, image, table[0], true);
@@ -174,21 +175,21 @@ __device__ __forceinline__ void stage_columns(const T* __restrict__ x, const A* 
       values[number] =
           inside ? tap.scales[number] * static_cast<A>(image_x[column.plane + tap.offsets[number]]) : A(0);
     }
-    column_words[row * kWeightStride] = Operand<W>::pack(values);
+    column_words[row * kWeightStride] = Operand<Factor>::pack(values);
   }
 }
 
 // weight_sums[share] [O, K²·C] and bias_sums[share] [O], which may be null.
-template <typename T, typename R, typename W, typename Tile>
+template <typename T, typename R, typename Factor, typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, kWeightWarpsResident / Tile::kWarps)
     pac_conv2d_backward_weight_kernel(const R* __restrict__ grad_y, const T* __restrict__ x,
                                       const AccumulateType<T>* __restrict__ kernel,
                                       AccumulateType<T>* __restrict__ weight_sums,
                                       AccumulateType<T>* __restrict__ bias_sums, WeightCut cut, PacMap map) {
   using A = AccumulateType<T>;
-  using Element = typename Operand<W>::Element;
-  using Sums = typename Tile::template Sums<W>;
-  constexpr int kCount = Operand<W>::kCount;
+  using Element = typename Operand<Factor>::Element;
+  using Sums = typename Tile::template Sums<Factor>;
+  constexpr int kCount = Operand<Factor>::kCount;
   constexpr int kStepPixels = kWeightWords * kCount;
   constexpr int kOutputsEach = Tile::kOutputs / Tile::kWarps;
   SHARED_ARRAY(Element, grad_words, Tile::kOutputs * kWeightStride);
@@ -213,10 +214,11 @@ __global__ void __launch_bounds__(Tile::kThreads, kWeightWarpsResident / Tile::k
   A bias[kOutputsEach] = {};
   for (int64_t step = first_step; step < last_step; ++step) {
     const LanePixels<kCount> pixels(map, place, first, lane);
-    stage_grads<W, Tile>(grad_y + (image * map.out_channels + first_output + warp) * map.out_pixels, map, pixels,
+    stage_grads<Factor, Tile>(grad_y + (image * map.out_channels + first_output + warp) * map.out_pixels, map, pixels,
                          map.out_channels - first_output - warp, sums_bias, bias,
                          grad_words + warp * kWeightStride + lane);
-    stage_columns<W, Tile>(x, kernel, map, pixels, image, table + warp, column_words + warp * kWeightStride + lane);
+    stage_columns<Factor, Tile>(x, kernel, map, pixels, image, table + warp,
+                                column_words + warp * kWeightStride + lane);
     __syncthreads();
     const Element* left = grad_words + warp / Tile::kWarpsAcross * Tile::kWarpOutputs * kWeightStride;
     const Element* right = column_words + warp % Tile::kWarpsAcross * Tile::kWarpColumns * kWeightStride;
@@ -281,14 +283,14 @@ __global__ void __launch_bounds__(kWarpThreads* kReduceRows)
   gradient[(output * channels + channel) * taps + tap] = T(alpha * sum);
 }
 
-template <typename T, typename R, typename W>
+template <typename T, typename R, typename Factor>
 void launch_weight(const PacConv2dBackward& arguments, const AccumulateType<T>* kernel, AccumulateType<T>* weight_sums,
                    AccumulateType<T>* bias_sums, const WeightCut& cut, const PacMap& map, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(int64_t{cut.column_tiles} * cut.output_tiles),
                   static_cast<unsigned>(cut.shares));
   choose_weight_tile<std::is_same_v<T, double>>(map.channels, map.out_channels, [&](auto tile) {
     using Tile = decltype(tile);
-    LAUNCH((pac_conv2d_backward_weight_kernel<T, R, W, Tile>), grid, dim3(Tile::kThreads), 0, stream,
+    LAUNCH((pac_conv2d_backward_weight_kernel<T, R, Factor, Tile>), grid, dim3(Tile::kThreads), 0, stream,
            static_cast<const R*>(arguments.grad_y), static_cast<const T*>(arguments.x), kernel, weight_sums, bias_sums,
            cut, map);
   });

@@ -82,7 +82,7 @@ def _kernels(guide, grad_y, steps, kernel_size, normalize, accumulate):
     B, G, H, W = guide.shape
     out_height, out_width = grad_y.shape[2:]
     kernels = guide.new_empty(B, kernel_size**2, out_height, out_width, dtype=accumulate)
-    pac_conv2d_backward_kernels_kernel[(B * tile_count(out_height, out_width, _ROWS),)](
+    pac_conv2d_backward_affinity_kernel[(B * tile_count(out_height, out_width, _ROWS),)](
         guide, kernels, H, W, out_height, out_width, steps, normalize, G, kernel_size, guides_at_once(G), COLUMNS, _ROWS
     )
     return kernels
@@ -147,7 +147,7 @@ def _guide_gradient(guide, kernels, slopes, grad_guide, steps, kernel_size, norm
     out_height, out_width = slopes.shape[2:]
     if normalize:
         block = _ROWS * COLUMNS
-        pac_conv2d_backward_shares_kernel[(B * triton.cdiv(out_height * out_width, block),)](
+        pac_conv2d_backward_centre_kernel[(B * triton.cdiv(out_height * out_width, block),)](
             kernels, slopes, out_height, out_width, kernel_size**2, block
         )
     guides = guides_at_once(G)
@@ -157,7 +157,7 @@ def _guide_gradient(guide, kernels, slopes, grad_guide, steps, kernel_size, norm
 
 
 @triton.jit(do_not_specialize=SIZES)
-def pac_conv2d_backward_kernels_kernel(
+def pac_conv2d_backward_affinity_kernel(
     guide,
     kernels,
     height,
@@ -281,7 +281,7 @@ def pac_conv2d_backward_input_kernel(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def pac_conv2d_backward_shares_kernel(kernels, slopes, out_height, out_width, TAPS: tl.constexpr, PLACES: tl.constexpr):
+def pac_conv2d_backward_centre_kernel(kernels, slopes, out_height, out_width, TAPS: tl.constexpr, PLACES: tl.constexpr):
     """m_t -= k_t · (sum over r of m_r), at PLACES places."""
     out_pixels = pixel_count(out_height, out_width)
     blocks = tl.cdiv(out_pixels, PLACES)
