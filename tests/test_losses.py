@@ -110,7 +110,7 @@ def test_small_crops_take_fewer_anchors(side):
     assert all(value.isfinite() for value in losses.values())
 
 
-def test_ccpl_switch_and_weights():
+def test_ccpl_switch_weights_and_style_distance():
     images = pictures(4)
     objective = ReconstructionLoss(loss_features(), ccpl=False)
     assert not list(objective.parameters())
@@ -118,6 +118,10 @@ def test_ccpl_switch_and_weights():
     assert losses.keys() == {"style", "matting", "cycle"}
     double = ReconstructionLoss(loss_features(), LossWeights(cycle=20.0), ccpl=False)(*images)
     assert torch.allclose(double["cycle"], 2 * losses["cycle"])
+    printed = ReconstructionLoss(loss_features(), ccpl=False, style_distance="l2")(*images)
+    _, reference, result, _ = images
+    style = [channel_statistics(feature) for feature in loss_features()(reference)]
+    torch.testing.assert_close(printed["style"], style_loss(loss_features()(result), style, "l2"))
 
 
 def test_flat_pictures_have_finite_gradients():

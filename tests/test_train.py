@@ -3,19 +3,23 @@
 import contextlib
 import itertools
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from restoration.checkpoints import load_checkpoint, load_network
+from restoration.checkpoints import load_checkpoint, load_network, save_checkpoint
 from restoration.config import TrainingConfig, make_config
+from restoration.data import find_paintings
 from restoration.errors import UserError
 from restoration.files import sole_writer
 from restoration.journal import SKIPPED_IN_A_ROW, TrainingDivergedError
@@ -23,7 +27,15 @@ from restoration.losses import LossWeights
 from restoration.parts import Stopwatch, measuring, part
 from restoration.profile import profile_training
 from restoration.step import TrainingStep, learning_rate
-from restoration.train import build_step, newest_checkpoint, resumed_config, train
+from restoration.train import (
+    build_step,
+    newest_checkpoint,
+    resumed_config,
+    statistics_of,
+    stop_requests,
+    train,
+    training_pairs,
+)
 from restoration.vgg import loss_features
 
 CPU = torch.device("cpu")
@@ -61,6 +73,74 @@ def test_resuming_is_exact(paintings, tmp_path):
     assert expected.keys() == resumed.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, resumed[name]), name
+
+
+def test_a_resumed_run_takes_the_place_of_what_followed_its_checkpoint(paintings, tmp_path, monkeypatch):
+    """In TensorBoard, too, where its speed is that of its own steps."""
+    run = tmp_path / "run"
+    train(paintings, run, config(batch=2), device=CPU).unlink()
+    # TensorBoard reads in order of names, which may be another than that of time within a second.
+    next(run.glob("*tfevents*")).rename(run / "0.tfevents")
+    monkeypatch.setattr("restoration.train.time", SimpleNamespace(monotonic=itertools.count().__next__))
+    train(paintings, run, config(batch=2), device=CPU, resume=True)
+    events = EventAccumulator(str(run))
+    events.Reload()
+    speeds = events.Scalars("speed/images_per_second")
+    assert [speed.step for speed in speeds] == [0, 1, 2, 3]
+    assert [speed.value for speed in speeds[2:]] == [2, 2]
+    assert [image.step for image in events.Images("degraded | reference | result")] == [0, 2]
+
+
+def test_the_last_checkpoint_says_that_the_weights_are_there(paintings, tmp_path, monkeypatch):
+    saved = []
+    for name in ("save_weights", "save_training"):
+        monkeypatch.setattr(f"restoration.train.{name}", lambda *given, name=name: saved.append((name, given[-1])))
+    train(paintings, tmp_path / "run", config(iterations=2, checkpoint_every=1), device=CPU)
+    assert saved == [("save_training", 1), ("save_weights", 2), ("save_training", 2)]
+
+
+def test_the_seed_chooses_the_first_weights(paintings, tmp_path, monkeypatch):
+    monkeypatch.setattr("restoration.train._run_steps", lambda run, config, step_module, *_: step_module)
+    one, same, other = (
+        torch.cat(
+            [weights.flatten() for weights in train(paintings, tmp_path, config(seed=seed), device=CPU).parameters()]
+        )
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_given_vgg_weights_are_of_losses_and_nearest_pairs(paintings, tmp_path, monkeypatch):
+    vgg, given, features = tmp_path / "vgg.pth", [], loss_features()
+
+    def measure(path, pictures):
+        given.append((path, len(list(pictures))))
+        return "means"
+
+    monkeypatch.setattr("restoration.train.measure_channel_means", measure)
+    for name in ("loss_features", "metric_features"):
+        monkeypatch.setattr(f"restoration.train.{name}", lambda *arguments: given.append(arguments) or features)
+    train(paintings, tmp_path / "run", config(iterations=1, pairing="nearest"), device=CPU, vgg=vgg)
+    assert given == [(vgg, 6), (vgg, "means"), (vgg,)]
+
+
+def test_pairs_are_as_the_settings_say_and_damaged_files_told(paintings, tmp_path, capsys):
+    shutil.copytree(paintings, tmp_path, dirs_exist_ok=True)
+    damaged = tmp_path / "ink/0.png"
+    damaged.write_text("no image")
+    settings = config(pairing="nearest", seed=5, largest_box=1.5, workers=2, cache_mb=3)
+    dataset = training_pairs(find_paintings(tmp_path), settings, None)
+    assert (dataset.crop, dataset.seed, dataset.scale_range) == (24, 5, (1.0, 1.5))
+    assert dataset._nearest is not None and dataset._pictures._limit == 3 * 2**20 // 2
+    assert f"1 damaged files left out: {damaged}" in capsys.readouterr().out
+
+
+def test_a_description_has_unit_length_in_each_layer():
+    layers = [torch.rand(1, 2, 4, 5), 100 * torch.rand(1, 3, 2, 3)]
+    description = statistics_of(lambda images: layers)(torch.rand(3, 8, 8))
+    for found, (layer,) in zip(description.split([4, 6]), layers, strict=True):
+        expected = torch.cat((layer.mean((1, 2)), layer.std((1, 2))))
+        torch.testing.assert_close(found, expected / expected.norm())
 
 
 def test_workers_and_cache_change_nothing(paintings, tmp_path):
@@ -108,8 +188,9 @@ def test_parts_within_parts_count_once(monkeypatch):
 
 
 def test_loss_weights_are_settings():
-    step = build_step(config(style_weight=3.0, ccp_weight=0.0), loss_features())
+    step = build_step(config(style_weight=3.0, ccp_weight=0.0, style_distance="l2", anchors=7), loss_features())
     assert step.losses.weights == LossWeights(ccp=0.0, style=3.0)
+    assert step.losses.style_distance == "l2" and step.losses.contrast.num_anchors == 7
     with pytest.raises(UserError, match="--style-weight"):
         config(style_weight=-1.0)
 
@@ -180,6 +261,8 @@ def poison(monkeypatch, from_step, to_step):
 def test_a_bad_step_is_skipped_and_reported(paintings, tmp_path, monkeypatch, capfd):
     run = tmp_path / "run"
     poison(monkeypatch, 2, 3)
+    smoothed = {}
+    monkeypatch.setattr("restoration.train._status", lambda shown, rate: smoothed.update(shown))
     last = train(paintings, run, config(checkpoint_every=1), device=CPU)
     before, after = tensors(run / "checkpoint-0000002.safetensors"), tensors(run / "checkpoint-0000003.safetensors")
     for name, value in before.items():
@@ -188,6 +271,16 @@ def test_a_bad_step_is_skipped_and_reported(paintings, tmp_path, monkeypatch, ca
     shown = " ".join(capfd.readouterr().out.split())
     assert "skipped step 2: loss or gradient is not finite" in shown and "style nan" in shown and ".png" in shown
     assert "1 steps were skipped" in shown
+    assert {"ccp", "style", "matting", "cycle", "total"} == smoothed.keys()
+    assert all(map(math.isfinite, smoothed.values()))
+
+
+def test_a_loss_that_drowns_the_others_is_told(paintings, tmp_path, capfd):
+    for weight, told in ((10.0, False), (1e8, True)):
+        train(paintings, tmp_path / f"{weight}", config(iterations=1, cycle_weight=weight), device=CPU)
+        shown = " ".join(capfd.readouterr().out.split())
+        assert "weighted losses at step 0: " in shown
+        assert ("one of them exceeds all others by more than 100 times" in shown) == told
 
 
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(paintings, tmp_path, monkeypatch):
@@ -196,6 +289,27 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(paintings, tmp_path
     with pytest.raises(TrainingDivergedError, match=rf"step {1 + SKIPPED_IN_A_ROW}: .*style nan.*\.png"):
         train(paintings, run, config(iterations=50, checkpoint_every=2), device=CPU)
     assert all(value.isfinite().all() for value in tensors(newest_checkpoint(run)).values())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_acts_at_once_and_later_ones_as_before(number):
+    acted = []
+
+    def own(number, frame):
+        acted.append(number)
+
+    before = signal.signal(number, own)
+    try:
+        with stop_requests() as stop:
+            assert stop.signal == 0
+        assert signal.getsignal(number) is own
+        with stop_requests() as stop:
+            signal.raise_signal(number)
+            assert stop.signal == number and not acted
+            signal.raise_signal(number)
+            assert acted
+    finally:
+        signal.signal(number, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -266,8 +380,17 @@ def test_presets_and_overrides(tmp_path, paintings):
     run = tmp_path / "run"
     train(paintings, run, config(iterations=1, seed=5), device=CPU)
     assert resumed_config(run, {"iterations": 9, "seed": None}) == config(iterations=9, seed=5)
-    with pytest.raises(UserError, match=f"--blocks must be 1, as when the run in {run} was started, got 2"):
-        resumed_config(run, {"blocks": 2})
+    for name, kept, other in (("blocks", 1, 2), *((name, True, False) for name in ("dpca", "cafe", "ccpl"))):
+        with pytest.raises(
+            UserError, match=f"--{name} must be {kept}, as when the run in {run} was started, got {other}"
+        ):
+            resumed_config(run, {name: other})
+    with pytest.raises(UserError, match="--batch must be at least 1, got 0"):
+        resumed_config(run, {"batch": 0})
+    path = newest_checkpoint(run)
+    stored, description = tensors(path), load_checkpoint(path).description
+    save_checkpoint(path, stored, {**description, "training": {**description["training"], "of_an_older_version": 1}})
+    assert resumed_config(run, {}) == config(iterations=1, seed=5)
 
 
 def test_learning_rate_schedules():
