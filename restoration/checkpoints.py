@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,8 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], description: dict[st
     """Writes path as `files.write_whole` does. UserError where it cannot be written; an earlier file then stays."""
     versions = {"restoration": restoration.__version__, "torch": torch.__version__}
     metadata = {"format": FORMAT, "description": json.dumps({**description, "versions": versions}, sort_keys=True)}
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata["sha256"] = _checksum(contiguous, metadata["description"])
     try:
         # Not safetensors' save_file: its own temporary file outlives a killed process under a secret name.
         write_whole(path, safetensors.torch.save(contiguous, metadata))
@@ -47,8 +49,19 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], description: dict[st
         ) from error
 
 
+def _checksum(tensors: dict[str, Tensor], description: str) -> str:
+    checksum = hashlib.sha256(description.encode())
+    for name, tensor in sorted(tensors.items()):
+        checksum.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        checksum.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return checksum.hexdigest()
+
+
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Reads a file of save_checkpoint. UserError for anything else; a pickled file is refused, not opened."""
+    """Reads a file of save_checkpoint. UserError for anything else, and where a bit of it has changed.
+
+    A pickled file is refused, not opened.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
@@ -60,6 +73,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise UserError(f"{path}: not a readable safetensors file (pickled checkpoints are never loaded)") from error
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of this program (format {metadata.get('format')!r})")
+    # Files of the first versions have none.
+    if "sha256" in metadata and metadata["sha256"] != _checksum(tensors, metadata.get("description", "")):
+        raise UserError(f"{path}: is damaged: its contents are not those that were written")
     try:
         description = json.loads(metadata["description"])
     except (KeyError, ValueError) as error:

@@ -45,6 +45,16 @@ def test_shipped_weights_invert_exactly():
             assert (network(x, x).image - x).abs().max() < 1 / 255
 
 
+def test_a_changed_bit_is_found(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_network(path, ReversibleNetwork(SMALL), {"step": 3})
+    whole = path.read_bytes()
+    for place in (len(whole) - 1, whole.index(b'step\\": 3') + len(b'step\\": ')):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(UserError, match="is damaged: its contents are not those that were written"):
+            load_checkpoint(path)
+
+
 def refusals(folder):
     whole = folder / "whole.safetensors"
     save_network(whole, ReversibleNetwork(SMALL), {})
