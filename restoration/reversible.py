@@ -152,6 +152,7 @@ class _Chain(torch.autograd.Function):
         ctx.count = count
         ctx.circumstances = _Circumstances.here(tensors[0].device)
         streams = run_chain(steps, list(tensors[:count]))  # no gradients are recorded here
+        ctx.versions = [parameter._version for parameter in tensors[count:]]
         ctx.save_for_backward(*streams)
         return tuple(streams)
 
@@ -166,6 +167,8 @@ def _chain_gradients(ctx, of_outputs: Streams) -> tuple[Tensor | None, ...]:
     streams = tuple(stream.detach() for stream in ctx.saved_tensors)
     gradients = Gradients(tuple(gradient.detach() for gradient in of_outputs))
     parameters = [parameter for step in ctx.steps for parameter in step.parameters]
+    if ctx.versions != [parameter._version for parameter in parameters]:
+        raise RuntimeError("a parameter was changed in place since forward: activations would be rebuilt as others")
     found = _room_for_gradients([parameter for parameter in parameters if parameter.requires_grad])
     for step in reversed(ctx.steps):
         streams, gradients, of_parameters = step.backward(streams, gradients)

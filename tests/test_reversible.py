@@ -116,6 +116,15 @@ def most_kept(reversible, blocks):
     return live.most
 
 
+def test_a_parameter_that_changes_before_backward_is_an_error():
+    net = network()
+    loss = both_ways(net, picture(8, 8))
+    with torch.no_grad():
+        next(net.parameters()).add_(1)
+    with pytest.raises(RuntimeError, match="a parameter was changed in place since forward"):
+        loss.backward()
+
+
 def test_memory_does_not_grow_with_depth():
     assert most_kept(True, 8) <= 1.05 * most_kept(True, 4)
     assert most_kept(False, 8) > 1.7 * most_kept(False, 4)
