@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -194,6 +194,7 @@ class PairDataset(Dataset):
             paintings, self.skipped = _without_damaged(paintings)
         if not paintings:
             raise UserError(f"no painting is left to train on ({len(self.skipped)} damaged)")
+        self.paintings = list(paintings)
         self._groups = _by_style(paintings)
         self._pictures = PictureCache(cache_bytes)
         self._nearest = None
@@ -291,7 +292,7 @@ def _indexed_paintings(root: Path) -> list[Painting]:
 def _paintings_in_folders(root: Path) -> list[Painting]:
     works, splits = _works_and_splits(root)
     folders = sorted(child for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
-    styles = {folder.name: images for folder in folders if (images := _images(folder.rglob("*"), root))}
+    styles = {folder.name: images for folder in folders if (images := _images(_below(folder), root))}
     loose = _images(root.iterdir(), root)
     if not styles:
         styles = {root.resolve().name: loose}
@@ -305,6 +306,17 @@ def _paintings_in_folders(root: Path) -> list[Painting]:
             work = works.get(file, file)
             paintings.append(Painting(path, style, work, None if splits is None else splits.get(work, "train")))
     return paintings
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """What lies in the folder at any depth, hidden folders aside; UserError where one cannot be read."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = (name for name in folders if not name.startswith("."))
+        yield from (Path(parent, name) for name in names)
 
 
 def _images(paths: Iterable[Path], root: Path) -> list[Path]:

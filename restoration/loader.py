@@ -94,9 +94,8 @@ def _with_plain_errors(loader: DataLoader) -> Iterator[dict[str, Any]]:
     try:
         yield from loader
     except UserError as error:
-        # Of an error in a loader process PyTorch makes one whose message is the traceback; the last line says it all.
-        *traceback, line = str(error).strip().splitlines()
-        raise UserError(line.partition(": ")[2] if traceback else line) from None
+        # Of an error in a loader process PyTorch makes one whose message ends with the traceback.
+        raise UserError(str(error).rpartition(f"{UserError.__qualname__}: ")[2].rstrip("\n")) from None
 
 
 def _moved(value: Any, device: torch.device) -> Any:

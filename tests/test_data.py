@@ -1,6 +1,7 @@
 """What training and evaluation read: which paintings, which pairs, and the same samples at every resumption."""
 
 import csv
+import errno
 import os
 from pathlib import Path
 
@@ -46,6 +47,19 @@ def folders(tmp_path):
     for number in (1, 2, 3, 4):
         paint(tmp_path / f"ink/{number}.png", seed=10 + number)
     return tmp_path
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(folders, monkeypatch):
+    scan = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "ink":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"ink: cannot be read \(Permission denied\)"):
+        find_paintings(folders)
 
 
 @pytest.fixture

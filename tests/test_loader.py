@@ -61,13 +61,14 @@ def test_a_signal_to_all_processes_leaves_workers_at_work(folders):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_file_that_is_lost_while_training_is_named_in_one_line(folders, workers):
-    dataset = PairDataset(find_paintings(folders, styles=["blue"]), 4)
-    for path in (folders / "blue").iterdir():
+def test_a_file_that_is_lost_while_training_is_named(folders, workers):
+    style = (folders / "blue").rename(folders / "dark\nblue")
+    dataset = PairDataset(find_paintings(folders, styles=[style.name]), 4)
+    for path in style.iterdir():
         path.unlink()
     with pytest.raises(UserError) as caught:
         list(load_batches(dataset, [range(1)], workers, CPU))
-    assert str(caught.value) in [f"{folders}/blue/{number}.png: no such file" for number in (1, 2, 3)]
+    assert str(caught.value) in [f"{style}/{number}.png: no such file" for number in (1, 2, 3)]
 
 
 def test_cache_forgets_the_least_recently_used(folders, monkeypatch):
