@@ -26,7 +26,8 @@ from restoration.evaluate import NETWORK, check_readable, check_size, choose_met
 from restoration.evaluation_report import aligned_table, summarise
 from restoration.files import make_folder, sole_writer, write_json, write_text_whole
 from restoration.journal import TrainingDivergedError
-from restoration.train import check_precision, newest_checkpoint, train
+from restoration.runs import newest_checkpoint
+from restoration.train import check_precision, train
 from restoration.vgg import VGG19Features
 
 WHOLE = "all"

@@ -96,7 +96,7 @@ def _one_line_errors() -> Iterator[None]:
 
 
 def _error_line(error: Exception) -> str:
-    return f"error: {error}"
+    return f"error: {error}".replace("\n", "\\n")  # a file's name may hold one
 
 
 def _has_peers() -> bool:
@@ -264,7 +264,7 @@ def train(
     from restoration.config import OVERRIDABLE, TrainingConfig, make_config
     from restoration.distributed import joined
     from restoration.reconstruct import choose_device
-    from restoration.train import resumed_config
+    from restoration.runs import resumed_config
     from restoration.train import train as run_training
 
     overrides = {name: given[name] for name in OVERRIDABLE}

@@ -107,8 +107,20 @@ _LEAST = {
     "matting_weight": 0.0,
     "cycle_weight": 0.0,
 }
-# And the largest. Of each step's anchors PyTorch takes a seed of 63 bits, made of the run's and the step's number.
-_MOST = {"seed": 2**40, "iterations": 10_000_000}
+# And the largest; most of them beyond any use, so that a slip of the hand is found before the work. Of each step's
+# anchors PyTorch takes a seed of 63 bits, made of the run's and the step's number.
+_MOST = {
+    "seed": 2**40,
+    "iterations": 10_000_000,
+    "crop": 16_384,
+    "batch": 65_536,
+    "blocks": 1_000,
+    "workers": 1_000,
+    "cache_mb": 100_000_000,
+    "largest_box": 1_000.0,
+    **dict.fromkeys(("ccp_weight", "style_weight", "matting_weight", "cycle_weight"), 1e12),
+}
+_LEAST_RATE = 1e-30  # float32 has no numbers much smaller
 _CHOICES = {
     "schedule": SCHEDULES,
     "precision": PRECISIONS,
@@ -130,17 +142,21 @@ def checked(config: TrainingConfig) -> TrainingConfig:
     """The same settings; UserError names the first that is out of range."""
     for name, least in _LEAST.items():
         value, most = getattr(config, name), _MOST.get(name, math.inf)
-        if not value >= least:
+        if not math.isfinite(value):
+            raise UserError(f"{option(name)} must be finite, got {value}")
+        if value < least:
             raise UserError(f"{option(name)} must be at least {least}, got {value}")
         if value > most:
             raise UserError(f"{option(name)} must be at most {most}, got {value}")
-        if not math.isfinite(value):
-            raise UserError(f"{option(name)} must be finite, got {value}")
     for name, choices in _CHOICES.items():
         if getattr(config, name) not in choices:
             raise UserError(f"{option(name)} must be one of {', '.join(choices)}, got {getattr(config, name)!r}")
-    if not 0 < config.learning_rate < 1:
-        raise UserError(f"--learning-rate must lie between 0 and 1, got {config.learning_rate}")
+    if not _LEAST_RATE <= config.learning_rate < 1:
+        raise UserError(f"--learning-rate must lie between {_LEAST_RATE} and 1, got {config.learning_rate}")
+    if 0 < config.gradient_clip < _LEAST_RATE:
+        raise UserError(f"--gradient-clip must be 0 or at least {_LEAST_RATE}, got {config.gradient_clip}")
+    if not any(dataclasses.astuple(config.loss_weights())):
+        raise UserError("--ccp-weight, --style-weight, --matting-weight, --cycle-weight: one must be above 0")
     return config
 
 

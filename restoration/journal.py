@@ -20,7 +20,11 @@ SKIPPED_IN_A_ROW = 10
 
 
 class TrainingDivergedError(UserError):
-    """Steps in a row had a loss, a gradient or a stream out of range; the last checkpoint is good."""
+    """Steps in a row had a loss, a gradient or a stream out of range, `first` the first of them."""
+
+    def __init__(self, message: str, first: int = 0) -> None:
+        super().__init__(message)
+        self.first = first
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ class Journal:
     def __init__(self, world: World = ALONE) -> None:
         self._world = world
         self._pending: list[tuple[int, tuple[str, ...], Tensor, Sequence[str]]] = []
-        self._skipped_in_a_row = 0
+        self.skipped_in_a_row = 0  # of the steps read, the last ones
+        self.last_good = -1  # step of those read that was not skipped
         self._skipped = 0
         self._ridge_fallbacks = 0
 
@@ -95,10 +100,14 @@ class Journal:
         for record in records:
             self._ridge_fallbacks += int(record.numbers["ridge_fallbacks"])
             self._skipped += record.skipped
-            self._skipped_in_a_row = self._skipped_in_a_row + 1 if record.skipped else 0
-            if self._skipped_in_a_row == SKIPPED_IN_A_ROW:
+            if not record.skipped:
+                self.skipped_in_a_row, self.last_good = 0, record.step
+                continue
+            self.skipped_in_a_row += 1
+            if self.skipped_in_a_row == SKIPPED_IN_A_ROW:
                 raise TrainingDivergedError(
-                    f"{record.complaint()}; so did the {SKIPPED_IN_A_ROW - 1} steps before; the last checkpoint is kept"
+                    f"{record.complaint()}; so did the {SKIPPED_IN_A_ROW - 1} steps before",
+                    record.step + 1 - SKIPPED_IN_A_ROW,
                 )
         return records
 
@@ -107,6 +116,8 @@ class Journal:
         parts = []
         if self._skipped:
             parts.append(f"{self._skipped} steps were skipped")
+        if self.skipped_in_a_row:
+            parts[-1] += f", the last {self.skipped_in_a_row} of all among them: the weights may be past use"
         if self._ridge_fallbacks:
             parts.append(f"{self._ridge_fallbacks} colour transfers needed more than the everyday ridge")
         return "; ".join(parts) or None

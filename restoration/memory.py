@@ -51,6 +51,11 @@ def forget_peak() -> bool:
     return True
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Of a GPU, or of a CPU, whose allocator has no error of its own."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
 def return_freed_pages(device: torch.device = CPU) -> bool:
     """Gives the pages of a CPU's freed tensors back to the system; False where they are kept, as only glibc gives them.
 

@@ -46,8 +46,8 @@ def profile_training(
     """
     check_precision(config, device)
     paintings = find_paintings(data, styles=styles, split="train")
-    features = loss_network(vgg, paintings)
     dataset = training_pairs(paintings, config, vgg)
+    features = loss_network(vgg, dataset.paintings)
     batches = load_batches(dataset, ALONE.batches(0, steps + 1, config.batch), config.workers, device)
     memory = PeakMemory(device)
     torch.manual_seed(config.seed)

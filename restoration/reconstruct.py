@@ -18,6 +18,7 @@ from restoration.errors import UnsuitableWeightsError, UserError
 from restoration.files import make_folder
 from restoration.flow import ReversibleNetwork, check_stream_range
 from restoration.imaging import READABLE_SUFFIXES, check_writable, read_image, read_rgb, write_image
+from restoration.memory import is_out_of_memory
 from restoration.metrics import Metrics, measure
 from restoration.vgg import metric_features
 from restoration.whitening import RIDGE_LADDER, Moments, moments_of_parts, transfer_parts_
@@ -247,8 +248,7 @@ def recolour(
         check_stream_range(*code)
         result = _inside(network.decode_halves(code), degraded)[0]
     except (RuntimeError, MemoryError) as error:
-        # The CPU's allocator has no error of its own.
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in str(error):
+        if not is_out_of_memory(error):
             raise
         pixels = max(degraded[0].numel(), reference[0].numel()) / 1e6
         place = "this computer's memory; reduce it" if device.type == "cpu" else "this GPU; take --device cpu"

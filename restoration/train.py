@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,37 +18,38 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from restoration.checkpoints import (
-    NETWORK_PREFIX,
-    Checkpoint,
-    load_checkpoint,
-    load_parameters,
-    save_checkpoint,
-    save_network,
-)
-from restoration.config import SHAPING, TrainingConfig, checked, option
+from restoration.checkpoints import NETWORK_PREFIX, load_checkpoint, load_parameters
+from restoration.config import TrainingConfig
 from restoration.data import Painting, PairDataset, find_paintings, small_picture
 from restoration.distributed import ALONE, World
 from restoration.errors import UserError
 from restoration.files import sole_writer, write_json
 from restoration.flow import ReversibleNetwork
-from restoration.journal import Journal, StepRecord
+from restoration.journal import Journal, StepRecord, TrainingDivergedError
 from restoration.loader import load_batches
 from restoration.losses import ReconstructionLoss
+from restoration.memory import is_out_of_memory
+from restoration.runs import (
+    SETTINGS_NAME,
+    check_unchanged,
+    checkpoint_to_resume,
+    remove_old_checkpoints,
+    restore,
+    save_training,
+    save_weights,
+    where_to_go_on,
+)
 from restoration.step import Optimisation, Outcome, TrainingStep
 from restoration.vgg import VGG19Features, loss_features, measure_channel_means, metric_features
 
-LOSSES_PREFIX = "losses."
-OPTIMIZER_PREFIX = "optimizer."
-CHECKPOINT_NAME = re.compile(r"checkpoint-(\d{7,})\.safetensors")
-WEIGHTS_NAME = "network.safetensors"
-SETTINGS_NAME = "config.json"  # the first file of every run
 SMOOTHING = 0.98  # of the losses shown: they jump tenfold from batch to batch
 LOG_EVERY = 10  # steps between TensorBoard scalars
 # Steps between readings of what a GPU computed, each of which waits for it; a CPU has nothing to wait for.
 READ_EVERY = {"cpu": 1, "cuda": 10}
 IMBALANCE = 100  # a weighted loss that many times all others at the first step drowns them
 NORMALISATION_PICTURES = 64  # for channel means of user-given VGG weights
+AGAIN = 2.0  # seconds; signals to a whole job come to its processes twice, the second time by way of torchrun
+LOST_WORKER = re.compile(r"DataLoader worker \(pid.*?\) (is killed|exited)")
 
 
 def train(
@@ -66,55 +68,38 @@ def train(
 
     run receives checkpoints, config.json, TensorBoard events and, at the end, network.safetensors (float16). The
     network starts from initial_weights, a file of such weights or a checkpoint, or from random ones. With resume the
-    newest checkpoint of run goes on; on a CPU the result is that of an uninterrupted run, bit for bit. Each process of
-    world takes its part of every batch; a run may go on with another number of them.
+    newest checkpoint of run goes on, with the styles and the loss network that it had where none are given; on a CPU
+    the result is that of an uninterrupted run, bit for bit. Each process of world takes its part of every batch; a run
+    may go on with another number of them.
     """
-    checkpoint_path = world.decide(lambda: _checkpoint_to_resume(run, resume, initial_weights))
+    checkpoint_path = world.decide(lambda: checkpoint_to_resume(run, resume, initial_weights))
     world.together(lambda: check_precision(config, device))
+    checkpoint = None
+    if checkpoint_path is not None:
+        checkpoint = world.decide(lambda: load_checkpoint(checkpoint_path))
+        before = checkpoint.description.get("inputs", {})
+        styles = styles or before.get("styles")
+        vgg = vgg or (before.get("vgg") and Path(before["vgg"]))
+    inputs = {"styles": styles, "vgg": None if vgg is None else str(vgg.resolve())}
     paintings = world.decide(lambda: find_paintings(data, styles=styles, split="train"))
+    dataset = world.decide(lambda: training_pairs(paintings, config, vgg))
     torch.manual_seed(config.seed)
-    features = world.together(lambda: loss_network(vgg, paintings))
+    features = world.together(lambda: loss_network(vgg, dataset.paintings))
     step_module = build_step(config, features).to(device)
     optimise = Optimisation(world.averaging(step_module), config, device)
     start = 0
     if initial_weights is not None:
         weights = world.decide(lambda: load_checkpoint(initial_weights).part(NETWORK_PREFIX))
         world.together(lambda: load_parameters(step_module.network, weights, initial_weights))
-    if checkpoint_path is not None:
-        checkpoint = world.decide(lambda: load_checkpoint(checkpoint_path))
+    if checkpoint is not None:
         start = world.together(lambda: restore(checkpoint, checkpoint_path, step_module, optimise.optimizer))
     batches = world.together(lambda: _batches(run, config, start, world))
-    dataset = world.decide(lambda: training_pairs(paintings, config, vgg))
     with ExitStack() as held:
         world.decide(lambda: held.enter_context(sole_writer(run)))
-        world.decide(lambda: _check_unchanged(run, checkpoint_path))
+        world.decide(lambda: check_unchanged(run, checkpoint_path))
         world.decide(lambda: write_json(run / SETTINGS_NAME, config.to_dict()))
         loaded = load_batches(dataset, batches, config.workers, device)
-        return _run_steps(run, config, step_module, optimise, loaded, start, world)
-
-
-def _checkpoint_to_resume(run: Path, resume: bool, initial_weights: Path | None) -> Path | None:
-    """The newest checkpoint of run, or None for a run that starts. UserError where that is not what was asked for."""
-    if resume and initial_weights is not None:
-        raise UserError("--initial-weights are for a run that starts; --resume goes on with the run's own")
-    newest = newest_checkpoint(run)
-    if resume and newest is None:
-        raise UserError(f"{run}: holds no checkpoint to resume from")
-    if newest is not None and not resume:
-        raise UserError(f"{run}: holds a training run already; give --resume to go on, or another --out")
-    if (run / WEIGHTS_NAME).exists() and not (run / SETTINGS_NAME).exists():
-        raise UserError(
-            f"{run}: holds {WEIGHTS_NAME} of something else, which would be written over; give another --out"
-        )
-    return newest
-
-
-def _check_unchanged(run: Path, checkpoint_path: Path | None) -> None:
-    """UserError where another run has gone on in the folder between the look at it and the lock."""
-    if newest_checkpoint(run) != checkpoint_path:
-        raise UserError(
-            f"{run}: another run has changed its checkpoints meanwhile; start once more, or give another --out"
-        )
+        return _run_steps(run, config, step_module, optimise, loaded, inputs, start, world)
 
 
 def check_precision(config: TrainingConfig, device: torch.device) -> None:
@@ -187,17 +172,18 @@ def _run_steps(
     step_module: TrainingStep,
     optimise: Optimisation,
     batches: Iterator[dict],
+    inputs: dict[str, object],
     start: int,
     world: World,
 ) -> Path:
     journal, smoothed = Journal(world), {}
-    saved = None
+    saved, due, unproven = None, False, math.inf
     began = time.monotonic()
     # purge_step: of a run that was killed, TensorBoard forgets the steps after the checkpoint.
     writing = world.speaker(lambda: SummaryWriter(str(run), purge_step=start))
     with (
         stop_requests() as stop,
-        _disk_errors_are_told(run),
+        _told_in_one_line(run),
         writing as writer,
         world.speaker(_progress_bar) as progress,
     ):
@@ -208,8 +194,10 @@ def _run_steps(
             done = step + 1
             progress.update(bar, completed=done)
             stopped = world.largest(stop.signal)
-            saving = done % config.checkpoint_every == 0 or done == config.iterations or stopped
-            if step == start or done % READ_EVERY[batch["degraded"].device.type] == 0 or saving:
+            complete = done == config.iterations
+            due = due or done % config.checkpoint_every == 0
+            ending = complete or stopped
+            if step == start or done % READ_EVERY[batch["degraded"].device.type] == 0 or due or ending:
                 rate = (done - start) * config.batch / (time.monotonic() - began)
                 for record in journal.read():
                     _report(record, progress, writer, smoothed)
@@ -217,11 +205,19 @@ def _run_steps(
                 writer.add_scalar("speed/images_per_second", rate, step)
             if step % config.sample_every == 0:
                 _log_pictures(writer, step, batch, outcome)
-            if done == config.iterations:
+            if complete and journal.last_good < start:
+                raise TrainingDivergedError(f"{record.complaint()}; all {done - start} steps were skipped", start)
+            if complete:
                 # Before the last checkpoint, which says that the run is complete.
                 world.decide(partial(save_weights, run, config, step_module, done))
-            if saving:
-                saved = world.decide(partial(save_training, run, config, step_module, optimise.optimizer, done))
+            # Where weights are past use, every step is skipped: not from them should a run go on.
+            if ending or (due and not journal.skipped_in_a_row):
+                saving = partial(save_training, run, config, step_module, optimise.optimizer, inputs, done)
+                saved, due, unproven = world.decide(saving), False, done
+            # A step that was not skipped has proved the weights from which it went out; until then older ones stay.
+            if unproven <= journal.last_good or (complete and journal.last_good == step):
+                world.decide(partial(remove_old_checkpoints, run, config.keep_checkpoints))
+                unproven = math.inf
             if stopped:
                 raise InterruptedError(stopped, f"stopped by signal at step {done}; saved {saved}")
     if (trouble := journal.summary()) is not None:
@@ -230,8 +226,8 @@ def _run_steps(
 
 
 @contextmanager
-def _disk_errors_are_told(run: Path) -> Iterator[None]:
-    """A disk too full for TensorBoard's file, say, becomes a UserError."""
+def _told_in_one_line(run: Path) -> Iterator[None]:
+    """What a disk, memory, the system or the weights put an end to becomes a UserError that says what to do."""
     previous = threading.excepthook
 
     def pass_over(trouble: threading.ExceptHookArgs) -> None:
@@ -244,8 +240,19 @@ def _disk_errors_are_told(run: Path) -> Iterator[None]:
         yield
     except InterruptedError:
         raise
+    except TrainingDivergedError as error:
+        raise TrainingDivergedError(f"{error}; {where_to_go_on(run, error.first)}", error.first) from error
     except OSError as error:
-        raise UserError(f"{run}: training cannot go on ({error.strerror}); the last checkpoint is kept") from error
+        raise UserError(f"{run}: training cannot go on ({error.strerror}); checkpoints are kept") from error
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise UserError("memory does not suffice for a step; take a smaller --crop or --batch") from error
+        if LOST_WORKER.search(str(error)) is None:
+            raise
+        raise UserError(
+            f"a process that loads pictures has ended ({error}); where memory or /dev/shm is short, take fewer "
+            "--workers or less --cache-mb"
+        ) from error
     finally:
         threading.excepthook = previous
 
@@ -260,79 +267,6 @@ def _progress_bar() -> Progress:
     )
 
 
-def save_weights(run: Path, config: TrainingConfig, step_module: TrainingStep, step: int) -> None:
-    save_network(run / WEIGHTS_NAME, step_module.network, {"training": config.to_dict(), "step": step})
-
-
-def save_training(
-    run: Path, config: TrainingConfig, step_module: TrainingStep, optimizer: torch.optim.Adam, step: int
-) -> Path:
-    """Writes checkpoint-<step>.safetensors and then removes all but the newest keep_checkpoints."""
-    tensors = {NETWORK_PREFIX + name: value for name, value in step_module.network.state_dict().items()}
-    tensors |= {LOSSES_PREFIX + name: value for name, value in _trained_losses(step_module).items()}
-    names = [name for name, _ in step_module.named_parameters()]
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"{OPTIMIZER_PREFIX}{names[index]}.{key}": value for key, value in state.items()}
-    path = run / f"checkpoint-{step:07d}.safetensors"
-    description = {
-        "architecture": step_module.network.architecture.to_dict(),
-        "training": config.to_dict(),
-        "step": step,
-    }
-    save_checkpoint(path, tensors, description)
-    for old in checkpoints_of(run)[: -config.keep_checkpoints]:
-        old.unlink(missing_ok=True)
-    return path
-
-
-def restore(checkpoint: Checkpoint, path: Path, step_module: TrainingStep, optimizer: torch.optim.Adam) -> int:
-    """Fills network, projection heads and optimiser; returns the number of steps done."""
-    load_parameters(step_module.network, checkpoint.part(NETWORK_PREFIX), path)
-    heads = step_module.losses.contrast
-    if heads is not None:
-        prefix = LOSSES_PREFIX + "contrast."
-        load_parameters(heads, checkpoint.part(prefix), path)
-    moments = checkpoint.part(OPTIMIZER_PREFIX)
-    state = {}
-    for index, (name, _) in enumerate(step_module.named_parameters()):
-        keys = ("step", "exp_avg", "exp_avg_sq")
-        if f"{name}.step" in moments:
-            state[index] = {key: moments[f"{name}.{key}"] for key in keys}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(checkpoint.description["step"])
-
-
-def _trained_losses(step_module: TrainingStep) -> dict[str, Tensor]:
-    """The projection heads' parameters; the VGG's are constants and stay out of checkpoints."""
-    return {name: value for name, value in step_module.losses.named_parameters()}
-
-
-def checkpoints_of(run: Path) -> list[Path]:
-    """The run's own, oldest first; a copy that somebody keeps there under another name is none of them."""
-    named = ((CHECKPOINT_NAME.fullmatch(path.name), path) for path in run.glob("checkpoint-*"))
-    return [path for _, path in sorted((int(match[1]), path) for match, path in named if match)]
-
-
-def newest_checkpoint(run: Path) -> Path | None:
-    return next(reversed(checkpoints_of(run)), None)
-
-
-def resumed_config(run: Path, overrides: dict[str, object]) -> TrainingConfig:
-    """Settings of run's newest checkpoint, with those overrides that are not None, none of them among SHAPING."""
-    path = newest_checkpoint(run)
-    if path is None:
-        raise UserError(f"{run}: holds no checkpoint to resume from")
-    known = {field.name for field in fields(TrainingConfig)}
-    stored = load_checkpoint(path).description["training"]
-    before = TrainingConfig(**{name: value for name, value in stored.items() if name in known})
-    config = checked(replace(before, **{name: value for name, value in overrides.items() if value is not None}))
-    for name in SHAPING:
-        wanted, got = getattr(before, name), getattr(config, name)
-        if got != wanted:
-            raise UserError(f"{option(name)} must be {wanted}, as when the run in {run} was started, got {got}")
-    return config
-
-
 @dataclass
 class StopRequest:
     """The first SIGINT or SIGTERM that came, 0 while none has."""
@@ -342,13 +276,19 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Turns Ctrl-C and SIGTERM into a request that the loop sees after its step; a second one acts at once."""
+    """Turns Ctrl-C and SIGTERM into a request that the loop sees after its step; one AGAIN later acts at once."""
     request = StopRequest()
     previous = {}
+    came = math.inf
 
     def remember(number: int, frame: object) -> None:
+        nonlocal came
+        if time.monotonic() > came + AGAIN:
+            signal.signal(number, previous[number])
+            signal.raise_signal(number)
+            return
+        came = min(came, time.monotonic())
         request.signal = number
-        signal.signal(number, previous[number])
 
     for number in (signal.SIGINT, signal.SIGTERM):
         previous[number] = signal.getsignal(number)
@@ -368,7 +308,7 @@ def _status(smoothed: dict[str, float], rate: float) -> str:
 def _report(record: StepRecord, progress: Progress, writer: SummaryWriter, smoothed: dict[str, float]) -> None:
     """Shows what was found in one step, and blends its losses into smoothed."""
     if record.skipped:
-        progress.console.print(f"[yellow]skipped {record.complaint()}[/yellow]")
+        _warn(f"skipped {record.complaint()}", progress)
         return
     for name, value in record.losses.items():
         smoothed[name] = SMOOTHING * smoothed.get(name, value) + (1 - SMOOTHING) * value
@@ -384,7 +324,12 @@ def _warn_of_imbalance(losses: dict[str, float], progress: Progress) -> None:
     progress.console.print("weighted losses at step 0: " + ", ".join(f"{k} {v:.3g}" for k, v in terms.items()))
     *_, second, largest = [0.0, *sorted(terms.values())]
     if largest > IMBALANCE * second:
-        progress.console.print(f"[yellow]one of them exceeds all others by more than {IMBALANCE} times[/yellow]")
+        _warn(f"one of them exceeds all others by more than {IMBALANCE} times", progress)
+
+
+def _warn(text: str, progress: Progress) -> None:
+    # Names of files may hold brackets, and long lines are for log files.
+    progress.console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _log_pictures(writer: SummaryWriter, step: int, batch: dict, outcome: Outcome) -> None:

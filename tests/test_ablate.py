@@ -13,7 +13,7 @@ from restoration.cli import main
 from restoration.config import make_config
 from restoration.errors import UserError
 from restoration.journal import TrainingDivergedError
-from restoration.train import newest_checkpoint
+from restoration.runs import newest_checkpoint
 
 TINY = ("--crop", "24", "--batch", "1", "--blocks", "1", "--size", "32", "--count", "1", "--device", "cpu")
 

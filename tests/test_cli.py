@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from restoration.checkpoints import save_network
+from restoration.checkpoints import load_checkpoint, save_checkpoint, save_network
 from restoration.cli import main
 from restoration.errors import UserError
 from restoration.flow import Architecture, ReversibleNetwork
@@ -34,9 +34,8 @@ def workshop(tmp_path_factory, paintings):
     (root / "cut.png").write_bytes(picture.read_bytes()[:200])
     (root / "empty.png").touch()
     torch.save({"weights": torch.zeros(2)}, root / "pickled.pt")
-    save_network(root / "other.safetensors", ReversibleNetwork(Architecture(4, 2, 1)), {})
-    other = (root / "other.safetensors").read_bytes()
-    (root / "other.safetensors").write_bytes(other.replace(b'blocks_per_stage\\": 2', b'blocks_per_stage\\": 1'))
+    other = {"architecture": Architecture(4, 2, 1).to_dict()}
+    save_checkpoint(root / "other.safetensors", load_checkpoint(root / "small.safetensors").tensors, other)
     return root
 
 
@@ -208,6 +207,7 @@ def test_reconstruct_goes_on_past_a_picture_that_cannot_be_treated(workshop, tmp
     "arguments,message",
     [
         (("missing.png", "{ink}", "-o", "{out}/o.png"), "missing.png"),
+        (("mis\nsing.png", "{ink}", "-o", "{out}/o.png"), "mis\\nsing.png"),
         (("{root}/text.png", "{ink}", "-o", "{out}/o.png"), "text.png"),
         (("{root}/cut.png", "{ink}", "-o", "{out}/o.png"), "cut.png"),
         (("{root}/empty.png", "{ink}", "-o", "{out}/o.png"), "empty.png"),

@@ -17,7 +17,8 @@ from restoration.checkpoints import load_checkpoint, load_network, save_checkpoi
 from restoration.config import make_config
 from restoration.errors import UserError
 from restoration.files import LOCK_FILE, PARTIAL_SUFFIX, sole_writer, write_whole
-from restoration.train import newest_checkpoint, train
+from restoration.runs import newest_checkpoint
+from restoration.train import train
 
 # Its children are forked from a process that has imported what they need, and computed nothing: they start at once.
 PROCESSES = multiprocessing.get_context("forkserver")

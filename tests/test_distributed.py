@@ -28,8 +28,9 @@ from restoration.distributed import World, joined
 from restoration.errors import LostPeerError, ReportedError, UserError
 from restoration.flow import Architecture, ReversibleNetwork
 from restoration.journal import StepRecord, joined_record
+from restoration.runs import newest_checkpoint
 from restoration.step import TrainingStep
-from restoration.train import build_step, newest_checkpoint, train
+from restoration.train import build_step, train
 from restoration.vgg import loss_features
 
 CPU = torch.device("cpu")

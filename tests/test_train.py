@@ -26,16 +26,9 @@ from restoration.journal import SKIPPED_IN_A_ROW, TrainingDivergedError
 from restoration.losses import LossWeights
 from restoration.parts import Stopwatch, measuring, part
 from restoration.profile import profile_training
-from restoration.step import TrainingStep, learning_rate
-from restoration.train import (
-    build_step,
-    newest_checkpoint,
-    resumed_config,
-    statistics_of,
-    stop_requests,
-    train,
-    training_pairs,
-)
+from restoration.runs import checkpoints_of, newest_checkpoint, resumed_config
+from restoration.step import Optimisation, TrainingStep, learning_rate
+from restoration.train import build_step, statistics_of, stop_requests, train, training_pairs
 from restoration.vgg import loss_features
 
 CPU = torch.device("cpu")
@@ -112,6 +105,8 @@ def test_the_seed_chooses_the_first_weights(paintings, tmp_path, monkeypatch):
 
 def test_given_vgg_weights_are_of_losses_and_nearest_pairs(paintings, tmp_path, monkeypatch):
     vgg, given, features = tmp_path / "vgg.pth", [], loss_features()
+    shutil.copytree(paintings, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "ink/0.png").write_text("no image")
 
     def measure(path, pictures):
         given.append((path, len(list(pictures))))
@@ -120,8 +115,22 @@ def test_given_vgg_weights_are_of_losses_and_nearest_pairs(paintings, tmp_path, 
     monkeypatch.setattr("restoration.train.measure_channel_means", measure)
     for name in ("loss_features", "metric_features"):
         monkeypatch.setattr(f"restoration.train.{name}", lambda *arguments: given.append(arguments) or features)
-    train(paintings, tmp_path / "run", config(iterations=1, pairing="nearest"), device=CPU, vgg=vgg)
-    assert given == [(vgg, 6), (vgg, "means"), (vgg,)]
+    train(tmp_path, tmp_path / "run", config(iterations=1, pairing="nearest"), device=CPU, vgg=vgg)
+    assert given == [(vgg,), (vgg, 5), (vgg, "means")]
+
+
+def test_a_run_goes_on_with_its_styles_and_loss_network_and_without_its_settings_file(paintings, tmp_path, monkeypatch):
+    run, vgg, features, seen = tmp_path / "run", tmp_path / "vgg.pth", loss_features(), []
+
+    def note(path, found):
+        seen.append((path, {painting.style for painting in found}))
+        return features
+
+    monkeypatch.setattr("restoration.train.loss_network", note)
+    train(paintings, run, config(iterations=1), device=CPU, vgg=vgg, styles=["ink"])
+    (run / "config.json").unlink()
+    train(paintings, run, config(iterations=2), device=CPU, resume=True)
+    assert seen == [(vgg, {"ink"})] * 2
 
 
 def test_pairs_are_as_the_settings_say_and_damaged_files_told(paintings, tmp_path, capsys):
@@ -263,14 +272,18 @@ def test_a_bad_step_is_skipped_and_reported(paintings, tmp_path, monkeypatch, ca
     poison(monkeypatch, 2, 3)
     smoothed = {}
     monkeypatch.setattr("restoration.train._status", lambda shown, rate: smoothed.update(shown))
-    last = train(paintings, run, config(checkpoint_every=1), device=CPU)
-    before, after = tensors(run / "checkpoint-0000002.safetensors"), tensors(run / "checkpoint-0000003.safetensors")
+    data = tmp_path / "[bold]a[" / "b]"  # what rich would take for markup
+    shutil.copytree(paintings, data)
+    after = train(data, run, config(iterations=3, checkpoint_every=1), device=CPU)
+    before = tensors(run / "checkpoint-0000002.safetensors")
     for name, value in before.items():
-        assert torch.equal(value, after[name]), name
+        assert torch.equal(value, tensors(after)[name]), name
+    shown = capfd.readouterr().out
+    assert "skipped step 2: loss or gradient is not finite" in shown and "style nan" in shown
+    assert f" on {data}/" in shown
+    assert "1 steps were skipped, the last 1 of all among them: the weights may be past use" in shown
+    last = train(data, run, config(checkpoint_every=1), device=CPU, resume=True)
     assert any(not torch.equal(value, tensors(last)[name]) for name, value in before.items())
-    shown = " ".join(capfd.readouterr().out.split())
-    assert "skipped step 2: loss or gradient is not finite" in shown and "style nan" in shown and ".png" in shown
-    assert "1 steps were skipped" in shown
     assert {"ccp", "style", "matting", "cycle", "total"} == smoothed.keys()
     assert all(map(math.isfinite, smoothed.values()))
 
@@ -283,16 +296,63 @@ def test_a_loss_that_drowns_the_others_is_told(paintings, tmp_path, capfd):
         assert ("one of them exceeds all others by more than 100 times" in shown) == told
 
 
-def test_divergence_stops_and_keeps_the_last_good_checkpoint(paintings, tmp_path, monkeypatch):
+DOUBTFUL = "checkpoint-0000002.safetensors, which may be past use"
+
+
+@pytest.mark.parametrize(
+    ("every", "left", "advice"),
+    [
+        (1, [1, 2], f"once {DOUBTFUL}, is removed, --resume goes on from checkpoint-0000001.safetensors"),
+        (2, [2], "checkpoint-0000002.safetensors may be past use, and there is no other"),
+        (3, [], "no checkpoint was made"),
+    ],
+)
+def test_divergence_stops_and_says_where_to_go_on(paintings, tmp_path, monkeypatch, every, left, advice):
+    """Step 1 may have spoiled the weights: nothing after it proves checkpoint 2, and no later one is made."""
     run = tmp_path / "run"
     poison(monkeypatch, 2, 1_000)
-    with pytest.raises(TrainingDivergedError, match=rf"step {1 + SKIPPED_IN_A_ROW}: .*style nan.*\.png"):
-        train(paintings, run, config(iterations=50, checkpoint_every=2), device=CPU)
-    assert all(value.isfinite().all() for value in tensors(newest_checkpoint(run)).values())
+    with pytest.raises(TrainingDivergedError, match=rf"step {1 + SKIPPED_IN_A_ROW}: .*style nan.*\.png.*; {advice}$"):
+        train(paintings, run, config(iterations=50, checkpoint_every=every, keep_checkpoints=1), device=CPU)
+    assert [path.name for path in checkpoints_of(run)] == [f"checkpoint-{step:07d}.safetensors" for step in left]
+
+
+def test_a_checkpoint_waits_for_a_step_that_is_not_skipped(paintings, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    poison(monkeypatch, 1, 3)
+    train(paintings, run, config(iterations=5), device=CPU)
+    assert [path.name for path in checkpoints_of(run)] == [f"checkpoint-{step:07d}.safetensors" for step in (4, 5)]
+
+
+def test_a_run_of_skipped_steps_alone_leaves_no_weights(paintings, tmp_path, monkeypatch):
+    poison(monkeypatch, 0, 1_000)
+    with pytest.raises(TrainingDivergedError, match="all 2 steps were skipped; no checkpoint was made"):
+        train(paintings, tmp_path / "run", config(iterations=2, checkpoint_every=1), device=CPU)
+    assert not list(tmp_path.glob("run/*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "take fewer --workers"),
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), "take fewer --workers"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "take a smaller --crop or --batch"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "take a smaller --crop or --batch"),
+    ],
+)
+def test_what_the_system_puts_an_end_to_is_one_line(paintings, tmp_path, monkeypatch, error, told):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(Optimisation, "__call__", fail)
+    with pytest.raises(UserError, match=told):
+        train(paintings, tmp_path / "run", config(), device=CPU)
+    monkeypatch.setattr(Optimisation, "__call__", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(paintings, tmp_path / "other", config(), device=CPU)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_acts_at_once_and_later_ones_as_before(number):
+def test_a_signal_that_comes_again_later_acts_at_once_and_those_after_training_as_before(number, monkeypatch):
     acted = []
 
     def own(number, frame):
@@ -304,8 +364,10 @@ def test_a_second_signal_acts_at_once_and_later_ones_as_before(number):
             assert stop.signal == 0
         assert signal.getsignal(number) is own
         with stop_requests() as stop:
-            signal.raise_signal(number)
-            assert stop.signal == number and not acted
+            for _ in range(2):
+                signal.raise_signal(number)
+                assert stop.signal == number and not acted
+            monkeypatch.setattr("restoration.train.AGAIN", -1.0)
             signal.raise_signal(number)
             assert acted
     finally:
@@ -344,6 +406,8 @@ def test_rejects(paintings, tmp_path):
         train(tmp_path / "nowhere", run, config(), device=CPU)
     with pytest.raises(UserError, match="unknown style 'oil'; known styles: green, ink"):
         train(paintings, run, config(), device=CPU, styles=["oil"])
+    with pytest.raises(UserError, match="--out must be a name in UTF-8"):
+        train(paintings, tmp_path / "\udcff", config(), device=CPU)
     assert not run.exists()
     foreign = tmp_path / "foreign"
     foreign.mkdir()
@@ -372,6 +436,10 @@ def test_presets_and_overrides(tmp_path, paintings):
         ({"seed": 2**64}, "--seed must be at most 1099511627776, got 18446744073709551616"),
         ({"largest_box": float("inf")}, "--largest-box must be finite, got inf"),
         ({"ccp_weight": float("inf")}, "--ccp-weight must be finite, got inf"),
+        ({"workers": 10**6}, "--workers must be at most 1000, got 1000000"),
+        ({"learning_rate": 1e-50}, "--learning-rate must lie between 1e-30 and 1, got 1e-50"),
+        ({"gradient_clip": 1e-50}, "--gradient-clip must be 0 or at least 1e-30, got 1e-50"),
+        ({f"{name}_weight": 0.0 for name in ("ccp", "style", "matting", "cycle")}, "one must be above 0"),
     ):
         with pytest.raises(UserError, match=message):
             make_config("small", **overrides)

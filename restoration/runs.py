@@ -1,0 +1,151 @@
+"""What the folder of a training run holds: settings, checkpoints to go on from, and in the end the weights."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from restoration.checkpoints import (
+    NETWORK_PREFIX,
+    Checkpoint,
+    load_checkpoint,
+    load_parameters,
+    save_checkpoint,
+    save_network,
+)
+from restoration.config import SHAPING, TrainingConfig, checked, option
+from restoration.errors import UserError
+from restoration.step import TrainingStep
+
+LOSSES_PREFIX = "losses."
+OPTIMIZER_PREFIX = "optimizer."
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d{7,})\.safetensors")
+WEIGHTS_NAME = "network.safetensors"
+SETTINGS_NAME = "config.json"  # the first file of every run
+
+
+def checkpoint_to_resume(run: Path, resume: bool, initial_weights: Path | None) -> Path | None:
+    """The newest checkpoint of run, or None for a run that starts. UserError where that is not what was asked for."""
+    try:
+        os.fspath(run).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--out must be a name in UTF-8, as TensorBoard asks for, got {os.fspath(run)!r}") from None
+    if resume and initial_weights is not None:
+        raise UserError("--initial-weights are for a run that starts; --resume goes on with the run's own")
+    newest = newest_checkpoint(run)
+    if resume and newest is None:
+        raise UserError(f"{run}: holds no checkpoint to resume from")
+    if newest is not None and not resume:
+        raise UserError(f"{run}: holds a training run already; give --resume to go on, or another --out")
+    if newest is None and (run / WEIGHTS_NAME).exists() and not (run / SETTINGS_NAME).exists():
+        raise UserError(
+            f"{run}: holds {WEIGHTS_NAME} of something else, which would be written over; give another --out"
+        )
+    return newest
+
+
+def check_unchanged(run: Path, checkpoint_path: Path | None) -> None:
+    """UserError where another run has gone on in the folder between the look at it and the lock."""
+    if newest_checkpoint(run) != checkpoint_path:
+        raise UserError(
+            f"{run}: another run has changed its checkpoints meanwhile; start once more, or give another --out"
+        )
+
+
+def save_weights(run: Path, config: TrainingConfig, step_module: TrainingStep, step: int) -> None:
+    save_network(run / WEIGHTS_NAME, step_module.network, {"training": config.to_dict(), "step": step})
+
+
+def save_training(
+    run: Path,
+    config: TrainingConfig,
+    step_module: TrainingStep,
+    optimizer: torch.optim.Adam,
+    inputs: dict[str, object],
+    step: int,
+) -> Path:
+    """Writes checkpoint-<step>.safetensors. inputs: beside the settings, what was trained on and with."""
+    tensors = {NETWORK_PREFIX + name: value for name, value in step_module.network.state_dict().items()}
+    tensors |= {LOSSES_PREFIX + name: value for name, value in _trained_losses(step_module).items()}
+    names = [name for name, _ in step_module.named_parameters()]
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"{OPTIMIZER_PREFIX}{names[index]}.{key}": value for key, value in state.items()}
+    path = run / f"checkpoint-{step:07d}.safetensors"
+    description = {
+        "architecture": step_module.network.architecture.to_dict(),
+        "training": config.to_dict(),
+        "inputs": inputs,
+        "step": step,
+    }
+    save_checkpoint(path, tensors, description)
+    return path
+
+
+def remove_old_checkpoints(run: Path, kept: int) -> None:
+    """All but the newest."""
+    for old in checkpoints_of(run)[:-kept]:
+        old.unlink(missing_ok=True)
+
+
+def restore(checkpoint: Checkpoint, path: Path, step_module: TrainingStep, optimizer: torch.optim.Adam) -> int:
+    """Fills network, projection heads and optimiser; returns the number of steps done."""
+    load_parameters(step_module.network, checkpoint.part(NETWORK_PREFIX), path)
+    heads = step_module.losses.contrast
+    if heads is not None:
+        prefix = LOSSES_PREFIX + "contrast."
+        load_parameters(heads, checkpoint.part(prefix), path)
+    moments = checkpoint.part(OPTIMIZER_PREFIX)
+    state = {}
+    for index, (name, _) in enumerate(step_module.named_parameters()):
+        keys = ("step", "exp_avg", "exp_avg_sq")
+        if f"{name}.step" in moments:
+            state[index] = {key: moments[f"{name}.{key}"] for key in keys}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(checkpoint.description["step"])
+
+
+def _trained_losses(step_module: TrainingStep) -> dict[str, Tensor]:
+    """The projection heads' parameters; the VGG's are constants and stay out of checkpoints."""
+    return {name: value for name, value in step_module.losses.named_parameters()}
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """The run's own, oldest first; a copy that somebody keeps there under another name is none of them."""
+    named = ((CHECKPOINT_NAME.fullmatch(path.name), path) for path in run.glob("checkpoint-*"))
+    return [path for _, path in sorted((int(match[1]), path) for match, path in named if match)]
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    return next(reversed(checkpoints_of(run)), None)
+
+
+def resumed_config(run: Path, overrides: dict[str, object]) -> TrainingConfig:
+    """Settings of run's newest checkpoint, with those overrides that are not None, none of them among SHAPING."""
+    path = newest_checkpoint(run)
+    if path is None:
+        raise UserError(f"{run}: holds no checkpoint to resume from")
+    known = {field.name for field in fields(TrainingConfig)}
+    stored = load_checkpoint(path).description["training"]
+    before = TrainingConfig(**{name: value for name, value in stored.items() if name in known})
+    config = checked(replace(before, **{name: value for name, value in overrides.items() if value is not None}))
+    for name in SHAPING:
+        wanted, got = getattr(before, name), getattr(config, name)
+        if got != wanted:
+            raise UserError(f"{option(name)} must be {wanted}, as when the run in {run} was started, got {got}")
+    return config
+
+
+def where_to_go_on(run: Path, first_skipped: int) -> str:
+    """What to do with the checkpoints of a run whose steps are all skipped from one on."""
+    steps = {path.name: int(CHECKPOINT_NAME.fullmatch(path.name)[1]) for path in checkpoints_of(run)}
+    proved = [name for name, step in steps.items() if step < first_skipped]
+    doubtful = [name for name in steps if name not in proved]
+    if not proved:
+        return f"{', '.join(doubtful)} may be past use, and there is no other" if doubtful else "no checkpoint was made"
+    removed = f"once {', '.join(doubtful)}, which may be past use, is removed, " if doubtful else ""
+    return f"{removed}--resume goes on from {proved[-1]}"
