@@ -76,10 +76,10 @@ def fade(painting: NDArray[np.uint8], seed: int, strength: float = 1.0) -> NDArr
     """
     painting = np.asarray(painting)
     if painting.dtype != np.uint8 or painting.ndim != 3 or painting.shape[2] != 3 or painting.size == 0:
-        raise ValueError(f"painting is {painting.dtype} {list(painting.shape)}; it must be uint8 [H,W,3] and not empty")
+        raise ValueError(f"painting must be uint8 [H,W,3] and not empty, got {painting.dtype} {list(painting.shape)}")
     _check_whole_number("seed", seed, 0)
     if not 0 <= strength <= 1:
-        raise ValueError(f"strength is {strength}; it must lie in [0,1]")
+        raise ValueError(f"strength must lie in [0,1], got {strength}")
 
     rng = np.random.default_rng(seed)
     noise = Noise(rng)
@@ -105,12 +105,12 @@ def sample_pair(
 
 def _check_palette(palette: str) -> None:
     if palette not in PALETTES:
-        raise ValueError(f"palette is {palette!r}; it must be one of {', '.join(PALETTES)}")
+        raise ValueError(f"palette must be one of {', '.join(PALETTES)}, got {palette!r}")
 
 
 def _check_whole_number(name: str, value: int, least: int) -> None:
     if not isinstance(value, Integral) or value < least:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
 def _to_bytes(pixels: NDArray) -> NDArray[np.uint8]:
