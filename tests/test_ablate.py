@@ -118,14 +118,15 @@ def test_runs_of_other_paintings_are_not_taken_for_these(ablated):
     refused("does not tell which paintings it was begun with", "--style", "ink")
 
 
-def test_other_pairs_are_evaluated_and_nothing_is_trained(ablated, tmp_path):
+def test_other_pairs_or_another_size_are_evaluated_and_nothing_is_trained(ablated, tmp_path):
     data, _, run = ablated
     table = tmp_path / "pairs.csv"
     table.write_text("degraded,reference\ngreen/0.png,ink/1.png\n")
     assert run("--style", "ink", "--pairs", table)[0] == 0
     (data / "green" / "0.png").write_bytes((data / "green" / "1.png").read_bytes())
-    code, _, changed = run("--style", "ink", "--pairs", table)
-    assert code == 0 and changed == {"scores.json"}
+    for options in ((), ("--size", 24)):
+        code, _, changed = run("--style", "ink", "--pairs", table, *options)
+        assert code == 0 and changed == {"scores.json"}
 
 
 def test_a_run_that_is_trained_anew_is_evaluated_anew(ablated):

@@ -97,6 +97,7 @@ class TestFindPaintings:
         paint(folders / ".hidden/7.png")
         paint(folders / "loose.png")
         (folders / "ink/notes.txt").touch()
+        (folders / "ink/8.png").mkdir()
         (folders / "empty").mkdir()
         found = find_paintings(folders)
         assert len(found) == 7
@@ -188,12 +189,13 @@ class TestReadTable:
 class TestEvaluationPairs:
     def test_listed_pairs(self, folders):
         table = folders / "pairs.csv"
-        lines = [["ink/2.png", "ink/1.png"], ["blue/1.png", "ink/3.png"], ["ink/4.png", "ink/3.png"]]
+        paint(folders / "ink/album/5.png")
+        lines = [["ink/2.png", "ink/1.png"], ["blue/1.png", "ink/3.png"], ["ink/album/5.png", "ink/3.png"]]
         write_table(table, ["degraded", "reference"], *lines)
         expected = [
             (folders / "blue/1.png", folders / "ink/3.png", "blue"),
             (folders / "ink/2.png", folders / "ink/1.png", "ink"),
-            (folders / "ink/4.png", folders / "ink/3.png", "ink"),
+            (folders / "ink/album/5.png", folders / "ink/3.png", "ink"),
         ]
         assert evaluation_pairs(folders, table) == expected
         assert evaluation_pairs(folders, table, count=1) == expected[:2]
@@ -215,6 +217,9 @@ class TestEvaluationPairs:
         }
         assert [references[f"{number}.png"] for number in (1, 2, 3)] == ["4.png"] * 3
         assert references["4.png"] != "4.png"
+
+    def test_own_pairs_take_each_work_as_reference(self, folders):
+        assert len({pair.reference for pair in evaluation_pairs(folders)}) == 6
 
     def test_count_is_spread_over_each_style(self, folders):
         pairs = evaluation_pairs(folders, count=2)
@@ -298,17 +303,18 @@ class TestPairDataset:
         assert all(sample["degraded_file"] == sample["reference_file"] for sample in samples)
         assert not any(torch.equal(sample["degraded"], sample["reference"]) for sample in samples)
 
-    def test_crops_of_scale_one_are_pixels_of_the_painting(self, tmp_path):
-        paint(tmp_path / "ink/1.png", (24, 20))
+    def test_crops_of_scale_one_are_pixels_of_the_painting_at_every_place(self, tmp_path):
+        paint(tmp_path / "ink/1.png", (11, 10))
         dataset = PairDataset(find_paintings(tmp_path), 8, scale_range=(1.0, 1.0))
         windows = read_image(tmp_path / "ink/1.png").rgb.unfold(1, 8, 1).unfold(2, 8, 1).permute(1, 2, 0, 3, 4)
-        mirrored = []
-        for index in range(24):
+        drawn = []
+        for index in range(80):
             crop = dataset[index]["degraded"]
-            plain, flipped = ((windows == image).flatten(2).all(2).any() for image in (crop, crop.flip(-1)))
-            assert plain != flipped
-            mirrored.append(bool(flipped))
-        assert 4 <= sum(mirrored) <= 20
+            drawn.append(torch.stack([(windows == image).flatten(2).all(2) for image in (crop, crop.flip(-1))]))
+            assert drawn[-1].sum() == 1
+        times = sum(drawn)
+        assert times.sum(0).all()
+        assert 20 <= times[1].sum() <= 60
 
     def test_scale_range_sets_the_size_of_the_box(self, tmp_path):
         # A ramp of one level a column: a crop's own step between columns is the scale at which it was drawn.

@@ -244,8 +244,10 @@ def test_equal_names_are_kept_apart(source, out):
     paint(source / "ink/album/0.png", seed=40)
     paint(source / "ink/album-0.png", seed=41)
     paint(source / "ink/0.tif", seed=42)
+    for number, name in enumerate(("Ab", "aB")):
+        paint(source / f"ink/{name}.png", seed=43 + number)
     build(source, out, styles=["ink"])
-    assert len(index(out)) == len({line["file"] for line in index(out)}) == len(files(out)) - 1 == 13
+    assert len(index(out)) == len({line["file"].lower() for line in index(out)}) == len(files(out)) - 1 == 15
 
 
 def test_images_directly_in_the_source_are_one_style(source, out):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from restoration import files
-from restoration.baselines import BASELINES
+from restoration.baselines import BASELINES, untouched
 from restoration.data import Pair
 from restoration.errors import UserError
 from restoration.evaluate import (
@@ -83,6 +83,24 @@ def test_every_method_is_scored_on_every_pair():
     assert list(one.pictures) == ["degraded", "reference", *(name for name in methods if name != UNTOUCHED)]
 
 
+def test_tint_is_measured_from_the_reference_and_clipping_from_the_degraded_painting():
+    """sRGB red is at a* = 80.1, b* = 67.2, and clipped in each pixel."""
+    red = torch.zeros(3, 16, 16)
+    red[0] = 1
+    methods = {NETWORK: lambda degraded, reference: reference, UNTOUCHED: lambda degraded, reference: degraded}
+    (evaluation,) = evaluate(iter([Case("ink", "one", torch.full_like(red, 0.5), red)]), methods, FEATURES)
+    scores = [evaluation.scores[name] for name in methods]
+    assert [score["clipped"] for score in scores] == [1, 0]
+    assert [score["tint"] for score in scores] == pytest.approx([0, math.hypot(80.1, 67.2)], abs=0.1)
+
+
+def test_pictures_are_kept_no_larger_than_a_sheet_shows_them(monkeypatch):
+    monkeypatch.setattr("restoration.evaluate.SHEET_CELL", 16)
+    cases = [Case("ink", "one", picture(0), picture(1), picture(2))]
+    (evaluation,) = evaluate(iter(cases), choose_methods(small_network(), CPU, baselines=False), None)
+    assert {max(shown.shape) for shown in evaluation.pictures.values()} == {16}
+
+
 def test_random_weights_are_always_the_same_ones():
     network = small_network()
     torch.manual_seed(5)
@@ -142,6 +160,13 @@ def test_synthetic_scores_compare_with_the_original(paintings):
     assert list(evaluation.pictures) == ["degraded", "reference", "original", NETWORK]
 
 
+def test_each_painting_fades_in_its_own_way(paintings):
+    one, reference, other = (paintings / "ink" / f"{number}.png" for number in range(3))
+    other.write_bytes(one.read_bytes())
+    first, second = faded_cases([Pair(path, reference, "ink") for path in (one, other)], 512)
+    assert torch.equal(first.original, second.original) and not torch.equal(first.degraded, second.degraded)
+
+
 def test_drawn_cases_are_the_demonstrations():
     cases = list(drawn_cases(96))
     assert [case.style for case in cases] == ["blue_green", "ochre"]
@@ -156,6 +181,7 @@ def test_choosing_cases(paintings):
         cases = list(cases)
         assert number == len(cases) == 2
         assert max(cases[0].degraded.shape) == 20 and (cases[0].original is not None) == synthetic
+    assert choose_cases(paintings, count=1, size=20)[1] == 1
     (paintings / "ink" / "1.png").unlink()
     with pytest.raises(UserError, match="two paintings of a style"):
         choose_cases(paintings, count=5, size=20, synthetic=True)
@@ -189,6 +215,13 @@ def test_the_same_evaluation_twice_leaves_the_same_files(paintings, tmp_path):
     assert all(math.isfinite(value) for value in report["pairs"][0]["scores"][NETWORK].values())
     with pytest.raises(UserError, match="exists already"):
         check_output(tmp_path / "first")
+
+
+def test_a_style_whose_name_is_no_utf8_is_written_as_it_is(tmp_path):
+    methods = dict.fromkeys((NETWORK, UNTOUCHED), untouched)
+    (evaluation,) = evaluate(iter([Case("\udcff", "one", picture(0), picture(1))]), methods, FEATURES)
+    write_report([evaluation], tmp_path, size=32)
+    assert b"| \xff " in (tmp_path / "table.md").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "table.md", "contact_sheet.png"])

@@ -168,6 +168,20 @@ def test_own_statistics_bring_the_picture_back():
     assert (result - x).abs().max() < 1 / 255
 
 
+def test_strength_zero_changes_nothing():
+    x = picture(21, 30)
+    with torch.no_grad():
+        assert torch.equal(network()(x, picture(17, 64), strength=0.0).image, on_grid(x))
+
+
+def test_guides_and_outputs_begin_at_a_tenth_of_pytorchs_scale():
+    torch.manual_seed(0)
+    features = ReversibleBlock(64).features
+    values, guides = features.value_and_guide.weight.split([features.value_channels, GUIDE_CHANNELS])
+    for weight, share in ((values, 1), (guides, 0.1), (features.weight, 0.1)):
+        assert weight.std().item() == pytest.approx(share / (3 * weight[0].numel()) ** 0.5, rel=0.05)
+
+
 @pytest.mark.parametrize("size,padded", [((1, 1), (8, 8)), ((8, 9), (8, 12)), ((13, 4), (16, 8))])
 def test_padding_replicates_to_a_valid_size(size, padded):
     x = picture(*size)

@@ -63,6 +63,14 @@ def test_equal_pictures_are_perfect_and_sizes_may_differ():
     assert measure(image, picture(17, 33), image, features).relative_gram > 0
 
 
+def test_large_pictures_are_reduced_first(monkeypatch):
+    features = metric_features()
+    pictures = [picture(48, 40, seed=seed) for seed in range(3)]
+    expected = measure(*(limit_side(image, 32) for image in pictures), features)
+    monkeypatch.setattr("restoration.metrics.MEASURED_SIDE", 32)
+    assert measure(*pictures, features) == expected
+
+
 def test_one_pixel():
     pixel = picture(1, 1)
     assert measure(pixel, pixel, pixel, metric_features()).ssim == 1

@@ -7,6 +7,7 @@ from PIL import Image
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from restoration.blocks import STREAM_LIMIT
 from restoration.checkpoints import load_network, save_network
 from restoration.errors import UserError
 from restoration.flow import Architecture, ReversibleNetwork
@@ -17,11 +18,19 @@ from restoration.reconstruct import KNEE, MARGIN, Recolourer, choose_device, fit
 CPU = torch.device("cpu")
 
 
+def small_network(scale=1.0):
+    torch.manual_seed(0)
+    network = ReversibleNetwork(Architecture(4, 1, 1))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(scale)
+    return network
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "small.safetensors"
-    torch.manual_seed(0)
-    save_network(path, ReversibleNetwork(Architecture(4, 1, 1)), {})
+    save_network(path, small_network(), {})
     return path
 
 
@@ -144,6 +153,15 @@ def test_a_picture_that_cannot_be_treated_is_named(tmp_path, checkpoint, monkeyp
         run(picture, picture, tmp_path / "out.png", checkpoint)
 
 
+def test_an_error_of_another_kind_comes_out_as_it_is(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("bug")
+
+    monkeypatch.setattr(ReversibleNetwork, "encode_halves", fail)
+    with pytest.raises(RuntimeError, match=r"^bug$"):
+        recolour(small_network(), *torch.rand(2, 3, 16, 16), CPU)
+
+
 def test_nothing_is_overwritten_without_force(tmp_path, checkpoint):
     picture = save_picture(tmp_path / "a.png", 16, 16)
     output = save_picture(tmp_path / "out.png", 5, 5)
@@ -160,9 +178,11 @@ def test_refusals_come_before_any_work(tmp_path):
     (tmp_path / "text.png").write_text("not a picture")
     (tmp_path / "empty.png").touch()
     (tmp_path / "cut.png").write_bytes(picture.read_bytes()[:100])
-    for name in ("faded", "kept", "hollow"):
+    save_picture(tmp_path / "clear.png", 16, 16, mode="RGBA")
+    for name in ("faded", "kept", "hollow", "done"):
         (tmp_path / name).mkdir()
-    save_picture(tmp_path / "faded" / "one.png", 8, 8)
+    for name in ("faded", "done"):
+        save_picture(tmp_path / name / "one.png", 8, 8)
     before = sorted(tmp_path.rglob("*"))
     for degraded, reference, output, message in (
         ("missing.png", "a.png", "out.png", "missing.png"),
@@ -172,12 +192,14 @@ def test_refusals_come_before_any_work(tmp_path):
         ("a.png", "cut.png", "out.png", "cut.png"),
         ("a.png", "a.png", "nowhere/out.png", "does not exist"),
         ("a.png", "a.png", "out.docx", "must end in"),
+        ("clear.png", "a.png", "out.jpg", "JPEG would lose"),
         ("faded", "a.png", "out", "two files or two folders"),
         ("faded", "kept", "out", "no reference named one"),
         ("faded", "missing", "out", "missing"),
         ("hollow", "kept", "out", "holds no pictures"),
         ("faded", "faded", "a.png", "must be a folder"),
         ("faded", "faded", "nowhere/out", "does not exist"),
+        ("faded", "faded", "done", "one.png: exists already"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             plan(tmp_path / degraded, tmp_path / reference, tmp_path / output)
@@ -217,8 +239,26 @@ def test_contrast_raised_out_of_noise_is_noted(tmp_path, contrast, noted):
     assert any("hardly any drawing: values deviate by 0.1 of 255" in note for note in notes) is noted
 
 
-def test_devices():
-    assert choose_device("cpu") == CPU
+@pytest.mark.parametrize(("ridges", "notes"), [((1, 0), ["0.0001"]), ((0, 2), ["0.01"]), ((0, 0), [])])
+def test_a_larger_ridge_is_noted(monkeypatch, ridges, notes):
+    monkeypatch.setattr("restoration.reconstruct.transfer_parts_", lambda *_: torch.tensor(ridges))
+    _, found = recolour(small_network(), *torch.rand(2, 3, 16, 16), CPU)
+    assert list(found) == [
+        f"colours nearly flat: statistics were regularised with {note} in place of 1e-06" for note in notes
+    ]
+
+
+def test_the_margin_has_no_part_in_the_statistics():
+    """A network that does nothing gives the picture the very mean of the reference."""
+    network, pictures = small_network(0.0), 0.4 + 0.2 * torch.rand(2, 3, 24, 24)
+    pictures[0, :, 0], pictures[1, :, :, -1] = 0.3, 0.7
+    result, _ = recolour(network, *pictures, CPU)
+    assert torch.allclose(result.mean((1, 2)), pictures[1].mean((1, 2)), atol=1e-4)
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert choose_device("cpu") == CPU and not torch.backends.cudnn.allow_tf32
     with pytest.raises(UserError, match="cpu, cuda or auto, got 'tpu'"):
         choose_device("tpu")
     if not torch.cuda.is_available():
@@ -227,13 +267,26 @@ def test_devices():
             choose_device("cuda")
 
 
-def test_weights_that_overflow_are_named(tmp_path):
-    network = ReversibleNetwork(Architecture(4, 1, 1))
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.mul_(1e4)
+def test_weights_that_overflow_are_named():
     with pytest.raises(UserError, match="these weights do not suit"):
-        recolour(network, torch.rand(3, 16, 16), torch.rand(3, 16, 16), CPU)
+        recolour(small_network(1e4), *torch.rand(2, 3, 16, 16), CPU)
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_values_past_the_range_in_either_half_are_named(monkeypatch, half):
+    def overflow(code, *_):
+        code[half][0, 0, 0, 0] = STREAM_LIMIT
+        return torch.zeros(2, 1)
+
+    monkeypatch.setattr("restoration.reconstruct.transfer_parts_", overflow)
+    with pytest.raises(UserError, match="values reach 256, past"):
+        recolour(small_network(), *torch.rand(2, 3, 16, 16), CPU)
+
+
+def test_a_result_that_is_not_finite_is_named(monkeypatch):
+    monkeypatch.setattr(ReversibleNetwork, "decode_halves", lambda *_: torch.full((1, 3, 64, 64), torch.nan))
+    with pytest.raises(UserError, match="values that are not finite"):
+        recolour(small_network(), *torch.rand(2, 3, 16, 16), CPU)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -304,11 +357,7 @@ def test_compression_clips_fewer_pixels_than_cutting():
 
 def test_edges_are_coloured_like_the_inside(monkeypatch):
     """A plain border must not turn into a frame where convolutions meet the edge."""
-    torch.manual_seed(0)
-    network = ReversibleNetwork(Architecture(4, 1, 1))
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.mul_(2)
+    network = small_network(2)
     degraded = torch.full((3, 120, 120), 0.4)
     degraded[:, 56:64, 56:64] = torch.rand(3, 8, 8)
     reference = torch.rand(3, 40, 40)

@@ -9,7 +9,7 @@ import torch
 from restoration.blocks import STREAM_QUANTUM, ReversibleBlock
 from restoration.flow import Architecture, ReversibleNetwork
 from restoration.reversible import Coupling, Gradients
-from restoration_kernels import use_backend
+from restoration_kernels import _backend, use_backend
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -183,6 +183,18 @@ def test_backward_recomputes_under_the_circumstances_of_forward():
     image = picture(9, 8)
     for compute in (cast, on_reference):
         assert_equal_gradients(network(), network(False), image, 1e-5, compute)
+
+
+def test_backward_rebuilds_on_the_backend_of_forward():
+    net, wishes = network(), []
+    for module in net.modules():
+        if isinstance(module, ReversibleBlock):
+            module.features.register_forward_hook(lambda *_: wishes.append(_backend._ambient_wish()[0]))
+    with use_backend("reference"):
+        number = both_ways(net, picture(8, 8))
+    evaluated = len(wishes)
+    number.backward()
+    assert wishes == ["reference"] * 2 * evaluated
 
 
 def test_rounded_weights_are_those_of_now_and_nobody_elses():

