@@ -86,14 +86,17 @@ def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
 
 def _font_for(text: str, height: int) -> ImageFont.FreeTypeFont:
     """Pillow's own, or what this computer has for more letters than ASCII's."""
-    fonts = [ImageFont.load_default(height)]
-    if not text.isascii():
-        for name in _FONTS_OF_MORE_LETTERS:
-            with contextlib.suppress(OSError):  # there is none of that name
-                fonts.append(ImageFont.truetype(name, height))
-    font = min(fonts, key=lambda font: len(_missing(text, font)))
-    if missing := _missing(text, font):
-        logger.warning("contact sheet: no font found for %s; install Noto Sans CJK", "".join(missing))
+    default = ImageFont.load_default(height)
+    if text.isascii():
+        return default
+    lacking = {default: _missing(text, default)}
+    for name in _FONTS_OF_MORE_LETTERS:
+        with contextlib.suppress(OSError):  # there is none of that name
+            font = ImageFont.truetype(name, height)
+            lacking[font] = _missing(text, font)
+    font = min(lacking, key=lambda font: len(lacking[font]))
+    if lacking[font]:
+        logger.warning("contact sheet: no font found for %s; install Noto Sans CJK", "".join(lacking[font]))
     return font
 
 
