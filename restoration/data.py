@@ -154,8 +154,9 @@ class PairDataset(Dataset):
     the image's shorter side), resized to ``crop`` and mirrored half of the time. A shorter side under ``crop`` is
     enlarged.
 
-    Every file is decoded once at construction; those that fail are logged and left out (``skipped``), and it is a
-    UserError when none is left. With ``verify=False`` a damaged file is a UserError when it is drawn.
+    Every file is decoded once at construction; those that fail are logged and left out (``skipped``; the others are
+    ``paintings``), and it is a UserError when none is left. With ``verify=False`` a damaged file is a UserError when it
+    is drawn.
     Each process that loads keeps decoded images in memory, up to ``cache_bytes`` (4 a pixel).
 
     Samples are {"degraded", "reference": float32 [3, crop, crop] in [0, 1]; "degraded_file", "reference_file": str}.
