@@ -39,8 +39,13 @@ FLAGS = (
     "-Wno-unknown-pragmas",
     "-U_FORTIFY_SOURCE",
 )
-# Misaligned vectors, which the CPU reads without complaint, are an error on a GPU.
-SANITIZE = ("-fsanitize=address,alignment", "-fno-sanitize-recover=alignment", "-fno-omit-frame-pointer")
+# What watches a kernel's accesses to memory, and the compiler's options for it. Misaligned vectors, which the CPU reads
+# without complaint, are an error on a GPU. Races are found by simt/races.cpp, not by the thread sanitizer's runtime.
+CHECKS = {
+    None: (),
+    "memory": ("-fsanitize=address,alignment", "-fno-sanitize-recover=alignment", "-fno-omit-frame-pointer"),
+    "races": ("-fsanitize=thread",),
+}
 INCLUDES = tuple(f"-I{path}" for path in (CSRC, SIMT, sysconfig.get_paths()["include"], pybind11.get_include()))
 DEFINITIONS = (
     "-DCPU_ISA=baseline",
@@ -80,20 +85,19 @@ def load_extension():
     return module
 
 
-def build_extension(sanitize=False):
-    """Path of the module that load_extension loads; with ``sanitize``, its memory accesses are checked."""
-    sources = [CSRC / "bindings.cpp", *sorted(CSRC.glob("*_cpu.cpp")), *sorted(CSRC.glob("*.cu"))]
-    return _link(sources, SANITIZE if sanitize else ())
+def build_extension(check=None):
+    """Path of the module that load_extension loads, with a check of its accesses to memory."""
+    return _link([CSRC / "bindings.cpp", *sorted(CSRC.glob("*_cpu.cpp")), *sorted(CSRC.glob("*.cu"))], check)
 
 
-def load_library(source):
+def load_library(source, check=None):
     """A shared library made of one .cu file with C functions, through ctypes."""
-    return ctypes.CDLL(str(_link([source], ())))
+    return ctypes.CDLL(str(_link([source], check)))
 
 
 def build_sanitized_program(source):
-    """A program made of one .cu file with a main function, whose memory accesses are checked."""
-    return _link([source], SANITIZE, shared=False)
+    """A program made of one .cu file with a main function, under the check of memory."""
+    return _link([source], "memory", shared=False)
 
 
 def address_sanitizer_environment():
@@ -120,9 +124,15 @@ def accumulate_dtype(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _link(sources, options, shared=True):
+def _link(sources, check, shared=True):
+    options = CHECKS[check]
+    if check == "races":
+        # Kernels alone are watched, so they come first: of functions shared with the CPU the linker keeps the first.
+        sources = [*sorted(sources, key=lambda source: source.suffix != ".cu"), SIMT / "races.cpp"]
+        options = ()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda source: _compile(source, options), sources))
+        watched = [CHECKS[check] if source.suffix == ".cu" else options for source in sources]
+        objects = list(pool.map(_compile, sources, watched))
     command = [compiler(), *FLAGS, *options, *(["-shared"] if shared else []), *map(str, objects)]
     return _cached(command, b"".join(path.name.encode() for path in objects), ".so" if shared else "")
 

@@ -17,6 +17,8 @@
 #include <utility>
 #include <vector>
 
+#include "races.h"
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -33,6 +35,7 @@ struct dim3 {
 namespace simt {
 
 constexpr int kWarpSize = 32;
+constexpr const char* kWarpBarrier = "__syncwarp";  // the warp operation that orders memory
 
 // What a fiber waits for.
 enum class Wait { nothing, warp, block, finished };
@@ -45,10 +48,16 @@ using SharedMemory = std::unique_ptr<void, FreeDeleter>;
 // All bits set are a NaN in every floating-point format, and -1 in integers.
 inline void poison(void* memory, size_t bytes) { std::memset(memory, 0xff, bytes); }
 
+// Shared memory as a block finds it.
+inline void renew(void* memory, size_t bytes) {
+  poison(memory, bytes);
+  SIMT_RACES(forget(memory, bytes));
+}
+
 inline SharedMemory allocate_shared(size_t bytes) {
   void* memory = nullptr;
   if (posix_memalign(&memory, 16, bytes == 0 ? 1 : bytes) != 0) throw std::bad_alloc();
-  poison(memory, bytes);
+  renew(memory, bytes);
   return SharedMemory(memory);
 }
 
@@ -146,8 +155,19 @@ inline Block& block() {
   throw std::runtime_error("simt: " + what + ": block " + text(here.index) + ", thread " + text(fiber.thread));
 }
 
+// While it lives, memory is touched by the runner, not by the kernel.
+class Runner {
+ public:
+  Runner() { SIMT_RACES(pause()); }
+  ~Runner() { watch(); }
+  static void watch() {
+    SIMT_RACES(watch(block().current->linear, block().current->stack.bottom(), Stack::kBytes));
+  }
+};
+
 // In a fiber: hands control to the scheduler until what the fiber waits for has come.
 inline void wait_for(Wait wait) {
+  const Runner runner;
   Fiber& fiber = *block().current;
   fiber.wait = wait;
   if (_setjmp(fiber.resume_point) == 0) {
@@ -166,6 +186,7 @@ inline void fiber_main() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &block().scheduler_stack, &block().scheduler_stack_bytes);
 #endif
+  Runner::watch();
   for (;;) {
     try {
       block().run_thread(block().kernel_call);
@@ -197,6 +218,9 @@ inline void resume(Fiber& fiber) {
   __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
 #endif
   if (here.failure) std::rethrow_exception(std::exchange(here.failure, nullptr));
+#if defined(__SANITIZE_THREAD__)
+  if (const std::string race = races::take_found(); !race.empty()) fail("race: " + race, fiber);
+#endif
 }
 
 inline bool is_reversed() { return std::getenv("SIMT_REVERSE") != nullptr; }
@@ -219,6 +243,7 @@ inline bool release_warp(int first, int count) {
     if (leader.mask & ~group) continue;
     if (group & ~leader.mask) fail(std::string(leader.operation) + " by a lane that its mask does not name", leader);
     any = true;
+    if (leader.operation == kWarpBarrier) SIMT_RACES(synchronize_warp(first, group));
     for (int lane = 0; lane < count; ++lane) {
       if ((group >> lane & 1) == 0) continue;
       here.exchanged[first + lane] = here.fibers[first + lane]->offered;
@@ -247,7 +272,8 @@ inline void run_block(bool reversed) {
   Block& here = block();
   const int threads = here.threads();
   const int warps = (threads + kWarpSize - 1) / kWarpSize;
-  for (auto& [site, array] : here.shared_arrays) poison(array.memory.get(), array.bytes);
+  SIMT_RACES(begin_block(threads));
+  for (auto& [site, array] : here.shared_arrays) renew(array.memory.get(), array.bytes);
   for (int thread = 0; thread < threads; ++thread) {
     here.fibers[thread]->wait = Wait::nothing;
     here.fibers[thread]->copies.clear();
@@ -267,6 +293,7 @@ inline void run_block(bool reversed) {
         fail("__syncthreads was not reached by every thread of the block", fiber);
       fiber.wait = Wait::nothing;
     }
+    SIMT_RACES(synchronize_block());
   }
 }
 
@@ -302,6 +329,7 @@ inline void check_launch(const char* kernel, dim3 grid, dim3 block_size, size_t 
 template <typename T, typename Site>
 T* shared_array(size_t count, Site) {
   static const char site = 0;
+  const Runner runner;
   Block& here = block();
   SharedArray& array = here.shared_arrays[&site];
   if (array.memory == nullptr) {
@@ -333,6 +361,7 @@ void launch(const char* name, const void* kernel, dim3 grid, dim3 block_size, si
     fiber.thread = {thread % block_size.x, thread / block_size.x % block_size.y,
                     thread / (block_size.x * block_size.y)};
   }
+  SIMT_RACES(begin_launch());
   const bool reversed = is_reversed();
   const int64_t blocks = int64_t{grid.x} * grid.y * grid.z;
   try {

@@ -1,8 +1,9 @@
 // Stands in for the CUDA toolkit where g++ compiles the project's .cu files: kernels run on the CPU, one block after
 // the other, each thread of a block in a fiber of its own (fibers.h). The order of blocks, warps and lanes is
 // ascending, or descending where the environment variable SIMT_REVERSE is set: a result that depends on it has a race.
-// Shared memory holds NaN until it is written, so a missing barrier shows in one order or the other. A barrier or a
-// warp operation that not all of its threads reach is an error, as is a launch that CUDA would refuse.
+// Shared memory holds NaN until it is written, so a missing barrier shows in one order or the other; compiled so that
+// accesses can be watched, every race is an error (races.h). A barrier or a warp operation that not all of its threads
+// reach is an error, as is a launch that CUDA would refuse.
 #pragma once
 
 #include "async_copy.h"
@@ -35,6 +36,8 @@ using std::min;
 // Blocks run one after the other on one thread, so nothing can come between the read and the write.
 template <typename T>
 T atomicAdd(T* address, T value) {
+  const simt::Runner runner;
+  SIMT_RACES(write_atomically(address, sizeof(T)));
   const T old = *address;
   *address = old + value;
   return old;

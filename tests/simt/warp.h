@@ -9,6 +9,7 @@ namespace simt {
 inline int lane() { return block().current->linear % kWarpSize; }
 
 inline void meet(const char* operation, unsigned mask, uint64_t offered) {
+  const Runner runner;
   Fiber& fiber = *block().current;
   fiber.operation = operation;
   fiber.mask = mask;
@@ -36,7 +37,7 @@ T shuffle(const char* operation, unsigned mask, T value, int source) {
 
 inline void __syncthreads() { simt::wait_for(simt::Wait::block); }
 
-inline void __syncwarp(unsigned mask = 0xffffffff) { simt::meet("__syncwarp", mask, 0); }
+inline void __syncwarp(unsigned mask = 0xffffffff) { simt::meet(simt::kWarpBarrier, mask, 0); }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   simt::meet("__ballot_sync", mask, predicate != 0);

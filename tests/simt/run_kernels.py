@@ -1,6 +1,6 @@
-"""Runs the kernels of the module given as argument, compiled with the address sanitizer, on odd shapes.
+"""Runs the kernels of the module given as argument, which simt_build compiled with a check of memory, on odd shapes.
 
-Arrays are of exactly the size that a kernel may touch. Without torch, whose own libraries the sanitizer need not watch.
+Arrays are of exactly the size that a kernel may touch. Without torch, whose own libraries no check need watch.
 """
 
 import importlib.machinery
@@ -215,7 +215,7 @@ def pac_conv2d_backward(batch, channels, outputs, guides, height, width, stride,
 
 for sizes, dtype, channels_last in itertools.product([(2, 17, 7, 9, 5), (1, 3, 3, 3, 1)], BYTES, (False, True)):
     neighbor_difference(*sizes, dtype, channels_last)
-for sizes, dtype in itertools.product([(2, 67, 37), (1, 1, 1), (2, 67, 40), (1, 130, 200)], BYTES):
+for sizes, dtype in itertools.product([(2, 67, 37), (1, 1, 1), (2, 135, 40), (1, 130, 200)], BYTES):
     info_nce(*sizes, dtype)
 for shape, dtype in itertools.product([(2, 3, 37, 61), (1, 2, 33, 64), (1, 2, 300, 3), (2, 4, 1, 1)], BYTES):
     dual_pool_attention(*shape, dtype)
