@@ -127,10 +127,9 @@ def info_nce(query: Tensor, key: Tensor, temperature: float = 0.07, *, backend: 
 
     Returns:
         [B, S], in the dtype of query, or float32 where that is of half precision; at least 0. Products and sums are at
-        least float32. Memory: keys, widened, in backward twice, and on a CPU some rows a thread
-        (docs/ccpl.md); the reference holds 3·B·S² numbers. Gradients: query
-        only, key is a constant; for rows of unit length that of loss[b, i] is no longer than 2/τ. The reference can be
-        differentiated twice.
+        least float32. Memory: keys, widened, in backward twice, and on a CPU some rows a thread (docs/ccpl.md); the
+        reference holds 3·B·S² numbers. Gradients: query only, key is a constant; for rows of unit length that of
+        loss[b, i] is no longer than 2/τ. The reference can be differentiated twice.
 
     Raises:
         TypeError, ValueError: an argument is not as said here.

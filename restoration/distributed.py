@@ -121,7 +121,7 @@ class World:
         """This process's part of items: every size-th, so that neighbours, often of a kind, are spread."""
         return items[self.rank :: self.size]
 
-    def batches(self, first_step: int, end_step: int, batch: int) -> list[range]:
+    def batches(self, first_step: int, end_step: int, batch: int) -> Iterator[range]:
         """For each step this process's part of the samples' numbers: step k takes k·batch up to (k+1)·batch in all.
 
         The samples of a step thus do not depend on the number of processes. UserError where it does not divide batch.
@@ -130,7 +130,7 @@ class World:
             raise UserError(f"--batch must be divisible by the number of processes, {self.size}, got {batch}")
         part = batch // self.size
         starts = (step * batch + self.rank * part for step in range(first_step, end_step))
-        return [range(start, start + part) for start in starts]
+        return (range(start, start + part) for start in starts)
 
     def averaging(self, module: nn.Module) -> nn.Module:
         """The module, its parameters those of the first process, its gradients after backward the mean over all.

@@ -66,6 +66,15 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"{folder}: cannot be made ({error.strerror})") from error
 
 
+def check_can_be_written(folder: Path) -> None:
+    """UserError where a folder, or what it would have to be made in, takes no files. Makes nothing."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.exists(place))
+    if not there.is_dir():
+        raise UserError(f"{folder}: cannot be written to ({there} is no folder)")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: cannot be written to ({there} takes no files)")
+
+
 def _flush_folder(folder: Path) -> None:
     """Sends the folder's list of names to the disk: until then a power cut may take a renamed file back."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def _bytes_held(picture: Image.Image) -> int:
 
 
 def load_batches(
-    dataset: Dataset, batches: Sequence[Sequence[int]], workers: int, device: torch.device
+    dataset: Dataset, batches: Iterable[Sequence[int]], workers: int, device: torch.device
 ) -> Iterator[dict[str, Any]]:
     """Yields the batches of these samples' numbers in order, tensors on the device, the rest as collated.
 

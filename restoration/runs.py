@@ -20,6 +20,7 @@ from restoration.checkpoints import (
 )
 from restoration.config import SHAPING, TrainingConfig, checked, option
 from restoration.errors import UserError
+from restoration.files import check_can_be_written
 from restoration.step import TrainingStep
 
 LOSSES_PREFIX = "losses."
@@ -35,6 +36,7 @@ def checkpoint_to_resume(run: Path, resume: bool, initial_weights: Path | None) 
         os.fspath(run).encode()
     except UnicodeEncodeError:
         raise UserError(f"--out must be a name in UTF-8, as TensorBoard asks for, got {os.fspath(run)!r}") from None
+    check_can_be_written(run)
     if resume and initial_weights is not None:
         raise UserError("--initial-weights are for a run that starts; --resume goes on with the run's own")
     newest = newest_checkpoint(run)
@@ -116,8 +118,12 @@ def _trained_losses(step_module: TrainingStep) -> dict[str, Tensor]:
 
 def checkpoints_of(run: Path) -> list[Path]:
     """The run's own, oldest first; a copy that somebody keeps there under another name is none of them."""
-    named = ((CHECKPOINT_NAME.fullmatch(path.name), path) for path in run.glob("checkpoint-*"))
-    return [path for _, path in sorted((int(match[1]), path) for match, path in named if match)]
+    return sorted((path for path in run.glob("checkpoint-*") if CHECKPOINT_NAME.fullmatch(path.name)), key=steps_done)
+
+
+def steps_done(checkpoint: Path) -> int:
+    """The number of steps in the name of one of checkpoints_of."""
+    return int(CHECKPOINT_NAME.fullmatch(checkpoint.name)[1])
 
 
 def newest_checkpoint(run: Path) -> Path | None:
@@ -142,9 +148,9 @@ def resumed_config(run: Path, overrides: dict[str, object]) -> TrainingConfig:
 
 def where_to_go_on(run: Path, first_skipped: int) -> str:
     """What to do with the checkpoints of a run whose steps are all skipped from one on."""
-    steps = {path.name: int(CHECKPOINT_NAME.fullmatch(path.name)[1]) for path in checkpoints_of(run)}
-    proved = [name for name, step in steps.items() if step < first_skipped]
-    doubtful = [name for name in steps if name not in proved]
+    made = checkpoints_of(run)
+    proved = [path.name for path in made if steps_done(path) < first_skipped]
+    doubtful = [path.name for path in made[len(proved) :]]
     if not proved:
         return f"{', '.join(doubtful)} may be past use, and there is no other" if doubtful else "no checkpoint was made"
     removed = f"once {', '.join(doubtful)}, which may be past use, is removed, " if doubtful else ""

@@ -108,7 +108,7 @@ def check_precision(config: TrainingConfig, device: torch.device) -> None:
         raise UserError(f"--precision tf32 is of CUDA devices, got the device {device.type}; take fp32 or bf16")
 
 
-def _batches(run: Path, config: TrainingConfig, start: int, world: World) -> list[range]:
+def _batches(run: Path, config: TrainingConfig, start: int, world: World) -> Iterator[range]:
     if start >= config.iterations:
         raise UserError(f"{run}: has reached step {start} already; give more --iterations to go on")
     return world.batches(start, config.iterations, config.batch)

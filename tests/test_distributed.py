@@ -125,7 +125,7 @@ def test_gradients_are_those_of_the_joined_batch(reversible):
 
 
 def test_batches_do_not_depend_on_the_number_of_processes():
-    whole = World().batches(3, 6, 4)
+    whole = list(World().batches(3, 6, 4))
     assert whole == [range(12, 16), range(16, 20), range(20, 24)]
     for size in (2, 4):
         parts = [World(rank, size).batches(3, 6, 4) for rank in range(size)]

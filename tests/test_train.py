@@ -398,7 +398,7 @@ def test_signals_save_before_leaving(paintings, tmp_path, number):
     assert load_checkpoint(newest_checkpoint(run)).description["step"] >= 2
 
 
-def test_rejects(paintings, tmp_path):
+def test_rejects(paintings, tmp_path, monkeypatch):
     run = tmp_path / "run"
     with pytest.raises(UserError, match="no checkpoint to resume from"):
         train(paintings, run, config(), device=CPU, resume=True)
@@ -409,6 +409,13 @@ def test_rejects(paintings, tmp_path):
     with pytest.raises(UserError, match="--out must be a name in UTF-8"):
         train(paintings, tmp_path / "\udcff", config(), device=CPU)
     assert not run.exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="run: cannot be written to .*file is no folder"):
+        train(tmp_path / "nowhere", tmp_path / "file" / "run", config(), device=CPU)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(UserError, match=f"run: cannot be written to .{tmp_path} takes no files"):
+        train(tmp_path / "nowhere", run, config(), device=CPU)
+    monkeypatch.undo()
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "network.safetensors").touch()
