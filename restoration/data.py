@@ -17,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from restoration.decoding import READABLE_SUFFIXES
 from restoration.errors import UserError
-from restoration.imaging import READABLE_SUFFIXES, from_pillow, read_rgb
+from restoration.imaging import from_pillow, read_rgb
 from restoration.loader import PictureCache
 
 logger = logging.getLogger(__name__)

@@ -7,28 +7,22 @@ on reading (grey ones by rounding, colour ones by Pillow, which keeps the high b
 from __future__ import annotations
 
 import io
-import logging
 import math
 import os
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin
 
+from restoration.decoding import decode, reading, reason
 from restoration.errors import UserError
 from restoration.files import write_through
-from restoration.metadata import descriptive_exif, descriptive_xmp
+from restoration.metadata import descriptive_exif
 
-logger = logging.getLogger(__name__)
-
-READABLE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp")
-# Pillow also opens formats that run outside programs (EPS); only these are let in.
-_READABLE_FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP")
 _WRITABLE_FORMATS = {
     ".png": "PNG",
     ".jpg": "JPEG",
@@ -49,10 +43,6 @@ _SAVE_OPTIONS = {
 _LONGEST_SIDE = {"JPEG": 65_500, "WEBP": 16_383}
 # Bytes of notes in a JPEG: a marker's 16-bit length counts itself, and XMP begins with its name.
 _LONGEST_JPEG_NOTES = {"exif": 65_533, "xmp": 65_533 - len(b"http://ns.adobe.com/xap/1.0/\0")}
-
-# Values of TIFF's tags that say what a number stands for, and the name under which a picture carries the answer.
-_WHITE_IS_ZERO, _SIGNED = 0, 2
-_TIFF_RANGE = "range of a TIFF file's grey"
 
 
 @dataclass(frozen=True)
@@ -77,27 +67,27 @@ def read_image(path: str | os.PathLike) -> Picture:
 
     Grey, palette and CMYK pictures become RGB, an embedded ICC profile is applied, the EXIF orientation too.
     Raises UserError, naming the file, where it is missing, a folder, empty, not an image, damaged, truncated, has
-    float or 32-bit pixels, or has more pixels than Pillow's guard against decompression bombs lets through.
+    float or 32-bit pixels, does not fit the memory, or has more pixels than Pillow's guard against decompression bombs
+    lets through.
     """
     path = Path(path)
-    image = _decode(path)
-    upright, exif = _upright(image, path)
-    rgb, alpha, icc_profile = _to_srgb(upright, path)
-    return Picture(
-        rgb=from_pillow(rgb),
-        alpha=None if alpha is None else torch.from_numpy(np.array(alpha)),
-        exif=exif,
-        xmp=_xmp(image, path),
-        icc_profile=icc_profile,
-        dpi=_resolution(image),
-    )
+    with reading(path):
+        decoded = decode(path)
+        return Picture(
+            rgb=from_pillow(decoded.rgb),
+            alpha=None if decoded.alpha is None else torch.from_numpy(np.array(decoded.alpha)),
+            exif=decoded.exif,
+            xmp=decoded.xmp,
+            icc_profile=decoded.icc_profile,
+            dpi=decoded.dpi,
+        )
 
 
 def read_rgb(path: str | os.PathLike) -> Image.Image:
     """The pixels of ``read_image`` alone, as a Pillow RGB picture of a third of the memory; the same errors."""
     path = Path(path)
-    upright, _ = _upright(_decode(path), path)
-    return _to_srgb(upright, path)[0]
+    with reading(path):
+        return decode(path).rgb
 
 
 def check_writable(path: str | os.PathLike, *, force: bool = False, like: Picture | None = None) -> None:
@@ -155,7 +145,7 @@ def write_image(
     except FileExistsError:
         raise UserError(f"{path}: exists already (--force overwrites)") from None
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be written ({_reason(error)})") from error
+        raise UserError(f"{path}: cannot be written ({reason(error)})") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -195,124 +185,6 @@ def from_pillow(image: Image.Image) -> torch.Tensor:
     # In NumPy, not torch: loader processes must not start a team of threads for every small crop.
     values = np.asarray(image).transpose(2, 0, 1).astype(np.float32, order="C")
     return torch.from_numpy(np.divide(values, 255, out=values))
-
-
-def _decode(path: Path) -> Image.Image:
-    """The fully decoded picture, in the mode and the orientation of its file."""
-    try:
-        with open(path, "rb") as file:
-            return _decode_file(file, path)
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a folder, not an image") from None
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({_reason(error)})") from error
-
-
-def _decode_file(file: BinaryIO, path: Path) -> Image.Image:
-    if os.fstat(file.fileno()).st_size == 0:
-        raise UserError(f"{path}: is an empty file (0 bytes)")
-    try:
-        image = Image.open(file, formats=_READABLE_FORMATS)
-        image.load()
-        if image.format == "TIFF":
-            image.info[_TIFF_RANGE] = _tiff_range(image)
-    except UnidentifiedImageError:
-        raise UserError(f"{path}: is not a readable PNG, JPEG, TIFF, WebP or BMP image") from None
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{path}: has too many pixels to be read safely ({_reason(error)})") from None
-    # Pillow's decoders answer damaged bytes with nearly any exception: OSError, SyntaxError, struct.error and more.
-    except Exception as error:
-        raise UserError(f"{path}: is damaged or truncated ({_reason(error)})") from error
-    return image
-
-
-def _tiff_range(image: Image.Image) -> tuple[int, bool]:
-    """The largest value that a pixel can have, and whether that is black: of deep pixels Pillow heeds neither."""
-    bits, *_ = image.tag_v2.get(ExifTags.Base.BitsPerSample, (16,))
-    kind, *_ = image.tag_v2.get(ExifTags.Base.SampleFormat, (1,))
-    largest = 2 ** min(bits - (kind == _SIGNED), 16) - 1
-    return largest, image.tag_v2.get(ExifTags.Base.PhotometricInterpretation) == _WHITE_IS_ZERO
-
-
-def _upright(image: Image.Image, path: Path) -> tuple[Image.Image, bytes | None]:
-    """The picture turned as its EXIF orientation says, and its descriptive EXIF."""
-    upright = image
-    try:
-        upright = ImageOps.exif_transpose(image)
-        kept = descriptive_exif(image.getexif())
-        return upright, kept.tobytes() if len(kept) else None
-    # Damaged notes raise nearly anything too, but a picture with damaged notes is still a picture.
-    except Exception as error:
-        logger.warning("%s: its EXIF data cannot be read and is left out (%s)", path, _reason(error))
-        return upright, None
-
-
-def _xmp(image: Image.Image, path: Path) -> bytes | None:
-    packet = image.info.get("xmp")
-    if not packet:
-        return None
-    try:
-        return descriptive_xmp(packet)
-    except (AttributeError, UnicodeDecodeError) as error:  # no bytes, or none of UTF-8
-        logger.warning("%s: its XMP data cannot be read and is left out (%s)", path, _reason(error))
-        return None
-
-
-def _to_srgb(image: Image.Image, path: Path) -> tuple[Image.Image, Image.Image | None, bytes | None]:
-    """Split into RGB pixels in sRGB, alpha or None, and the sRGB profile to write or None."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        image = _grey_to_8_bits(image, path)
-    alpha = None
-    if image.has_transparency_data:
-        alpha = image.convert("RGBA").getchannel("A")
-        # Grey stays grey for its profile.
-        image = image.convert("L" if image.mode in ("L", "LA") else "RGB")
-    elif image.mode in ("P", "1"):
-        image = image.convert("RGB")
-
-    profile_bytes = image.info.get("icc_profile")
-    if not profile_bytes:
-        return _to_rgb(image, path), alpha, None
-    try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(profile_bytes))
-        # Pixels in sRGB already stay as they are to the last bit.
-        if image.mode == "RGB" and ImageCms.getProfileDescription(profile).startswith("sRGB"):
-            return image, alpha, profile_bytes
-        srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
-        return ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB"), alpha, srgb.tobytes()
-    # OSError: not a profile; PyCMSError: one for another kind of picture, such as grey within an RGB file.
-    except (OSError, ImageCms.PyCMSError) as error:
-        logger.warning("%s: its colour profile is ignored (%s)", path, _reason(error))
-        return _to_rgb(image, path), alpha, None
-
-
-def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
-    try:
-        return image.convert("RGB")
-    except ValueError:
-        raise UserError(f"{path}: colour mode {image.mode} cannot be read; save it as RGB") from None
-
-
-def _grey_to_8_bits(image: Image.Image, path: Path) -> Image.Image:
-    # Pillow gives 16-bit grey in the modes I;16 and I, the latter also for 32 bits, whose range nobody states.
-    values = np.asarray(image)
-    white, black_is_largest = image.info.get(_TIFF_RANGE, (65_535, False))
-    if image.mode == "F" or values.min() < 0 or values.max() > white:
-        raise UserError(f"{path}: float and 32-bit pixels cannot be read; save it with 8 or 16 bits a channel")
-    shades = np.rint(values * (255 / white)).astype(np.uint8)
-    grey = Image.fromarray(255 - shades if black_is_largest else shades)
-    grey.info = dict(image.info)
-    return grey
-
-
-def _resolution(image: Image.Image) -> tuple[float, float] | None:
-    try:
-        x, y = (float(value) for value in image.info["dpi"])
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
-        return None
-    return (x, y) if all(math.isfinite(value) and value > 0 for value in (x, y)) else None
 
 
 def _publish(temporary: Path, path: Path, force: bool) -> None:
@@ -356,8 +228,3 @@ def _check_format_holds(path: Path, size: Sequence[int], like: Picture | None) -
                 f"{path}: JPEG holds at most {longest} bytes of {name.upper()} data, got {length}; "
                 "use .png, .tif or .webp"
             )
-
-
-def _reason(error: Exception) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(text.split())

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from restoration.blocks import ReversibleBlock
 from restoration.checkpoints import load_network
+from restoration.decoding import READABLE_SUFFIXES
 from restoration.errors import UnsuitableWeightsError, UserError
 from restoration.files import make_folder
 from restoration.flow import ReversibleNetwork, check_stream_range
-from restoration.imaging import READABLE_SUFFIXES, check_writable, read_image, read_rgb, write_image
+from restoration.imaging import check_writable, read_image, read_rgb, write_image
 from restoration.memory import is_out_of_memory
 from restoration.metrics import Metrics, measure
 from restoration.vgg import metric_features

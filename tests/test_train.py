@@ -410,7 +410,7 @@ def test_rejects(paintings, tmp_path, monkeypatch):
         train(paintings, tmp_path / "\udcff", config(), device=CPU)
     assert not run.exists()
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="run: cannot be written to .*file is no folder"):
+    with pytest.raises(UserError, match=r"run: cannot be written to .*file is no folder"):
         train(tmp_path / "nowhere", tmp_path / "file" / "run", config(), device=CPU)
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(UserError, match=f"run: cannot be written to .{tmp_path} takes no files"):

@@ -1,0 +1,227 @@
+"""From a picture's file to upright 8-bit pixels in sRGB, by Pillow, and to what the file says beside them."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from restoration.errors import UserError
+from restoration.metadata import descriptive_exif, descriptive_xmp
+
+logger = logging.getLogger(__name__)
+
+READABLE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".webp", ".bmp")
+# Pillow also opens formats that run outside programs (EPS); only these are let in.
+_READABLE_FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP")
+
+# Values of TIFF's tags, and the name under which a picture carries what they say of its grey.
+_NOT_COMPRESSED, _PLANES_APART, _WHITE_IS_ZERO, _SIGNED = 1, 2, 0, 2
+_TIFF_RANGE = "range of a TIFF file's grey"
+_TIFF_BEGINNINGS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+_TURNED_ON_ITS_SIDE = (5, 6, 7, 8)  # of EXIF's orientations
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An upright picture: RGB in sRGB, alpha of mode L, and notes as `imaging.Picture` has them."""
+
+    rgb: Image.Image
+    alpha: Image.Image | None
+    exif: bytes | None
+    xmp: bytes | None
+    icc_profile: bytes | None
+    dpi: tuple[float, float] | None
+
+
+def decode(path: Path) -> Decoded:
+    """To be called within `reading`; with it, raises UserError as `imaging.read_image` says."""
+    image = _open(path)
+    upright, exif = _upright(image, path)
+    rgb, alpha, icc_profile = _to_srgb(upright, path)
+    return Decoded(rgb, alpha, exif, _xmp(image, path), icc_profile, _resolution(upright))
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What the system refuses becomes a UserError that names the file. Pillow's advice to programmers is not shown."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            yield
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder, not an image") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)})") from error
+    except MemoryError as error:
+        raise UserError(f"{path}: does not fit this computer's memory; reduce it") from error
+
+
+def _open(path: Path) -> Image.Image:
+    """The fully decoded picture, in the mode and the orientation of its file."""
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise UserError(f"{path}: is an empty file (0 bytes)")
+        try:
+            image = Image.open(file, formats=_READABLE_FORMATS)
+            if image.format == "TIFF":
+                _check_tiff(image, path)
+            image.load()
+        except UnidentifiedImageError:
+            raise UserError(f"{path}: {_unidentified(file)}") from None
+        except Image.DecompressionBombError as error:
+            raise UserError(f"{path}: has too many pixels to be read safely ({reason(error)})") from None
+        except (UserError, MemoryError):
+            raise
+        # Pillow's decoders answer damaged bytes with nearly any exception: OSError, SyntaxError, struct.error and more.
+        except Exception as error:
+            raise UserError(f"{path}: is damaged or truncated ({reason(error)})") from error
+    return image
+
+
+def _unidentified(file: BinaryIO) -> str:
+    file.seek(0)
+    if file.read(4) in _TIFF_BEGINNINGS:
+        return "is a TIFF file of a kind that cannot be read; save it as RGB or grey with 8 or 16 bits a channel"
+    return "is not a readable PNG, JPEG, TIFF, WebP or BMP image"
+
+
+def _check_tiff(image: Image.Image, path: Path) -> None:
+    """Refuses what Pillow would read wrongly, and notes what it would not heed.
+
+    Of deep grey that is the largest value that a pixel can have, and whether that is black. A missing resolution it
+    takes for 1 dot an inch.
+    """
+    tags = image.tag_v2
+    bits_of_channels = tags.get(ExifTags.Base.BitsPerSample, (1,))
+    bits = max(bits_of_channels)
+    if bits > 16:
+        raise UserError(f"{path}: float and 32-bit pixels cannot be read; save it with 8 or 16 bits a channel")
+    planes_apart = len(bits_of_channels) > 1 and tags.get(ExifTags.Base.PlanarConfiguration) == _PLANES_APART
+    if bits > 8 and planes_apart and tags.get(ExifTags.Base.Compression) == _NOT_COMPRESSED:
+        raise UserError(
+            f"{path}: holds its channels of 16 bits one after the other, uncompressed, which cannot be read; save it "
+            "compressed, or with the channels of a pixel together"
+        )
+    kind, *_ = tags.get(ExifTags.Base.SampleFormat, (1,))
+    largest = 2 ** (bits - (kind == _SIGNED)) - 1
+    image.info[_TIFF_RANGE] = largest, tags.get(ExifTags.Base.PhotometricInterpretation) == _WHITE_IS_ZERO
+    if ExifTags.Base.XResolution not in tags:
+        image.info.pop("dpi", None)
+    _turn_resolution(image, tags.get(ExifTags.Base.Orientation))  # while it loads a TIFF file, Pillow turns the pixels
+
+
+def _turn_resolution(image: Image.Image, orientation: int | None) -> None:
+    if orientation in _TURNED_ON_ITS_SIDE and "dpi" in image.info:
+        image.info["dpi"] = image.info["dpi"][::-1]
+
+
+def _upright(image: Image.Image, path: Path) -> tuple[Image.Image, bytes | None]:
+    """The picture turned as its EXIF orientation says, and its descriptive EXIF."""
+    upright = image
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        upright = ImageOps.exif_transpose(image)
+        _turn_resolution(upright, orientation)
+        kept = descriptive_exif(image.getexif())
+        return upright, kept.tobytes() if len(kept) else None
+    except MemoryError:
+        raise
+    # Damaged notes raise nearly anything too, but a picture with damaged notes is still a picture.
+    except Exception as error:
+        logger.warning("%s: its EXIF data cannot be read and is left out (%s)", path, reason(error))
+        return upright, None
+
+
+def _xmp(image: Image.Image, path: Path) -> bytes | None:
+    packet = image.info.get("xmp")
+    if not packet:
+        return None
+    try:
+        return descriptive_xmp(packet)
+    except (AttributeError, UnicodeDecodeError) as error:  # no bytes, or none of UTF-8
+        logger.warning("%s: its XMP data cannot be read and is left out (%s)", path, reason(error))
+        return None
+
+
+def _to_srgb(image: Image.Image, path: Path) -> tuple[Image.Image, Image.Image | None, bytes | None]:
+    """Split into RGB pixels in sRGB, alpha or None, and the sRGB profile to write or None."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _grey_to_8_bits(image, path)
+    alpha = None
+    if image.has_transparency_data:
+        with_alpha = image.convert("RGBA")
+        alpha = with_alpha.getchannel("A")
+        # Grey stays grey for its profile.
+        image = image.convert("L") if image.mode in ("L", "LA") else with_alpha.convert("RGB")
+    elif image.mode in ("P", "1"):
+        image = image.convert("RGB")
+
+    profile_bytes = image.info.get("icc_profile")
+    if not profile_bytes:
+        return _to_rgb(image, path), alpha, None
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(profile_bytes))
+        if image.mode == "RGB" and _is_srgb(profile, srgb):
+            return image, alpha, profile_bytes
+        return ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB"), alpha, srgb.tobytes()
+    # OSError: not a profile; PyCMSError: one for another kind of picture, such as grey within an RGB file.
+    except (OSError, ImageCms.PyCMSError) as error:
+        logger.warning("%s: its colour profile is ignored (%s)", path, reason(error))
+        return _to_rgb(image, path), alpha, None
+
+
+def _is_srgb(profile: ImageCms.ImageCmsProfile, srgb: ImageCms.ImageCmsProfile) -> bool:
+    """Whether it moves no colour by more than a step of 8 bits. Names tell little: some of linear light begin so, too.
+
+    Pixels in sRGB stay as they are to the last bit.
+    """
+    steps = np.linspace(0, 255, 18).round().astype(np.uint8)
+    colours = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(-1, len(steps), 3)
+    moved = ImageCms.profileToProfile(Image.fromarray(colours), profile, srgb)
+    return int(np.abs(np.asarray(moved).astype(int) - colours).max()) <= 1
+
+
+def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
+    try:
+        return image.convert("RGB")
+    except ValueError:
+        raise UserError(f"{path}: colour mode {image.mode} cannot be read; save it as RGB") from None
+
+
+def _grey_to_8_bits(image: Image.Image, path: Path) -> Image.Image:
+    values = np.asarray(image)
+    white, black_is_largest = image.info.get(_TIFF_RANGE, (65_535, False))
+    if image.mode == "F" or values.min() < 0:
+        raise UserError(f"{path}: float and negative pixels cannot be read; save it with 8 or 16 bits a channel")
+    shades = np.rint(values * (255 / white)).astype(np.uint8)
+    grey = Image.fromarray(255 - shades if black_is_largest else shades)
+    grey.info = dict(image.info)
+    return grey
+
+
+def _resolution(image: Image.Image) -> tuple[float, float] | None:
+    try:
+        x, y = (float(value) for value in image.info["dpi"])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None
+    return (x, y) if all(math.isfinite(value) and value > 0 for value in (x, y)) else None
+
+
+def reason(error: Exception) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.split())

@@ -1,0 +1,103 @@
+"""Pictures to read and write in tests, and what is asked of them."""
+
+import functools
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms, PngImagePlugin
+
+from restoration.errors import UserError
+from restoration.imaging import to_uint8
+
+LOSSLESS = ("png", "tif", "webp")
+FORMATS = (*LOSSLESS, "jpg")
+
+
+def random_pixels(height=9, width=13, channels=3, seed=0):
+    shape = (height, width, channels) if channels > 1 else (height, width)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def as_bytes(rgb):
+    return to_uint8(rgb).permute(1, 2, 0).numpy()
+
+
+@functools.cache  # it holds the second in which it was made
+def srgb_profile():
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def exchanged_profile():
+    """An RGB profile whose red primary is sRGB's blue and the other way round."""
+    profile = srgb_profile().replace("sRGB built-in".encode("utf-16-be"), "other colours".encode("utf-16-be"))
+    return profile.replace(b"rXYZ", b"....").replace(b"bXYZ", b"rXYZ").replace(b"....", b"bXYZ")
+
+
+def grey_profile():
+    """Of a scanner whose grey values are linear in light: a header, and a tone curve as the only tag."""
+    curve = struct.pack(">4s4xI", b"curv", 0)
+    size = 128 + 4 + 12 + len(curve)
+    header = struct.pack(">I4xI4s4s4s12x4s", size, 0x02400000, b"scnr", b"GRAY", b"XYZ ", b"acsp")
+    illuminant = struct.pack(">28x3I", 0xF6D6, 0x10000, 0xD32D)
+    return (header + illuminant).ljust(128, b"\0") + struct.pack(">I4sII", 1, b"kTRC", 144, len(curve)) + curve
+
+
+def linear_profile():
+    """Of sRGB's primaries and white, and its name, but linear in light."""
+    curve = struct.pack(">4s4xHH", b"para", 3, 0)  # of sRGB's shape, to be followed by its five numbers
+    straight = struct.pack(">4s4xHHI", b"para", 0, 0, 0x10000)  # a power of one
+    profile = srgb_profile()
+    places = [place for place in range(len(profile)) if profile.startswith(curve, place)]
+    for place in places:
+        profile = profile[:place] + straight + profile[place + len(straight) :]
+    return profile
+
+
+def save_with_xmp(path, packet, **options):
+    image = Image.fromarray(random_pixels())
+    if path.suffix == ".png":
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        options["pnginfo"].add(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + packet)
+    elif path.suffix == ".tif":
+        options["tiffinfo"] = {700: packet}
+    else:
+        options["xmp"] = packet
+    image.save(path, **options)
+
+
+def png_of_16_bits(values):
+    """A 16-bit RGB PNG, which Pillow reads but cannot write; values are uint16 [H, W, 3]."""
+    height, width, _ = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def write_tiff(path, tags, strips):
+    """tags: lists of 16-bit numbers, those of the strips excepted."""
+    content, offsets = b"II*\0    ", []
+    for strip in strips:
+        offsets.append(len(content))
+        content += strip
+    tags = {**tags, 273: offsets, 279: [len(strip) for strip in strips]}
+    entries = b""
+    for tag, values in sorted(tags.items()):
+        packed = struct.pack(f"<{len(values)}H", *values)
+        if len(packed) > 4:
+            content, packed = content + packed, struct.pack("<I", len(content))
+        entries += struct.pack("<HHI4s", tag, 3, len(values), packed)
+    directory = struct.pack("<H", len(tags)) + entries + b"\0" * 4
+    path.write_bytes(content[:4] + struct.pack("<I", len(content)) + content[8:] + directory)
+
+
+def assert_refuses(function, *arguments, saying, **options):
+    with pytest.raises(UserError) as caught:
+        function(*arguments, **options)
+    assert saying in str(caught.value)
+    assert "\n" not in str(caught.value)

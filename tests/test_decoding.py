@@ -1,0 +1,258 @@
+"""From files to upright pixels in sRGB: every kind that can be read, and a line for those that cannot."""
+
+import io
+import zlib
+
+import numpy as np
+import PIL
+import pytest
+import torch
+from pictures import (
+    FORMATS,
+    LOSSLESS,
+    as_bytes,
+    assert_refuses,
+    exchanged_profile,
+    grey_profile,
+    linear_profile,
+    png_of_16_bits,
+    random_pixels,
+    save_with_xmp,
+    srgb_profile,
+    write_tiff,
+)
+from PIL import Image, ImageCms
+
+from restoration.imaging import read_image, read_rgb, to_uint8
+
+
+@pytest.mark.parametrize(("tags", "white", "black"), [({}, 65_535, 0), ({262: 0}, 0, 65_535)], ids=["usual", "turned"])
+@pytest.mark.parametrize("orientation", [1, 3])
+def test_deep_grey_of_either_direction(tmp_path, tags, white, black, orientation):
+    values = np.array([[white, black, 30_000], [white, black, 30_000]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "grey.tif", tiffinfo={**tags, 274: orientation})
+    middle = 30_000 / 65_535 if white else 1 - 30_000 / 65_535
+    row = [1.0, 0.0, middle] if orientation == 1 else [middle, 0.0, 1.0]
+    found = read_rgb(tmp_path / "grey.tif")
+    assert np.abs(np.asarray(found)[..., 0] / 255 - row).max() <= 0.5 / 255 + 1e-6
+
+
+def test_grey_of_12_bits_reaches_white(tmp_path):
+    packed = bytes([0xFF, 0xF0, 0x00, 0x80, 0x00, 0x00])  # 4095, 0, 2048, 0
+    write_tiff(tmp_path / "grey.tif", {256: [4], 257: [1], 258: [12], 259: [1], 262: [1], 277: [1], 278: [1]}, [packed])
+    assert np.asarray(read_rgb(tmp_path / "grey.tif"))[0, :, 0].tolist() == [255, 0, 128, 0]
+
+
+@pytest.mark.parametrize(("compression", "pack"), [(1, bytes), (8, zlib.compress)], ids=["raw", "deflate"])
+def test_planes_of_16_bits_are_read_right_or_not_at_all(tmp_path, compression, pack):
+    values = np.random.default_rng(0).integers(0, 65_536, (3, 5, 7), dtype=np.uint16)
+    tags = {256: [7], 257: [5], 258: [16] * 3, 259: [compression], 262: [2], 277: [3], 278: [5], 284: [2]}
+    write_tiff(tmp_path / "planes.tif", tags, [pack(plane.astype("<u2").tobytes()) for plane in values])
+    if compression == 1:
+        assert_refuses(read_rgb, tmp_path / "planes.tif", saying="planes.tif: holds its channels of 16 bits one after")
+    else:
+        assert np.array_equal(np.asarray(read_rgb(tmp_path / "planes.tif")), (values >> 8).transpose(1, 2, 0))
+
+
+@pytest.mark.parametrize("suffix", ["tif", "jpg", "png"])
+def test_resolution_turns_with_the_picture(tmp_path, suffix):
+    exif = Image.Exif()
+    for orientation in range(1, 9):
+        exif[274] = orientation
+        path = tmp_path / f"turned.{suffix}"
+        Image.new("L", (2, 2)).save(path, dpi=(300, 150), exif=exif)
+        assert read_image(path).dpi == pytest.approx((300, 150) if orientation < 5 else (150, 300), rel=1e-3)
+
+
+def test_no_resolution_is_none(tmp_path):
+    tags = {256: [2], 257: [1], 258: [8], 259: [1], 262: [1], 277: [1], 278: [1]}
+    write_tiff(tmp_path / "none.tif", tags, [b"ab"])
+    assert read_image(tmp_path / "none.tif").dpi is None
+
+
+@pytest.mark.parametrize("suffix", [*LOSSLESS, "bmp", "tiff", "PNG"])
+def test_reads_every_pixel(tmp_path, suffix):
+    pixels = random_pixels()
+    path = tmp_path / f"picture.{suffix}"
+    Image.fromarray(pixels).save(path, **({"lossless": True} if suffix == "webp" else {}))
+    picture = read_image(path)
+    assert picture.rgb.dtype == torch.float32
+    assert picture.rgb.is_contiguous()
+    torch.testing.assert_close(picture.rgb, torch.from_numpy(pixels).permute(2, 0, 1) / 255, rtol=0, atol=0)
+    assert picture.alpha is None
+    assert np.array_equal(np.asarray(read_rgb(path)), pixels)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr"])
+def test_other_modes_become_rgb(tmp_path, mode):
+    if mode == "YCbCr" and int(PIL.__version__.partition(".")[0]) < 13:
+        pytest.skip("Pillow before 13 does not read the YCbCr TIFF files that it writes")
+    image = Image.fromarray(random_pixels()).convert(mode)
+    path = tmp_path / "picture.tif"
+    image.save(path)
+    assert np.array_equal(as_bytes(read_image(path).rgb), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_alpha_is_read(tmp_path, mode):
+    image = Image.fromarray(random_pixels(channels=4)).convert(mode)
+    image.save(tmp_path / "picture.png")
+    picture = read_image(tmp_path / "picture.png")
+    assert np.array_equal(picture.alpha.numpy(), np.asarray(image.getchannel("A")))
+    assert np.array_equal(as_bytes(picture.rgb), np.asarray(image.convert("RGBA"))[..., :3])
+
+
+def test_palette_transparency_becomes_alpha(tmp_path):
+    image = Image.fromarray(random_pixels(channels=1) % 4).convert("P")
+    image.save(tmp_path / "picture.png", transparency=2)
+    alpha = read_image(tmp_path / "picture.png").alpha.numpy()
+    assert np.array_equal(alpha == 0, np.asarray(image) == 2)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_grey_of_16_bits_is_rounded(tmp_path, suffix):
+    values = np.array([[0, 128, 129, 385, 386, 65_535]], dtype=np.uint16)  # 257 apart; 128 and 385 lie just below half
+    Image.fromarray(values).save(tmp_path / f"grey.{suffix}")
+    rgb = as_bytes(read_image(tmp_path / f"grey.{suffix}").rgb)
+    assert rgb[0, :, 0].tolist() == [0, 0, 1, 1, 2, 255]
+    assert (rgb == rgb[..., :1]).all()
+
+
+def test_colour_of_16_bits_keeps_the_high_byte(tmp_path):
+    values = np.random.default_rng(0).integers(0, 65_536, (5, 7, 3), dtype=np.uint16)
+    (tmp_path / "colour.png").write_bytes(png_of_16_bits(values))
+    assert np.array_equal(as_bytes(read_image(tmp_path / "colour.png").rgb), (values >> 8).astype(np.uint8))
+
+
+@pytest.mark.parametrize("values", [np.zeros((2, 2), np.float32), np.full((2, 2), 200, np.int32)])
+def test_rejects_float_and_32_bit_pixels(tmp_path, values):
+    Image.fromarray(values).save(tmp_path / "wide.tif")
+    assert_refuses(read_image, tmp_path / "wide.tif", saying="wide.tif: float and 32-bit pixels")
+
+
+def test_rejects_modes_that_pillow_cannot_convert(tmp_path, monkeypatch):
+    Image.new("LAB", (2, 2)).save(tmp_path / "lab.tif")
+
+    def convert(self, mode):  # as every Pillow before 13 answers
+        raise ValueError(f"conversion from {self.mode} to {mode} not supported")
+
+    monkeypatch.setattr(Image.Image, "convert", convert)
+    assert_refuses(read_image, tmp_path / "lab.tif", saying="lab.tif: colour mode LAB cannot be read")
+
+
+def test_damaged_notes_do_not_cost_the_picture(tmp_path, caplog):
+    pixels = random_pixels()
+    Image.fromarray(pixels).save(tmp_path / "old.png", exif=b"Exif\0\0no notes", icc_profile=b"no profile")
+    picture = read_image(tmp_path / "old.png")
+    assert np.array_equal(as_bytes(picture.rgb), pixels)
+    assert (picture.icc_profile, picture.exif) == (None, None)
+    assert "old.png: its EXIF data cannot be read and is left out" in caplog.text
+    assert "old.png: its colour profile is ignored" in caplog.text
+
+
+@pytest.mark.parametrize("source", FORMATS)
+def test_xmp_that_is_not_utf8_is_left_out(tmp_path, caplog, source):
+    save_with_xmp(tmp_path / f"old.{source}", "<x/>".encode("utf-16"))
+    assert read_image(tmp_path / f"old.{source}").xmp is None
+    assert f"old.{source}: its XMP data cannot be read and is left out" in caplog.text
+
+
+def test_srgb_profile_leaves_pixels_alone(tmp_path):
+    pixels = random_pixels()
+    Image.fromarray(pixels).save(tmp_path / "old.png", icc_profile=srgb_profile())
+    assert np.array_equal(as_bytes(read_image(tmp_path / "old.png").rgb), pixels)
+
+
+def test_a_profile_is_srgb_by_its_numbers_not_by_its_name(tmp_path):
+    assert ImageCms.getProfileDescription(io.BytesIO(linear_profile())).startswith("sRGB")
+    Image.new("RGB", (2, 2), (55, 55, 55)).save(tmp_path / "linear.png", icc_profile=linear_profile())
+    assert (to_uint8(read_image(tmp_path / "linear.png").rgb).int() - 128).abs().max() <= 1  # 255 (55 / 255)^(1 / 2.2)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_other_profiles_are_converted_to_srgb(tmp_path, mode):
+    image = Image.new(mode, (4, 4), (200, 90, 30, 77)[: len(mode)])
+    image.save(tmp_path / "old.png", icc_profile=exchanged_profile())
+    picture = read_image(tmp_path / "old.png")
+    # Red and blue change places, up to rounding of the 8-bit conversion.
+    expected = torch.tensor([30, 90, 200])
+    assert (to_uint8(picture.rgb[:, 0, 0]).int() - expected).abs().max() <= 2
+    assert ImageCms.getProfileDescription(io.BytesIO(picture.icc_profile)).startswith("sRGB")
+    assert (picture.alpha is None) if mode == "RGB" else bool((picture.alpha == 77).all())
+
+
+@pytest.mark.parametrize("mode", ["LA", "L with a transparent grey"])
+def test_grey_keeps_its_profile_beside_alpha(tmp_path, mode):
+    path, values = tmp_path / "old.png", np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    grey = Image.fromarray(values)
+    grey.save(tmp_path / "opaque.png", icc_profile=grey_profile())
+    if mode == "LA":
+        grey.putalpha(Image.new("L", (8, 8), 77))
+        grey.save(path, icc_profile=grey_profile())
+    else:
+        grey.save(path, icc_profile=grey_profile(), transparency=200)
+    picture, opaque = read_image(path), read_image(tmp_path / "opaque.png")
+    assert not np.array_equal(as_bytes(opaque.rgb)[..., 0], values)
+    assert torch.equal(picture.rgb, opaque.rgb)
+    assert np.array_equal(picture.alpha, np.full((8, 8), 77) if mode == "LA" else np.where(values == 200, 0, 255))
+
+
+def test_profile_of_another_colour_space_is_ignored(tmp_path, caplog):
+    pixels = random_pixels(channels=1)
+    Image.fromarray(pixels).save(tmp_path / "grey.png", icc_profile=exchanged_profile())
+    assert np.array_equal(as_bytes(read_image(tmp_path / "grey.png").rgb)[..., 1], pixels)
+    assert "grey.png: its colour profile is ignored" in caplog.text
+
+
+def test_rejects_what_is_no_image(tmp_path):
+    assert_refuses(read_image, tmp_path / "none.png", saying="none.png: no such file")
+    assert_refuses(read_image, tmp_path, saying=f"{tmp_path}: is a folder, not an image")
+    (tmp_path / "empty.png").touch()
+    assert_refuses(read_image, tmp_path / "empty.png", saying="empty.png: is an empty file (0 bytes)")
+    (tmp_path / "text.png").write_text("not an image\n" * 100)
+    assert_refuses(read_image, tmp_path / "text.png", saying="text.png: is not a readable PNG")
+    (tmp_path / "program.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
+    assert_refuses(read_image, tmp_path / "program.jpg", saying="program.jpg: is not a readable PNG")
+    (tmp_path / "big.tif").write_bytes(b"MM\0+\0\x08\0\0" + bytes(64))
+    assert_refuses(read_image, tmp_path / "big.tif", saying="big.tif: is a TIFF file of a kind that cannot be read")
+    (tmp_path / "flat.png").write_bytes(png_of_16_bits(np.zeros((0, 4, 3), np.uint16)))
+    assert_refuses(read_image, tmp_path / "flat.png", saying="flat.png: is ")
+    assert_refuses(
+        read_image, tmp_path / "text.png" / "inside.png", saying="inside.png: cannot be read (Not a directory)"
+    )
+
+
+@pytest.mark.parametrize("suffix", [*FORMATS, "bmp"])
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.95])
+def test_rejects_truncated_images(tmp_path, recwarn, suffix, share):
+    path = tmp_path / f"cut.{suffix}"
+    Image.fromarray(random_pixels(40, 60)).save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    assert_refuses(read_image, path, saying=f"cut.{suffix}: is ")
+    assert_refuses(read_rgb, path, saying=f"cut.{suffix}: is ")
+    assert not recwarn
+
+
+def test_rejects_decompression_bombs(tmp_path, monkeypatch):
+    Image.fromarray(random_pixels(20, 20)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert_refuses(read_image, tmp_path / "bomb.png", saying="bomb.png: has too many pixels")
+
+
+def test_advice_to_programmers_is_not_shown(tmp_path, monkeypatch, recwarn):
+    Image.new("P", (20, 20)).save(tmp_path / "large.png", transparency=bytes([255, 0, 128]))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
+    read_image(tmp_path / "large.png")
+    assert not recwarn
+
+
+@pytest.mark.parametrize("place", ["PIL.ImageFile.ImageFile.load", "PIL.ImageOps.exif_transpose", "numpy.divide"])
+def test_a_picture_beyond_the_memory_is_told_in_one_line(tmp_path, monkeypatch, place):
+    Image.fromarray(random_pixels()).save(tmp_path / "large.bmp")
+
+    def exceed(*arguments, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(place, exceed)
+    assert_refuses(read_image, tmp_path / "large.bmp", saying="large.bmp: does not fit this computer's memory")
