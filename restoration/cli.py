@@ -61,15 +61,16 @@ def main() -> None:
         with _end_at_sigterm(), _one_line_errors():
             app()
     except BaseException as error:
-        if not _has_peers():
+        if not _is_one_of_several():
             raise
         # Taken down in order, what talked to the other processes would at times wait for them for ever, and torchrun,
-        # which ends them, for this one.
+        # which ends them, for this one; and after success its threads would at times abort an interpreter that ends.
         if not isinstance(error, SystemExit):
             traceback.print_exception(error)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
+        code = error.code or 0 if isinstance(error, SystemExit) else 1
+        os._exit(code if isinstance(code, int) else 1)
 
 
 @contextmanager
@@ -87,8 +88,9 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        full_disk = isinstance(error, OSError) and error.errno == errno.ENOSPC  # behind standard output, say
-        if not (full_disk or isinstance(error, UserError) or BACKEND_VARIABLE in str(error)):
+        # A full disk may be the one behind standard output, which has no name.
+        of_a_file = isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC)
+        if not (of_a_file or isinstance(error, UserError) or BACKEND_VARIABLE in str(error)):
             raise
         if not isinstance(error, ReportedError):
             print(_error_line(error), file=sys.stderr, flush=True)
@@ -96,13 +98,15 @@ def _one_line_errors() -> Iterator[None]:
 
 
 def _error_line(error: Exception) -> str:
-    return f"error: {error}".replace("\n", "\\n")  # a file's name may hold one
+    what = error
+    if isinstance(error, OSError) and error.filename is not None:
+        what = f"{error.filename}: {error.strerror}"
+    return f"error: {what}".replace("\n", "\\n")  # a file's name may hold one
 
 
-def _has_peers() -> bool:
-    """Whether this process has joined others for a job, and has not left them in order."""
-    distributed = sys.modules.get("torch.distributed")
-    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+def _is_one_of_several() -> bool:
+    """Whether torchrun, or what does the same, has started this process among others."""
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def prefer_large_pages() -> None:
@@ -194,8 +198,8 @@ def evaluate(
     from rich.progress import track
 
     from restoration.checkpoints import load_network
-    from restoration.evaluate import choose_cases, choose_methods, evaluate
-    from restoration.evaluation_report import CAPTION, check_output, markdown_table, summarise, write_report
+    from restoration.evaluate import choose_cases, choose_methods, evaluate, rows_apart
+    from restoration.evaluation_report import CAPTION, SHEET, check_output, markdown_table, summarise, write_report
     from restoration.reconstruct import choose_device
     from restoration.vgg import metric_features
 
@@ -206,10 +210,12 @@ def evaluate(
     methods = choose_methods(load_network(checkpoint, precision).to(target), target, baselines=baselines)
     features = None if synthetic else metric_features(vgg).to(target)
     check_output(out, force=force)
-    evaluations = evaluate(cases, methods, features)
+    apart = rows_apart(number)
+    evaluations = evaluate(cases, methods, features, shown_every=apart)
     evaluated = list(track(evaluations, "evaluating", total=number, console=Console(stderr=True)))
+    print(f"{markdown_table(summarise(evaluated))}\n\n{CAPTION}")
     write_report(evaluated, out, size=size)
-    print(f"{markdown_table(summarise(evaluated))}\n\n{CAPTION}\nwritten to {out}")
+    print(f"written to {out}" + (f"; {SHEET} shows one of {apart} pairs" if apart > 1 else ""))
 
 
 @app.command()
@@ -367,14 +373,16 @@ def dataset_build(
     stride: Annotated[int, typer.Option(help="Step between crops, in pixels.")] = 512,
     small: Annotated[str, typer.Option(help="Images smaller than a crop: enlarge or skip.")] = "enlarge",
     uniform_share: Annotated[float | None, typer.Option(help="Crops with less drawing than this are dropped.")] = None,
-    test_share: Annotated[float | None, typer.Option(help="Of the works, where the source has no SPLIT.csv.")] = None,
+    test_share: Annotated[
+        float | None, typer.Option(help="Of the works, where the source has no SPLIT.csv; default: 0.1.")
+    ] = None,
     style: Annotated[list[str] | None, typer.Option(help="Style to take; repeatable. Default: all.")] = None,
     force: Force = False,
 ) -> None:
     """Cut paintings into square crops for training, split by painting."""
     from rich.progress import Progress
 
-    from restoration.dataset import TEST_SHARE, UNIFORM_SHARE, build_dataset
+    from restoration.dataset import UNIFORM_SHARE, build_dataset
 
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("cutting", total=None)
@@ -385,7 +393,7 @@ def dataset_build(
             stride=stride,
             small=small,
             uniform_share=UNIFORM_SHARE if uniform_share is None else uniform_share,
-            test_share=TEST_SHARE if test_share is None else test_share,
+            test_share=test_share,
             styles=style,
             force=force,
             progress=lambda done, total: progress.update(bar, completed=done, total=total),

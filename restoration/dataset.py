@@ -81,7 +81,7 @@ def build_dataset(
     stride: int = 512,
     small: str = "enlarge",
     uniform_share: float = UNIFORM_SHARE,
-    test_share: float = TEST_SHARE,
+    test_share: float | None = None,
     styles: Sequence[str] | None = None,
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -93,9 +93,9 @@ def build_dataset(
     right and lower edges. ``small`` is what happens to images with a shorter side below ``crop``: "enlarge" (Lanczos,
     shorter side = crop) or "skip". Crops below ``uniform_share`` are dropped (0 keeps all; see the module's rule).
 
-    Without SPLIT.csv, ``test_share`` of each style's works (at least one of two or more, never all of them) is held
-    out, chosen by a hash of the work's name; a work in two styles stands on one side. Damaged files are logged,
-    reported and left out. ``progress(done, total)`` is called after each image.
+    Without SPLIT.csv, ``test_share`` (default: TEST_SHARE) of each style's works (at least one of two or more, never
+    all of them) is held out, chosen by a hash of the work's name; a work in two styles stands on one side. Damaged
+    files are logged, reported and left out. ``progress(done, total)`` is called after each image.
 
     index.csv has the columns INDEX_COLUMNS: ``source`` is relative to ``source``; left, top, width, height are the box
     in the source's upright pixels (fractions where it was enlarged, by ``scale``).
@@ -105,6 +105,8 @@ def build_dataset(
     source, out = Path(source), Path(out)
     _check_options(crop, stride, small, uniform_share, test_share)
     paintings = find_paintings(source, styles)
+    if test_share is not None and any(painting.split for painting in paintings):
+        raise UserError(f"--test-share {test_share}: {source}/SPLIT.csv says which works are held out; leave one out")
     _check_folders(source, out, force)
 
     place = out.resolve()
@@ -122,7 +124,7 @@ def build_dataset(
                     if progress is not None:
                         progress(len(cuts), len(paintings))
             finished = Path(workshop, "dataset")
-            report = _arrange(source, finished, paintings, cuts, test_share)
+            report = _arrange(source, finished, paintings, cuts, TEST_SHARE if test_share is None else test_share)
             if place.exists():
                 place.rename(Path(workshop, "replaced"))
             finished.rename(place)
@@ -243,7 +245,7 @@ def _crop_names(source: Path, paintings: Sequence[Painting]) -> list[str]:
     return names
 
 
-def _check_options(crop: int, stride: int, small: str, uniform_share: float, test_share: float) -> None:
+def _check_options(crop: int, stride: int, small: str, uniform_share: float, test_share: float | None) -> None:
     if crop < 1:
         raise UserError(f"--crop must be 1 pixel or more, got {crop}")
     if stride < 1:
@@ -252,7 +254,7 @@ def _check_options(crop: int, stride: int, small: str, uniform_share: float, tes
         raise UserError(f"--small must be 'enlarge' or 'skip', got '{small}'")
     if not 0 <= uniform_share <= 1:
         raise UserError(f"--uniform-share must be between 0 and 1, got {uniform_share}")
-    if not 0 <= test_share < 1:
+    if test_share is not None and not 0 <= test_share < 1:
         raise UserError(f"--test-share must be at least 0 and below 1, got {test_share}")
 
 

@@ -33,6 +33,7 @@ from restoration.vgg import VGG19Features
 NETWORK, RANDOM_NETWORK, UNTOUCHED = "network", "random weights", "untouched"
 PAIRS_A_STYLE = 20
 SHEET_CELL = 320  # pixels; no more of a picture is kept, or hundreds of pairs would fill the memory
+SHEET_ROWS = 60  # the default's PAIRS_A_STYLE of three styles; what is longer nobody can open
 
 Method = Callable[[Tensor, Tensor], Tensor]  # degraded [3,H,W], reference [3,h,w] -> result [3,H,W], all in [0,1]
 
@@ -50,7 +51,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """scores: method -> name of the score -> value, None where a result was not finite. pictures: a sheet's row."""
+    """Scores (method -> name -> value, None where a result was not finite); pictures, a sheet's row or none."""
 
     style: str
     name: str
@@ -155,21 +156,32 @@ def _recolouring(network: ReversibleNetwork, device: torch.device) -> Method:
     return method
 
 
-def evaluate(cases: Iterator[Case], methods: dict[str, Method], features: VGG19Features | None) -> Iterator[Evaluation]:
-    """Recolours case after case by every method and scores the results.
+def evaluate(
+    cases: Iterator[Case], methods: dict[str, Method], features: VGG19Features | None, *, shown_every: int = 1
+) -> Iterator[Evaluation]:
+    """Recolours case after case by every method and scores the results. Of every so many cases the pictures are kept.
 
     Without an original: SSIM to the degraded painting, Gram losses (features: `vgg.metric_features`) and tint to the
     reference; with one: CIEDE2000 and SSIM to the original. Either way the share of newly clipped pixels.
     """
-    for case in cases:
+    for number, case in enumerate(cases):
         results = {name: method(case.degraded, case.reference) for name, method in methods.items()}
         finite = {name: result for name, result in results.items() if result.isfinite().all()}
         scores = dict(zip(finite, _score(case, list(finite.values()), features), strict=True))
-        shown = {"degraded": case.degraded, "reference": case.reference}
-        shown |= {} if case.original is None else {"original": case.original}
-        shown |= {name: result.nan_to_num(0.5) for name, result in results.items() if name != UNTOUCHED}
-        pictures = {name: limit_side(picture, SHEET_CELL) for name, picture in shown.items()}
+        pictures = _sheet_row(case, results) if number % shown_every == 0 else {}
         yield Evaluation(case.style, case.name, {name: scores.get(name) for name in methods}, pictures)
+
+
+def rows_apart(number: int) -> int:
+    """Of how many cases one is shown, so that a sheet of them has at most SHEET_ROWS."""
+    return max(1, math.ceil(number / SHEET_ROWS))
+
+
+def _sheet_row(case: Case, results: dict[str, Tensor]) -> dict[str, Tensor]:
+    shown = {"degraded": case.degraded, "reference": case.reference}
+    shown |= {} if case.original is None else {"original": case.original}
+    shown |= {name: result.nan_to_num(0.5) for name, result in results.items() if name != UNTOUCHED}
+    return {name: limit_side(picture, SHEET_CELL) for name, picture in shown.items()}
 
 
 def _score(case: Case, results: list[Tensor], features: VGG19Features | None) -> list[dict[str, float]]:

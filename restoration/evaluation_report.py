@@ -53,10 +53,8 @@ def check_output(out: Path, *, force: bool = False) -> None:
 
 
 def write_report(evaluations: list[Evaluation], out: Path, *, size: int) -> None:
-    """Writes METRICS, TABLE and SHEET into out, which `check_output` has approved."""
+    """Writes TABLE, METRICS and SHEET into out, which `check_output` has approved; last what takes most room."""
     summary = summarise(evaluations)
-    sheet = contact_sheet([(_label(e), list(e.pictures.values())) for e in evaluations], list(evaluations[0].pictures))
-    write_image(out / SHEET, sheet, force=True)
     write_text_whole(out / TABLE, f"{markdown_table(summary)}\n\n{CAPTION}\n")
     report = {
         "versions": {"restoration": restoration.__version__, "torch": torch.__version__},
@@ -65,6 +63,8 @@ def write_report(evaluations: list[Evaluation], out: Path, *, size: int) -> None
         "pairs": [{"style": e.style, "pair": e.name, "scores": e.scores} for e in evaluations],
     }
     write_json(out / METRICS, report)
+    rows = [(_label(e), list(e.pictures.values())) for e in evaluations if e.pictures]
+    write_image(out / SHEET, contact_sheet(rows, list(evaluations[0].pictures)), force=True)
 
 
 def _label(evaluation: Evaluation) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ from restoration.memory import is_out_of_memory
 from restoration.metrics import Metrics, measure
 from restoration.vgg import metric_features
 from restoration.whitening import RIDGE_LADDER, Moments, moments_of_parts, transfer_parts_
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -108,15 +112,23 @@ def _pair_folders(degraded: Path, reference: Path, output: Path) -> list[Job]:
     if not reference.exists():
         raise UserError(f"{reference}: no such folder of references")
     references: dict[str, Path] = {}
-    for path in _pictures(reference):
-        if path.stem in references:
-            raise UserError(f"{reference}: holds two references of one name, {references[path.stem].name}, {path.name}")
-        references[path.stem] = path
+    for path in _pictures(reference)[0]:
+        twin = references.setdefault(_name(path), path)
+        if twin is not path:
+            raise UserError(f"{reference}: holds two references of one name, {twin.name}, {path.name}")
     jobs = []
-    for path in _pictures(degraded):
-        if path.stem not in references:
+    pictures, others = _pictures(degraded)
+    for path in pictures:
+        if _name(path) not in references:
             raise UserError(f"{reference}: holds no reference named {path.stem}.* for {path}")
-        jobs.append(Job(path, references[path.stem], output / f"{path.stem}.png"))
+        jobs.append(Job(path, references[_name(path)], output / f"{path.stem}.png"))
+    if others:
+        logger.warning(
+            "%s: passed over, as their names end in none of %s: %s",
+            degraded,
+            ", ".join(READABLE_SUFFIXES),
+            ", ".join(path.name for path in others),
+        )
     if not jobs:
         raise UserError(f"{degraded}: holds no pictures ({', '.join(READABLE_SUFFIXES)})")
     names = [job.output.name for job in jobs]
@@ -130,10 +142,18 @@ def _pair_folders(degraded: Path, reference: Path, output: Path) -> list[Job]:
     return jobs
 
 
-def _pictures(folder: Path) -> list[Path]:
-    """Its own files; those whose names start with a dot are of the system that copied it."""
-    files = (path for path in folder.iterdir() if not path.name.startswith(".") and path.is_file())
-    return sorted(path for path in files if path.suffix.lower() in READABLE_SUFFIXES)
+def _name(path: Path) -> str:
+    """By which it meets its partner: systems write the same accented or Chinese letters in several ways."""
+    return unicodedata.normalize("NFC", path.stem)
+
+
+def _pictures(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Its own pictures, and other files; those whose names start with a dot are of the system that copied it."""
+    pictures, others = [], []
+    for path in sorted(folder.iterdir()):
+        if not path.name.startswith(".") and path.is_file():
+            (pictures if path.suffix.lower() in READABLE_SUFFIXES else others).append(path)
+    return pictures, others
 
 
 class Recolourer:

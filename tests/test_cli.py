@@ -212,6 +212,7 @@ def test_reconstruct_goes_on_past_a_picture_that_cannot_be_treated(workshop, tmp
         (("{root}/cut.png", "{ink}", "-o", "{out}/o.png"), "cut.png"),
         (("{root}/empty.png", "{ink}", "-o", "{out}/o.png"), "empty.png"),
         (("{ink}", "{ink}", "-o", "{out}/no/o.png"), "does not exist"),
+        (("{ink}", "{ink}", "-o", f"{{out}}/{'long' * 100}.png"), "File name too long"),
         (("{ink}", "{ink}", "-o", "{out}/o.png", "--checkpoint", "{root}/pickled.pt"), "never loaded"),
         (("{ink}", "{ink}", "-o", "{out}/o.png", "--checkpoint", "{root}/other.safetensors"), "another architecture"),
         # Before pictures are read: those of a folder take their time.

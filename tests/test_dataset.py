@@ -341,6 +341,12 @@ def test_rejects_options(source, out, options, saying):
     assert not out.exists()
 
 
+def test_rejects_a_share_beside_a_split(source, out):
+    write_table(source / "MANIFEST.csv", ["file", "painting_id"], ["ink/1.png", "p0"])
+    write_table(source / "SPLIT.csv", ["painting_id", "split"], ["p0", "test"])
+    assert_refuses(source, out, test_share=0.3, saying="SPLIT.csv says which works are held out")
+
+
 def test_rejects_when_nothing_is_left(tmp_path, out):
     (tmp_path / "source/ink").mkdir(parents=True)
     (tmp_path / "source/ink/1.png").touch()

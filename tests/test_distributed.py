@@ -297,14 +297,12 @@ def command(*arguments):
     """Exit code, standard output and standard error of a command."""
     sys.argv = ["restoration", *map(str, arguments)]
     out, err = io.StringIO(), io.StringIO()
-    # A process with peers leaves by it: here to send what it has said.
-    leaving = mock.patch("os._exit", sys.exit)
-    with redirect_stdout(out), redirect_stderr(err), leaving:
-        try:
-            main()
-            code = 0
-        except SystemExit as left:
-            code = left.code or 0
+    # A process with peers leaves by it, whatever the end, or the threads of the group might abort it: here to send what
+    # it has said.
+    leaving = mock.patch("os._exit", side_effect=sys.exit)
+    with redirect_stdout(out), redirect_stderr(err), leaving as leave, suppress(SystemExit):
+        main()
+    (code,) = leave.call_args.args
     return code, out.getvalue(), err.getvalue()
 
 

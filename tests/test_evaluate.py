@@ -25,6 +25,7 @@ from restoration.evaluate import (
     drawn_cases,
     evaluate,
     faded_cases,
+    rows_apart,
 )
 from restoration.evaluation_report import check_output, markdown_table, summarise, write_report
 from restoration.flow import Architecture, ReversibleNetwork
@@ -215,6 +216,30 @@ def test_the_same_evaluation_twice_leaves_the_same_files(paintings, tmp_path):
     assert all(math.isfinite(value) for value in report["pairs"][0]["scores"][NETWORK].values())
     with pytest.raises(UserError, match="exists already"):
         check_output(tmp_path / "first")
+
+
+def test_a_sheet_of_many_pairs_shows_some_of_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("restoration.evaluate.SHEET_ROWS", 2)
+    assert [rows_apart(number) for number in (1, 2, 3, 4, 5)] == [1, 1, 2, 2, 3]
+    methods = dict.fromkeys((NETWORK, UNTOUCHED), untouched)
+    cases = [Case("ink", str(number), picture(0), picture(1)) for number in range(5)]
+    evaluations = list(evaluate(iter(cases), methods, FEATURES, shown_every=rows_apart(5)))
+    assert [bool(evaluation.pictures) for evaluation in evaluations] == [True, False, False, True, False]
+    write_report(evaluations, tmp_path, size=32)
+    assert len(json.loads((tmp_path / "metrics.json").read_text())["pairs"]) == 5
+
+
+def test_scores_are_kept_where_the_sheet_cannot_be_written(tmp_path, monkeypatch):
+    methods = dict.fromkeys((NETWORK, UNTOUCHED), untouched)
+    evaluations = list(evaluate(iter([Case("ink", "one", picture(0), picture(1))]), methods, FEATURES))
+
+    def fail(*arguments, **options):
+        raise UserError("contact_sheet.png: cannot be written (No space left on device)")
+
+    monkeypatch.setattr("restoration.evaluation_report.write_image", fail)
+    with pytest.raises(UserError, match="No space left"):
+        write_report(evaluations, tmp_path, size=32)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "table.md"]
 
 
 def test_a_style_whose_name_is_no_utf8_is_written_as_it_is(tmp_path):

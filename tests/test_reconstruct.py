@@ -113,11 +113,28 @@ def folders_of(tmp_path, **names):
     return [tmp_path / folder for folder in names]
 
 
-def test_what_a_system_leaves_in_folders_is_passed_over(tmp_path, checkpoint):
+def test_what_a_system_leaves_in_folders_is_passed_over(tmp_path, checkpoint, caplog):
     faded, kept = folders_of(tmp_path, faded=["a.png"], kept=["a.png"])
     (faded / "._a.png").write_bytes(b"of macOS")
     (faded / "more.png").mkdir()
     assert [report.job.degraded.name for report in run(faded, kept, tmp_path / "out", checkpoint)] == ["a.png"]
+    assert not caplog.text
+
+
+def test_files_that_no_suffix_shows_to_be_pictures_are_named(tmp_path, caplog):
+    faded, kept = folders_of(tmp_path, faded=["a.png", "b.jfif"], kept=["a.png", "b.png"])
+    for name in ("c.jp2", "notes.txt"):
+        (faded / name).touch()
+        (kept / name).touch()
+    assert [job.degraded.name for job in plan(faded, kept, tmp_path / "out")] == ["a.png", "b.jfif"]
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{faded}: passed over") and record.getMessage().endswith("c.jp2, notes.txt")
+
+
+def test_names_are_equal_however_their_letters_are_encoded(tmp_path):
+    faded, kept = folders_of(tmp_path, faded=["e\u0301.png"], kept=["\u00e9.png"])
+    (job,) = plan(faded, kept, tmp_path / "out")
+    assert job.reference.name == "\u00e9.png" and job.output.name == "e\u0301.png"
 
 
 def test_two_references_of_one_name_are_refused(tmp_path):
