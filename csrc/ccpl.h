@@ -23,6 +23,7 @@ struct NeighborDifferenceSizes {
   int64_t place_stride;
 
   HOST_DEVICE int64_t entries() const { return anchors * kSlots; }
+  HOST_DEVICE bool holds(int64_t place) const { return place >= 0 && place < places; }
 };
 
 // places [9N], int64: of each entry. y [B,8N,C], of the dtype of x.

@@ -3,11 +3,23 @@
 // up all that it gets: repeated places accumulate, in float32 at least, and the result does not depend on the thread
 // count. Scratch memory: 64 bytes a place and thread.
 
+#include <stdexcept>
+#include <string>
+
 #include "ccpl.h"
 #include "common_cpu.h"
 
 namespace restoration::CPU_ISA {
 namespace {
+
+// Nobody has looked at the places of a compiled graph.
+void check_places(const int64_t* places, const NeighborDifferenceSizes& sizes) {
+  for (int64_t entry = 0; entry < sizes.entries(); ++entry) {
+    if (sizes.holds(places[entry])) continue;
+    throw std::invalid_argument("neighbor_difference: places must lie in 0 to " + std::to_string(sizes.places - 1) +
+                                ", got " + std::to_string(places[entry]));
+  }
+}
 
 template <typename T>
 void forward(const NeighborDifferenceForward& arguments, const NeighborDifferenceSizes& sizes, int threads) {
@@ -121,12 +133,14 @@ void backward(const NeighborDifferenceBackward& arguments, const NeighborDiffere
 
 void neighbor_difference_forward(const NeighborDifferenceForward& arguments, const NeighborDifferenceSizes& sizes,
                                  DType dtype, int threads) {
+  check_places(arguments.places, sizes);
   dispatch_cpu_dtype("neighbor_difference", dtype,
                      [&](auto tag) { forward<typename decltype(tag)::Type>(arguments, sizes, threads); });
 }
 
 void neighbor_difference_backward(const NeighborDifferenceBackward& arguments, const NeighborDifferenceSizes& sizes,
                                   DType dtype, int threads) {
+  check_places(arguments.places, sizes);
   dispatch_cpu_dtype("neighbor_difference", dtype,
                      [&](auto tag) { backward<typename decltype(tag)::Type>(arguments, sizes, threads); });
 }

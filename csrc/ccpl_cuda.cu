@@ -30,7 +30,9 @@ __global__ void __launch_bounds__(kThreads)
   A values[kSlots];
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
-    values[slot] = static_cast<A>(plane[places[anchor * kSlots + slot] * sizes.place_stride]);
+    const int64_t place = places[anchor * kSlots + slot];
+    if (!sizes.holds(place)) __trap();  // nobody has looked at the places of a compiled graph
+    values[slot] = static_cast<A>(plane[place * sizes.place_stride]);
   }
   T* rows = y + (image * sizes.anchors + anchor) * kNeighbors * sizes.channels + channel;
 #pragma unroll
@@ -51,6 +53,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t first = index / sizes.channels % entries;
   const int64_t image = index / sizes.channels / entries;
   const int64_t place = places[first];
+  if (!sizes.holds(place)) __trap();
   const T* image_grad_y = grad_y + image * sizes.anchors * kNeighbors * sizes.channels;
   T* target = grad_x + image * sizes.channels * sizes.places + channel * sizes.channel_stride +
               place * sizes.place_stride;

@@ -192,10 +192,9 @@ def why_not_on(backend, device):
     return _why_not_on_gpu(device.index) if backend == "cuda" else None
 
 
+@_constant_when_compiled
 def _why_not_now():
     """None if kernels can run where the call stands, else the reason: torch would leave derivatives out in silence."""
-    if torch.compiler.is_compiling():
-        return None
     if torch._C._are_functorch_transforms_active():
         return "its kernel knows no transforms of torch.func"
     if torch.autograd.forward_ad._current_level >= 0:

@@ -74,17 +74,23 @@ def pac_conv2d_(residual, x, guide, weight, bias, stride, padding, dilation, nor
     )
     if not residual.is_contiguous():
         _fail(operator, "residual", "be contiguous", f"strides {list(residual.stride())} for {_shape(residual)}")
+    for argument, value in dict(residual=residual, x=x, guide=guide, weight=weight, bias=bias).items():
+        if value is not None and torch.is_grad_enabled() and value.requires_grad:
+            _fail(operator, argument, "require no gradient (use pac_conv2d, or torch.no_grad())", "one that does")
+    if torch.compiler.is_compiling():  # which knows neither what follows nor addresses; the op looks at these
+        return geometry
     if residual.is_inference() and not torch.is_inference_mode_enabled():
         _fail(operator, "residual", "be written to inside torch.inference_mode() alone", "one that was made there")
-    for argument, value in dict(residual=residual, x=x, guide=guide, weight=weight, bias=bias).items():
-        if value is None:
-            continue
-        if torch.is_grad_enabled() and value.requires_grad:
-            _fail(operator, argument, "require no gradient (use pac_conv2d, or torch.no_grad())", "one that does")
-        # Addresses are unknown while torch.compile traces.
-        if argument != "residual" and not torch.compiler.is_compiling() and _overlap(residual, value):
-            _fail(operator, argument, "share no memory with residual, which is written to", "overlapping tensors")
+    apart(operator, ("residual", residual), dict(x=x, guide=guide, weight=weight, bias=bias))
     return geometry
+
+
+def apart(operator, written, others):
+    """Checks that a tensor to be written to, given with its name, shares no memory with the others, by theirs."""
+    name, output = written
+    for argument, value in others.items():
+        if isinstance(value, torch.Tensor) and _overlap(output, value):
+            _fail(operator, argument, f"share no memory with {name}, which is written to", "overlapping tensors")
 
 
 def pac_kernel2d(guide, kernel_size, stride, padding, dilation, normalize):

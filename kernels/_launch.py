@@ -67,7 +67,11 @@ def fill_with_zeros(tensor):
         tensor.zero_()
         return
     pages = -(-tensor.nbytes // _LARGE_PAGE_BYTES)
-    memory = mmap.mmap(-1, pages * _LARGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, pages * _LARGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # no room for both
+        tensor.zero_()
+        return
     memory.madvise(mmap.MADV_HUGEPAGE)
     # The tensor keeps the mapping alive.
     tensor.set_(torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape))

@@ -5,6 +5,7 @@ that torch.compile and torch.export see of it. Its ``launch`` fills them. Both c
 """
 
 import torch
+from torch.autograd import forward_ad
 
 from . import _backend, _checks, _launch
 
@@ -28,6 +29,7 @@ def define(schema, allocate, launch):
     def run(*arguments):
         *arguments, backend = arguments
         _check_usable(name, backend, arguments[0].device)
+        _refuse_tangents(name, backend, arguments)
         outputs = allocate(*arguments)
         _launch_on(arguments[0].device, launch, backend, outputs, arguments)
         return _results(outputs)
@@ -52,6 +54,7 @@ def define_in_place(schema, launch):
     def run(output, *arguments):
         *arguments, backend = arguments
         _check_usable(name, backend, output.device)
+        _checks.apart(name, (names[0], output), dict(zip(names[1:], arguments, strict=False)))
         _launch_on(output.device, launch, backend, output, arguments)
         if not output.is_inference():
             torch.autograd.graph.increment_version(output)  # what autograd has saved of it is no more what it was
@@ -59,12 +62,26 @@ def define_in_place(schema, launch):
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{_LIBRARY.ns}::{name}", lambda *arguments: None, lib=_LIBRARY)
-    return getattr(getattr(torch.ops, _LIBRARY.ns), name).default
+    op = getattr(getattr(torch.ops, _LIBRARY.ns), name).default
+    names = [argument.name for argument in op._schema.arguments]
+    return op
 
 
 def _check_usable(name, backend, device):
     """A graph that torch.export made on another machine, or that was moved since, comes here unchecked."""
     _checks.usable(name, backend, device, _backend.why_not_on(backend, device))
+
+
+def _refuse_tangents(name, backend, arguments):
+    """A graph compiled before forward-mode differentiation began would leave the derivatives out in silence."""
+    if forward_ad._current_level < 0:
+        return
+    tensors = (value for value in arguments if isinstance(value, torch.Tensor))
+    if any(forward_ad.unpack_dual(value).tangent is not None for value in tensors):
+        raise RuntimeError(
+            f"{name}: backend must be 'reference' where tensors have tangents, got {backend!r} of a graph that was "
+            "compiled for tensors without: compile inside of torch.autograd.forward_ad.dual_level()"
+        )
 
 
 def _launch_on(device, launch, backend, outputs, arguments):

@@ -123,11 +123,18 @@ def neighbor_difference_forward_kernel(
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < channels
     maps = x + program // anchors * channels * map_places + channel.to(tl.int64) * channel_stride
-    centre = tl.load(maps + tl.load(places + anchor * 9) * place_stride, mask=inside).to(ACCUMULATE)
+    centre = _at_place(maps, tl.load(places + anchor * 9), place_stride, map_places, inside).to(ACCUMULATE)
     for neighbor in tl.static_range(8):
         place = tl.load(places + anchor * 9 + 1 + neighbor)
-        value = tl.load(maps + place * place_stride, mask=inside).to(ACCUMULATE)
+        value = _at_place(maps, place, place_stride, map_places, inside).to(ACCUMULATE)
         tl.store(y + (program * 8 + neighbor) * channels + channel, centre - value, mask=inside)
+
+
+@triton.jit
+def _at_place(maps, place, place_stride, map_places, inside):
+    """Values of channels; NaN beyond the map, as nobody has looked at the places of a compiled graph."""
+    exists = (place >= 0) & (place < map_places)
+    return tl.load(maps + place * place_stride, mask=inside & exists, other=float("nan"))
 
 
 @triton.jit
@@ -167,6 +174,7 @@ def neighbor_difference_backward_kernel(
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < channels
     place = tl.load(places + first)
+    inside = inside & (place >= 0) & (place < map_places)
     grad_y += image * anchors * 8 * channels
     target = grad_x + image * channels * map_places + channel.to(tl.int64) * channel_stride + place * place_stride
     if SORTED:
@@ -199,7 +207,7 @@ def _logits(
 ):
     """[ROWS, KEYS] logits of a tile; -inf beyond the last key.
 
-    1/temperature is a constant: as an argument it would be rounded to float32.
+    1/temperature is a constant, and each new one is compiled anew: float32 has no register left for it on sm_86.
     """
     total = tl.zeros([row.shape[0], column.shape[0]], ACCUMULATE)
     for first in range(0, width, WIDTH):

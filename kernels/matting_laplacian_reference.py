@@ -54,7 +54,10 @@ def _window_residuals(image, guide, eps, radius):
 
 
 def _less_component(vectors, direction):
-    return torch.addcmul(vectors, direction, (direction * vectors).sum(2, keepdim=True), value=-1)
+    component = (direction * vectors).sum(2, keepdim=True)
+    if torch.compiler.is_compiling():  # the tangent of addcmul ends the process there, in PyTorch 2.13
+        return vectors - direction * component
+    return torch.addcmul(vectors, direction, component, value=-1)
 
 
 def _centred_windows(image, radius):

@@ -38,8 +38,6 @@ def run(image, guide, product, energy, factor, eps, radius):
     if energy is not None:
         energy.copy_(partial.sum(1) / (H * W))
     if product is not None and product.numel() > 0:
-        # Triton passes a number as float32; this one must keep all of its digits.
-        factor = image.new_full((), factor, dtype=torch.float64)
         grid = (B * C * triton.cdiv(H * W, _PIXELS),)
         matting_laplacian_product_kernel[grid](image, guide, fits, product, factor, C, W, H * W, windows, side, _PIXELS)
 
@@ -68,7 +66,7 @@ def matting_laplacian_fit_kernel(
     width,
     pixels,
     windows,
-    EPS: tl.constexpr,
+    eps: tl.float64,
     SIDE: tl.constexpr,
     NUMBERS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -76,8 +74,9 @@ def matting_laplacian_fit_kernel(
 ):
     """fits [B,C,4,windows]: slopes and offset; partial [B,blocks]: energy. By modified Gram-Schmidt, as in csrc."""
     n: tl.constexpr = SIDE * SIDE
-    root_eps = tl.sqrt(tl.full((), EPS, tl.float64))
+    root_eps = tl.sqrt(tl.full((), eps, tl.float64))
     window_rows, window_columns = pixels // width - SIDE + 1, width - SIDE + 1
+    pixels, windows = tl.cast(pixels, tl.int64), tl.cast(windows, tl.int64)  # of which thrice as many are counted below
     program = tl.program_id(0)
     column_blocks = tl.cdiv(window_columns, COLUMNS)
     blocks = tl.cdiv(window_rows, ROWS) * column_blocks
@@ -121,9 +120,20 @@ def matting_laplacian_fit_kernel(
 
 @triton.jit
 def matting_laplacian_product_kernel(
-    image, guide, fits, product, factor, channels, width, pixels, windows, SIDE: tl.constexpr, PIXELS: tl.constexpr
+    image,
+    guide,
+    fits,
+    product,
+    factor: tl.float64,
+    channels,
+    width,
+    pixels,
+    windows,
+    SIDE: tl.constexpr,
+    PIXELS: tl.constexpr,
 ):
     """product = factor · sum over the windows that contain a pixel of what their fits leave of it."""
+    pixels, windows = tl.cast(pixels, tl.int64), tl.cast(windows, tl.int64)  # as in the fit
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(pixels, PIXELS)
     plane = program // blocks
@@ -148,4 +158,4 @@ def matting_laplacian_product_kernel(
         fitted += tl.load(fit + 2 * windows, mask=exists, other=0) * third
         fitted += tl.load(fit + 3 * windows, mask=exists, other=0)
         total += tl.where(exists, value - fitted, 0)
-    tl.store(product + plane * pixels + pixel, total * tl.load(factor), mask=inside)
+    tl.store(product + plane * pixels + pixel, total * factor, mask=inside)

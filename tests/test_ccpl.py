@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
 from benchmarks import bench_ccpl, peak_memory
-from restoration_kernels import CCPLoss, ccpl_loss, info_nce, neighbor_difference, sample_neighbors
+from restoration_kernels import CCPLoss, _backend, ccpl_loss, info_nce, neighbor_difference, sample_neighbors
 from restoration_kernels._samples import Sample, _info_nce
 from restoration_kernels.ccpl import UNIT_LENGTH_EPS
 
@@ -462,6 +462,16 @@ def test_rejects_draws(arguments, message):
 def test_rejects_places(arguments, message, backend):
     with pytest.raises(ValueError, match=f"^neighbor_difference: {message}$"):
         neighbor_difference(*arguments, backend=backend)
+
+
+@pytest.mark.skipif(_backend.extension()[0] is None, reason=str(_backend.extension()[1]))
+@pytest.mark.parametrize("place", [-1, 20])
+def test_places_of_a_compiled_graph_are_looked_at_by_the_kernel(place):
+    torch.compiler.reset()
+    compiled = torch.compile(neighbor_difference, fullgraph=True, backend="aot_eager")
+    for anchors, neighbors in ((ANCHORS * 0 + place, NEIGHBORS), (ANCHORS, NEIGHBORS * 0 + place)):
+        with pytest.raises(ValueError, match=rf"neighbor_difference: places must lie in 0 to 19, got {place}$"):
+            compiled(FEATURES, anchors, neighbors, backend="cpu")
 
 
 @pytest.mark.parametrize(

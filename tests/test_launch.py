@@ -1,5 +1,6 @@
 """The border to the compiled kernels. The CUDA kernels are reached without a GPU, through the runner of simt_build."""
 
+import errno
 import subprocess
 import sys
 
@@ -30,6 +31,16 @@ def test_fill_with_zeros(shape):
     assert not tensor.any()
     tensor[-1, -1] = 7
     assert tensor.sum() == 7 * shape[-1]
+
+
+def test_fill_with_zeros_where_no_fresh_memory_is_left(monkeypatch):
+    def fail(*arguments, **options):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr("mmap.mmap", fail)
+    tensor = torch.full((2, 1450, 1450), torch.nan, dtype=torch.float64)
+    _launch.fill_with_zeros(tensor)
+    assert not tensor.any()
 
 
 @pytest.mark.skipif(EXTENSION is None, reason=str(REASON))

@@ -350,6 +350,31 @@ def test_in_place_is_a_change_that_autograd_sees(backend, sample):
 
 
 @compare.one_case("pac_conv2d_")
+def test_compile_in_place(backend, sample):
+    torch.compiler.reset()
+    arguments = compare.arguments_for(backend, sample, torch.float32)
+    expected = pac_conv2d(**arguments, backend=backend)
+    compiled = torch.compile(pac_conv2d_, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(**arguments, backend=backend), expected)
+    assert torch.equal(arguments["residual"], expected)
+
+
+@compare.one_case("pac_conv2d_")
+def test_a_compiled_graph_in_place_refuses_overlaps(backend, sample):
+    """torch.compile knows no addresses; the op does. The reference computes all of the result before it writes."""
+    if backend == "reference":
+        pytest.skip("needs no refusal")
+    torch.compiler.reset()
+    arguments = compare.arguments_for(backend, sample, torch.float32)
+    del arguments["residual"]
+    x = arguments["x"] = torch.zeros(1, 5, 9, 9, device=arguments["x"].device)
+    arguments |= {"guide": x[:, :2] + 1, "weight": torch.ones(2, 5, 3, 3, device=x.device), "bias": None, "padding": 1}
+    compiled = torch.compile(pac_conv2d_, fullgraph=True, backend="eager")
+    with pytest.raises(ValueError, match="x must share no memory with residual"):
+        compiled(x[:, 1:3], **arguments, backend=backend)
+
+
+@compare.one_case("pac_conv2d_")
 def test_in_place_on_inference_tensors(backend, sample):
     arguments = compare.arguments_for(backend, sample, torch.float32)
     with torch.inference_mode():

@@ -78,6 +78,14 @@ def test_repeated_places_accumulate(deterministic, channels_last, order):
     assert ours["features"].is_contiguous(memory_format=layout)
 
 
+@pytest.mark.parametrize("place", [-1, 16])
+def test_places_that_nobody_has_looked_at_end_the_kernel(monkeypatch, place):
+    monkeypatch.setattr("restoration_kernels._checks.neighbor_difference", lambda *arguments: None)
+    anchors, neighbors = torch.tensor([5, place]), torch.full((2, 8), 6)
+    with pytest.raises(RuntimeError, match=r"^simt: __trap"):
+        neighbor_difference(torch.zeros(1, 3, 4, 4), anchors, neighbors, backend="cuda")
+
+
 def test_atomic_addition_refuses_half_precision():
     addresses = dict.fromkeys(("grad_y", "places", "order", "grad_x"), 0)
     names = ("batch", "channels", "map_places", "anchors", "channel_stride", "place_stride", "stream")

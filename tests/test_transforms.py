@@ -61,6 +61,37 @@ def test_vmap_keeps_the_graph_of_what_it_maps_over(operator):
 
 
 @every_operator
+def test_compiled_tangents_are_those_of_eager_mode(operator):
+    function, value = sum_by_first(operator)
+    tangent = torch.linspace(-1, 1, value.numel(), dtype=value.dtype).reshape(value.shape)
+
+    def along(value):
+        return torch.func.jvp(function, (value,), (tangent,))[1]
+
+    torch.compiler.reset()
+    assert torch.allclose(torch.compile(along, fullgraph=True, backend="aot_eager")(value), along(value))
+
+
+def test_compiled_gradients_are_those_of_eager_mode():
+    function, value = sum_by_first("dual_pool_attention")
+    torch.compiler.reset()
+    compiled = torch.compile(torch.func.grad(function), fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(value), torch.func.grad(function)(value))
+
+
+def test_a_graph_compiled_before_refuses_tangents():
+    """What torch.compile has made of a call without tangents would leave them out."""
+    function, value = sum_by_first("dual_pool_attention")
+    torch.compiler.reset()
+    compiled = torch.compile(function, backend="aot_eager")
+    compiled(value)
+    with forward_ad.dual_level():
+        compiled(value)
+        with pytest.raises(RuntimeError, match=r"^dual_pool_attention: backend must be 'reference' where tensors have"):
+            compiled(forward_ad.make_dual(value, value))
+
+
+@every_operator
 def test_a_kernel_asked_for_by_name_refuses(operator):
     function, value = sum_by_first(operator)
     with pytest.raises(

@@ -33,6 +33,8 @@ using std::min;
 #define blockDim (simt::block().block_size)
 #define gridDim (simt::block().grid_size)
 
+[[noreturn]] inline void __trap() { simt::fail("__trap", *simt::block().current); }
+
 // Blocks run one after the other on one thread, so nothing can come between the read and the write.
 template <typename T>
 T atomicAdd(T* address, T value) {
