@@ -133,8 +133,14 @@ def neighbor_difference_forward_kernel(
 @triton.jit
 def _at_place(maps, place, place_stride, map_places, inside):
     """Values of channels; NaN beyond the map, as nobody has looked at the places of a compiled graph."""
-    exists = (place >= 0) & (place < map_places)
-    return tl.load(maps + place * place_stride, mask=inside & exists, other=float("nan"))
+    return tl.load(maps + place * place_stride, mask=_on_map(place, map_places, inside), other=float("nan"))
+
+
+@triton.jit
+def _on_map(place, map_places, inside):
+    """Whether channels are inside, and their place on the map. Triton's interpreter takes no scalar in a mask."""
+    places = tl.where(inside, place, -1)
+    return (places >= 0) & (places < map_places)
 
 
 @triton.jit
@@ -174,7 +180,7 @@ def neighbor_difference_backward_kernel(
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < channels
     place = tl.load(places + first)
-    inside = inside & (place >= 0) & (place < map_places)
+    inside = _on_map(place, map_places, inside)
     grad_y += image * anchors * 8 * channels
     target = grad_x + image * channels * map_places + channel.to(tl.int64) * channel_stride + place * place_stride
     if SORTED:
