@@ -56,9 +56,14 @@ def main():
     parser = argparse.ArgumentParser(description="Draws the losses of a training run.")
     parser.add_argument("run", type=Path)
     parser.add_argument("picture", type=Path)
+    parser.add_argument("--force", action="store_true", help="overwrite the picture")
     arguments = parser.parse_args()
     if not arguments.run.is_dir():
         parser.error(f"{arguments.run}: no such folder")
+    if not arguments.picture.suffix:
+        parser.error(f"{arguments.picture}: must end in .png, .pdf or .svg")
+    if arguments.picture.exists() and not arguments.force:
+        parser.error(f"{arguments.picture}: exists already (--force overwrites)")
     losses = read_losses(arguments.run)
     if not losses:
         parser.error(f"{arguments.run}: holds no losses that `restoration train` has logged")

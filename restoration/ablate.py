@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from scipy.stats import t as students_t
 
+import restoration
 from restoration.checkpoints import load_checkpoint, load_network
 from restoration.config import TrainingConfig, make_config
 from restoration.data import Pair, find_paintings
@@ -42,6 +43,7 @@ SCORES = {"ssim": "SSIM", "relative_gram": "relative Gram"}
 SCORES_FILE, PAINTINGS_FILE = "scores.json", "paintings.json"  # of each run: what it reached, and on what it trained
 FINDINGS, TABLE = "ablation.json", "table.md"
 DIVERGED = {"all": {"finite": 0.0}}  # summary of a run that training ended
+MOST_SEEDS = 1_000  # days of work, and a slip of the hand
 CONFIDENCE = 0.95
 
 
@@ -74,6 +76,8 @@ def ablate(
     """
     if seeds < 2:
         raise UserError(f"--seeds must be at least 2, or nothing tells a difference from chance; got {seeds}")
+    if seeds > MOST_SEEDS:
+        raise UserError(f"--seeds must be at most {MOST_SEEDS}, got {seeds}")
     check_size(size)
     planned = plan(settings, seeds)
     check_precision(planned[0][1], device)
@@ -174,6 +178,7 @@ def _evaluated(folder: Path, pairs: list[Pair], features: VGG19Features, size: i
     """The summary of the folder's newest checkpoint on the pairs; read where it was written for the same ones."""
     checkpoint = newest_checkpoint(folder)
     subject = {
+        "version": restoration.__version__,
         "checkpoint": _content_hash(checkpoint),
         "size": size,
         "pairs": [[pair.style, _content_hash(pair.degraded), _content_hash(pair.reference)] for pair in pairs],

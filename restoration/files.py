@@ -7,6 +7,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
 PARTIAL_SUFFIX = ".partial"
+_UNFINISHED = re.compile(r"\..+\.\d+\.partial")  # of write_whole
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -100,7 +102,8 @@ def sole_writer(folder: Path) -> Iterator[None]:
     with lock:
         if _locked(lock.fileno(), folder):
             for left in folder.glob(f".*{PARTIAL_SUFFIX}"):
-                left.unlink(missing_ok=True)
+                if _UNFINISHED.fullmatch(left.name):
+                    left.unlink(missing_ok=True)
         yield
 
 

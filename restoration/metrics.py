@@ -80,7 +80,10 @@ def newly_clipped(degraded: Tensor, result: Tensor) -> float:
 
 
 def structural_similarity_index(first: Tensor, second: Tensor) -> float:
-    """SSIM (Wang et al. 2004), mean over channels and pixels; sides under the window are replicated up to it."""
+    """SSIM (Wang et al. 2004), mean over channels and the pixels around which a whole window fits.
+
+    Sides under the window are replicated up to it.
+    """
     height, width = first.shape[-2:]
     missing = (0, max(0, SSIM_WINDOW - width), 0, max(0, SSIM_WINDOW - height))
     first, second = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import fields, replace
@@ -44,11 +45,20 @@ def checkpoint_to_resume(run: Path, resume: bool, initial_weights: Path | None) 
         raise UserError(f"{run}: holds no checkpoint to resume from")
     if newest is not None and not resume:
         raise UserError(f"{run}: holds a training run already; give --resume to go on, or another --out")
-    if newest is None and (run / WEIGHTS_NAME).exists() and not (run / SETTINGS_NAME).exists():
-        raise UserError(
-            f"{run}: holds {WEIGHTS_NAME} of something else, which would be written over; give another --out"
-        )
+    if newest is None and not _holds_settings(run):
+        for name in (SETTINGS_NAME, WEIGHTS_NAME):
+            if os.path.lexists(run / name):
+                raise UserError(f"{run / name}: is of something else and would be written over; give another --out")
     return newest
+
+
+def _holds_settings(run: Path) -> bool:
+    """Whether a run was begun in the folder, by the program of today or an older one."""
+    try:
+        settings = json.loads((run / SETTINGS_NAME).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(settings, dict) and {"preset", "iterations", "crop"} <= settings.keys()
 
 
 def check_unchanged(run: Path, checkpoint_path: Path | None) -> None:

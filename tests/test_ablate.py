@@ -149,6 +149,8 @@ def test_a_damaged_picture_of_the_pairs_is_found_before_the_work(ablated, tmp_pa
 def test_one_seed_or_no_size_is_refused(paintings, tmp_path, capsys, monkeypatch):
     code, _, err = call(capsys, monkeypatch, "--data", paintings, "--out", tmp_path / "out", *TINY, "--seeds", 1)
     assert code == 2 and "--seeds must be at least 2" in err and not (tmp_path / "out").exists()
+    code, _, err = call(capsys, monkeypatch, "--data", paintings, "--out", tmp_path / "out", *TINY, "--seeds", 10**9)
+    assert code == 2 and "--seeds must be at most 1000" in err and not (tmp_path / "out").exists()
     code, _, err = call(capsys, monkeypatch, "--data", paintings, "--out", tmp_path / "out", *TINY, "--size", 0)
     assert code == 2 and "--size must be at least 1, got 0" in err and not (tmp_path / "out").exists()
 

@@ -277,6 +277,39 @@ def test_an_option_that_would_do_nothing_is_refused(tmp_path, capsys, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("command", "place", "given", "passed"),
+    [
+        (
+            ("dataset", "build", "{paintings}", "{out}", "--crop", 32, "--stride", 16, "--small", "skip"),
+            "restoration.dataset.build_dataset",
+            ("--style", "ink", "--uniform-share", 0.1, "--test-share", 0.2, "--force"),
+            {"crop": 32, "stride": 16, "small": "skip", "styles": ["ink"], "uniform_share": 0.1, "test_share": 0.2}
+            | {"force": True},
+        ),
+        (
+            ("evaluate", "--data", "{paintings}", "--out", "{out}", "--device", "cpu"),
+            "restoration.vgg.metric_features",
+            ("--vgg", "own.pth"),
+            {"first": Path("own.pth")},
+        ),
+    ],
+    ids=["dataset", "evaluate"],
+)
+def test_options_reach_what_they_are_for(workshop, tmp_path, capsys, monkeypatch, command, place, given, passed):
+    called = {}
+
+    def record(*arguments, **options):
+        called.update(options | {"first": arguments[0]})
+        raise UserError("seen")
+
+    monkeypatch.setattr(place, record)
+    names = {"paintings": workshop / "paintings", "out": tmp_path / "out"}
+    code, _, err = call(capsys, monkeypatch, *(str(text).format(**names) for text in (*command, *given)))
+    assert code == 2 and err.endswith("error: seen\n")
+    assert {name: called[name] for name in passed} == passed
+
+
 def test_dataset_and_train(workshop, tmp_path, capsys, monkeypatch):
     code, out, _ = call(
         capsys,

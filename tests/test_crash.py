@@ -167,15 +167,16 @@ def test_a_folder_has_one_writer_at_a_time(tmp_path):
     holder = PROCESSES.Process(target=hold, args=(folder, sender))
     holder.start()
     receiver.recv()
-    unfinished = folder / f".checkpoint.1{PARTIAL_SUFFIX}"
+    unfinished, foreign = (folder / f".checkpoint{middle}{PARTIAL_SUFFIX}" for middle in (".1", ""))
     unfinished.touch()
+    foreign.touch()
     with pytest.raises(UserError, match="run: another process is writing there"), sole_writer(folder):
         pass
     assert unfinished.exists()
     holder.kill()
     holder.join()
     with sole_writer(folder):
-        assert names(folder) == [LOCK_FILE]
+        assert names(folder) == [foreign.name, LOCK_FILE]
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written to"), sole_writer(tmp_path / "file"):
         pass

@@ -1,6 +1,7 @@
 """From files to upright pixels in sRGB: every kind that can be read, and a line for those that cannot."""
 
 import io
+import struct
 import zlib
 
 import numpy as np
@@ -43,6 +44,13 @@ def test_grey_of_12_bits_reaches_white(tmp_path):
     assert np.asarray(read_rgb(tmp_path / "grey.tif"))[0, :, 0].tolist() == [255, 0, 128, 0]
 
 
+def test_signed_grey_of_16_bits_reaches_white(tmp_path):
+    values = np.array([32_767, 0, 16_384], "<i2").tobytes()
+    tags = {256: [3], 257: [1], 258: [16], 259: [1], 262: [1], 277: [1], 278: [1], 339: [2]}
+    write_tiff(tmp_path / "grey.tif", tags, [values])
+    assert np.asarray(read_rgb(tmp_path / "grey.tif"))[0, :, 0].tolist() == [255, 0, 128]
+
+
 @pytest.mark.parametrize(("compression", "pack"), [(1, bytes), (8, zlib.compress)], ids=["raw", "deflate"])
 def test_planes_of_16_bits_are_read_right_or_not_at_all(tmp_path, compression, pack):
     values = np.random.default_rng(0).integers(0, 65_536, (3, 5, 7), dtype=np.uint16)
@@ -68,6 +76,8 @@ def test_no_resolution_is_none(tmp_path):
     tags = {256: [2], 257: [1], 258: [8], 259: [1], 262: [1], 277: [1], 278: [1]}
     write_tiff(tmp_path / "none.tif", tags, [b"ab"])
     assert read_image(tmp_path / "none.tif").dpi is None
+    Image.new("L", (2, 2)).save(tmp_path / "zero.png", dpi=(0, 0))
+    assert read_image(tmp_path / "zero.png").dpi is None
 
 
 @pytest.mark.parametrize("suffix", [*LOSSLESS, "bmp", "tiff", "PNG"])
@@ -167,6 +177,9 @@ def test_a_profile_is_srgb_by_its_numbers_not_by_its_name(tmp_path):
     assert ImageCms.getProfileDescription(io.BytesIO(linear_profile())).startswith("sRGB")
     Image.new("RGB", (2, 2), (55, 55, 55)).save(tmp_path / "linear.png", icc_profile=linear_profile())
     assert (to_uint8(read_image(tmp_path / "linear.png").rgb).int() - 128).abs().max() <= 1  # 255 (55 / 255)^(1 / 2.2)
+    steeper = srgb_profile().replace(struct.pack(">I", round(2.4 * 2**16)), struct.pack(">I", round(2.45 * 2**16)))
+    Image.new("RGB", (2, 2), (128, 128, 128)).save(tmp_path / "near.png", icc_profile=steeper)
+    assert (to_uint8(read_image(tmp_path / "near.png").rgb) == 126).all()
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
@@ -179,6 +192,13 @@ def test_other_profiles_are_converted_to_srgb(tmp_path, mode):
     assert (to_uint8(picture.rgb[:, 0, 0]).int() - expected).abs().max() <= 2
     assert ImageCms.getProfileDescription(io.BytesIO(picture.icc_profile)).startswith("sRGB")
     assert (picture.alpha is None) if mode == "RGB" else bool((picture.alpha == 77).all())
+
+
+def test_grey_of_16_bits_keeps_its_profile(tmp_path):
+    for name, values in (("deep", np.full((4, 4), 60 * 257, np.uint16)), ("flat", np.full((4, 4), 60, np.uint8))):
+        Image.fromarray(values).save(tmp_path / f"{name}.tif", icc_profile=grey_profile())
+    deep, flat = (read_image(tmp_path / f"{name}.tif").rgb for name in ("deep", "flat"))
+    assert torch.equal(deep, flat) and not torch.equal((flat * 255).round(), torch.full((3, 4, 4), 60.0))
 
 
 @pytest.mark.parametrize("mode", ["LA", "L with a transparent grey"])

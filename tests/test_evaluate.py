@@ -161,6 +161,13 @@ def test_synthetic_scores_compare_with_the_original(paintings):
     assert list(evaluation.pictures) == ["degraded", "reference", "original", NETWORK]
 
 
+def test_a_painting_fades_the_same_way_wherever_it_lies(paintings, tmp_path):
+    one = paintings / "ink" / "0.png"
+    (tmp_path / one.name).write_bytes(one.read_bytes())
+    first, second = faded_cases([Pair(path, one, "ink") for path in (one, tmp_path / one.name)], 64)
+    assert torch.equal(first.degraded, second.degraded)
+
+
 def test_each_painting_fades_in_its_own_way(paintings):
     one, reference, other = (paintings / "ink" / f"{number}.png" for number in range(3))
     other.write_bytes(one.read_bytes())
@@ -219,6 +226,7 @@ def test_the_same_evaluation_twice_leaves_the_same_files(paintings, tmp_path):
 
 
 def test_a_sheet_of_many_pairs_shows_some_of_them(tmp_path, monkeypatch):
+    assert [rows_apart(number) for number in (60, 61)] == [1, 2]
     monkeypatch.setattr("restoration.evaluate.SHEET_ROWS", 2)
     assert [rows_apart(number) for number in (1, 2, 3, 4, 5)] == [1, 1, 2, 2, 3]
     methods = dict.fromkeys((NETWORK, UNTOUCHED), untouched)

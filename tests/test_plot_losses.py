@@ -50,9 +50,12 @@ def test_command(run, tmp_path):
         assert np.asarray(image.convert("L")).std() > 0
     for folder, output, message in (
         (tmp_path / "none", picture, "no such folder"),
-        (tmp_path, picture, "holds no losses"),
+        (tmp_path, tmp_path / "other.png", "holds no losses"),
         (run, tmp_path / "none" / "curve.png", "No such file"),
         (run, tmp_path / "curve.docx", "'docx' is not supported"),
+        (run, tmp_path / "curve", "must end in .png"),
+        (run, picture, "exists already (--force overwrites)"),
     ):
         result = subprocess.run([sys.executable, SCRIPT, folder, output], capture_output=True, text=True, check=False)
         assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+    subprocess.run([sys.executable, SCRIPT, run, picture, "--force"], check=True)

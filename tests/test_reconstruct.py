@@ -248,12 +248,19 @@ def test_progress_of_each_picture_is_told(tmp_path, checkpoint, precision):
         assert shares[0] == 0 and shares[-1] == 1 and shares == sorted(set(shares))
 
 
-@pytest.mark.parametrize(("contrast", "noted"), [(0.002, True), (0.2, False)])
-def test_contrast_raised_out_of_noise_is_noted(tmp_path, contrast, noted):
+def test_results_are_fitted_into_the_range(monkeypatch):
+    monkeypatch.setattr("restoration.reconstruct.fit_range", lambda image: torch.full_like(image, 0.25))
+    result, _ = recolour(small_network(), *torch.rand(2, 3, 16, 16), CPU)
+    assert (result == 0.25).all()
+
+
+@pytest.mark.parametrize(("contrast", "deviation"), [(0.002, 0.1), (0.05, 3.7), (0.2, None)])
+def test_contrast_raised_out_of_noise_is_noted(tmp_path, contrast, deviation):
     torch.manual_seed(0)
     drawing, reference = torch.rand(2, 3, 40, 40)
     _, notes = recolour(load_network(), 0.5 + contrast * (drawing - 0.5), reference, CPU)
-    assert any("hardly any drawing: values deviate by 0.1 of 255" in note for note in notes) is noted
+    expected = f"hardly any drawing: values deviate by {deviation} of 255"
+    assert any(expected in note for note in notes) is (deviation is not None)
 
 
 @pytest.mark.parametrize(("ridges", "notes"), [((1, 0), ["0.0001"]), ((0, 2), ["0.01"]), ((0, 0), [])])

@@ -419,8 +419,12 @@ def test_rejects(paintings, tmp_path, monkeypatch):
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "network.safetensors").touch()
-    with pytest.raises(UserError, match="of something else, which would be written over"):
+    with pytest.raises(UserError, match=r"network\.safetensors: is of something else and would be written over"):
         train(paintings, foreign, config(), device=CPU)
+    (foreign / "config.json").write_text('{"mine": 1}')
+    with pytest.raises(UserError, match=r"config\.json: is of something else and would be written over"):
+        train(paintings, foreign, config(), device=CPU)
+    assert (foreign / "config.json").read_text() == '{"mine": 1}'
     train(paintings, run, config(iterations=1), device=CPU)
     with pytest.raises(UserError, match="holds a training run already"):
         train(paintings, run, config(), device=CPU)
