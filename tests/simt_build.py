@@ -27,7 +27,8 @@ CSRC = ROOT / "csrc"
 SIMT = ROOT / "tests" / "simt"
 CACHE = ROOT / "build" / "simt"
 
-# -O1 compiles a third faster than -O2, and tests are small. Fortified longjmp refuses to switch stacks.
+# -O1 compiles a third faster than -O2, and tests are small. Fortified longjmp refuses to switch stacks. Unique symbols
+# would give all libraries of a process one state of the runner, whether races are looked for or not.
 FLAGS = (
     "-std=c++17",
     "-O1",
@@ -38,6 +39,7 @@ FLAGS = (
     "-Wextra",
     "-Wno-unknown-pragmas",
     "-U_FORTIFY_SOURCE",
+    "-fno-gnu-unique",
 )
 # What watches a kernel's accesses to memory, and the compiler's options for it. Misaligned vectors, which the CPU reads
 # without complaint, are an error on a GPU. Races are found by simt/races.cpp, not by the thread sanitizer's runtime.
