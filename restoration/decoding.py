@@ -6,7 +6,6 @@ import io
 import logging
 import math
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,11 +54,9 @@ def decode(path: Path) -> Decoded:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """What the system refuses becomes a UserError that names the file. Pillow's advice to programmers is not shown."""
+    """What the system refuses becomes a UserError that names the file."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"PIL\.")
-            yield
+        yield
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder, not an image") from None
     except FileNotFoundError:

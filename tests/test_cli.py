@@ -277,6 +277,14 @@ def test_an_option_that_would_do_nothing_is_refused(tmp_path, capsys, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_advice_to_programmers_is_not_shown(workshop, tmp_path, capsys, monkeypatch, recwarn):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)  # a warning from here on, an error from twice as many
+    Image.new("RGB", (20, 20), (90, 80, 70)).save(tmp_path / "large.png")
+    arguments = (tmp_path / "large.png", tmp_path / "large.png", "-o", tmp_path / "out.png", "--device", "cpu")
+    assert call(capsys, monkeypatch, "reconstruct", *arguments, "--checkpoint", workshop / "small.safetensors")[0] == 0
+    assert not [warning for warning in recwarn if "bomb" in str(warning.message)]
+
+
 @pytest.mark.parametrize(
     ("command", "place", "given", "passed"),
     [
