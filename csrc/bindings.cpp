@@ -29,6 +29,11 @@ void refuse_dtype(const char* operator_name, DType dtype) {
                               std::to_string(static_cast<int64_t>(dtype)));
 }
 
+void refuse_place(int64_t place, const NeighborDifferenceSizes& sizes) {
+  throw std::invalid_argument("neighbor_difference: places must lie in 0 to " + std::to_string(sizes.places - 1) +
+                              ", got " + std::to_string(place));
+}
+
 #if defined(RESTORATION_CUDA)
 const char* cuda_unavailable_reason(int64_t device);
 #endif

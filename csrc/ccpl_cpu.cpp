@@ -3,9 +3,6 @@
 // up all that it gets: repeated places accumulate, in float32 at least, and the result does not depend on the thread
 // count. Scratch memory: 64 bytes a place and thread.
 
-#include <stdexcept>
-#include <string>
-
 #include "ccpl.h"
 #include "common_cpu.h"
 
@@ -15,9 +12,7 @@ namespace {
 // Nobody has looked at the places of a compiled graph.
 void check_places(const int64_t* places, const NeighborDifferenceSizes& sizes) {
   for (int64_t entry = 0; entry < sizes.entries(); ++entry) {
-    if (sizes.holds(places[entry])) continue;
-    throw std::invalid_argument("neighbor_difference: places must lie in 0 to " + std::to_string(sizes.places - 1) +
-                                ", got " + std::to_string(places[entry]));
+    if (!sizes.holds(places[entry])) refuse_place(places[entry], sizes);
   }
 }
 

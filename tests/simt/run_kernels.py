@@ -1,5 +1,6 @@
 """Runs the kernels of the module given as argument, which simt_build compiled with a check of memory, on odd shapes.
 
+Of all dtypes, or of those named as further arguments; the Matting Laplacian of both that it has.
 Arrays are of exactly the size that a kernel may touch. Without torch, whose own libraries no check need watch.
 """
 
@@ -15,6 +16,7 @@ extension = importlib.util.module_from_spec(importlib.util.spec_from_loader(load
 loader.exec_module(extension)
 
 BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
+DTYPES = sys.argv[2:] or list(BYTES)
 
 
 def array(count, bytes_each):
@@ -183,7 +185,7 @@ for sizes, dtype in itertools.product(
         (1, 8, 3, 6, 40, 5, 1, 18, 9),
         (1, 1, 1, 1, 1, 1, 1, 0, 1),
     ],
-    BYTES,
+    DTYPES,
 ):
     pac_conv2d(*sizes, dtype)
     if dtype == "float32":
@@ -213,15 +215,15 @@ def pac_conv2d_backward(batch, channels, outputs, guides, height, width, stride,
         extension.pac_conv2d_backward_cpu(**options, threads=2)
 
 
-for sizes, dtype, channels_last in itertools.product([(2, 17, 7, 9, 5), (1, 3, 3, 3, 1)], BYTES, (False, True)):
+for sizes, dtype, channels_last in itertools.product([(2, 17, 7, 9, 5), (1, 3, 3, 3, 1)], DTYPES, (False, True)):
     neighbor_difference(*sizes, dtype, channels_last)
-for sizes, dtype in itertools.product([(2, 67, 37), (1, 1, 1), (2, 135, 40), (1, 130, 200)], BYTES):
+for sizes, dtype in itertools.product([(2, 67, 37), (1, 1, 1), (2, 135, 40), (1, 130, 200)], DTYPES):
     info_nce(*sizes, dtype)
-for shape, dtype in itertools.product([(2, 3, 37, 61), (1, 2, 33, 64), (1, 2, 300, 3), (2, 4, 1, 1)], BYTES):
+for shape, dtype in itertools.product([(2, 3, 37, 61), (1, 2, 33, 64), (1, 2, 300, 3), (2, 4, 1, 1)], DTYPES):
     dual_pool_attention(*shape, dtype)
 for sizes, dtypes in itertools.product(
     [(2, 3, 37, 61, 3), (1, 18, 33, 64, 1), (2, 4, 1, 1, 0), (1, 16, 2, 130, 1)],
-    [*((dtype, dtype) for dtype in BYTES), ("float32", "float16"), ("float32", "bfloat16")],
+    [*((dtype, dtype) for dtype in DTYPES), ("float32", "float16"), ("float32", "bfloat16")],
 ):
     dual_pool_attention_pad2d(*sizes, *dtypes)
 for sizes, dtype in itertools.product(
@@ -231,10 +233,10 @@ for sizes, dtype in itertools.product(
         (1, 64, 65, 1, 3, 6, 1, 0, False, False),
         (2, 9, 9, 3, 6, 8, 2, 1, True, True),
     ],
-    BYTES,
+    DTYPES,
 ):
     pac_conv2d_backward(*sizes, dtype)
-for sizes, dtype in itertools.product([(2, 18, 5, 37, 61), (1, 32, 16, 3, 64), (3, 2, 1, 1, 1)], BYTES):
+for sizes, dtype in itertools.product([(2, 18, 5, 37, 61), (1, 32, 16, 3, 64), (3, 2, 1, 1, 1)], DTYPES):
     relu_split(*sizes, dtype)
 for shape, radius, dtype in itertools.product(
     [(2, 3, 37, 61), (1, 2, 3, 3), (1, 1, 70, 2), (5, 1, 8, 9)], (1, 2, 3), ("float32", "float64")
