@@ -25,7 +25,7 @@ from restoration.data import Pair, find_paintings
 from restoration.errors import UserError
 from restoration.evaluate import NETWORK, check_readable, check_size, choose_methods, evaluate, pair_cases
 from restoration.evaluation_report import aligned_table, summarise
-from restoration.files import make_folder, sole_writer, write_json, write_text_whole
+from restoration.files import make_folder, read_json, sole_writer, write_json, write_text_whole
 from restoration.journal import TrainingDivergedError
 from restoration.runs import newest_checkpoint
 from restoration.train import check_precision, train
@@ -114,19 +114,10 @@ def plan(settings: dict[str, object], seeds: int) -> list[tuple[str, TrainingCon
 
 def _check_output(out: Path) -> None:
     """UserError where the report of an ablation would replace what is none."""
-    ours = {"comparison", "runs"} <= _read_json(out / FINDINGS).keys()
+    ours = {"comparison", "runs"} <= read_json(out / FINDINGS).keys()
     for path in (out / FINDINGS, out / TABLE):
         if os.path.lexists(path) and not (ours and path.is_file()):
             raise UserError(f"{path}: was not written by an ablation; move it elsewhere, or take another --out")
-
-
-def _read_json(path: Path) -> dict:
-    """The object that a file holds; empty where it holds none."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _fingerprints(data: Path, styles: list[str] | None) -> dict[str, str]:
@@ -156,7 +147,7 @@ def _steps_done(folder: Path, config: TrainingConfig, paintings: dict[str, str])
     for name, value in description["training"].items():
         if name != "iterations" and wanted.get(name) != value:
             raise UserError(f"{folder}: was begun with {name} {value}, now {wanted.get(name)}; take another --out")
-    difference = _difference(_read_json(folder / PAINTINGS_FILE), paintings)
+    difference = _difference(read_json(folder / PAINTINGS_FILE), paintings)
     if difference is not None:
         raise UserError(f"{folder}: {difference}; take another --out")
     if description["step"] > config.iterations:
@@ -184,7 +175,7 @@ def _evaluated(folder: Path, pairs: list[Pair], features: VGG19Features, size: i
         "pairs": [[pair.style, _content_hash(pair.degraded), _content_hash(pair.reference)] for pair in pairs],
     }
     scores = folder / SCORES_FILE
-    stored = _read_json(scores)
+    stored = read_json(scores)
     if stored.get("subject") == subject:
         return stored["summary"]
     methods = choose_methods(load_network(checkpoint).to(device), device, baselines=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import math
@@ -170,27 +171,35 @@ def _to_srgb(image: Image.Image, path: Path) -> tuple[Image.Image, Image.Image |
     profile_bytes = image.info.get("icc_profile")
     if not profile_bytes:
         return _to_rgb(image, path), alpha, None
-    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
     try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(profile_bytes))
-        if image.mode == "RGB" and _is_srgb(profile, srgb):
+        transform = _transform_to_srgb(profile_bytes, image.mode)
+        if transform is None:
             return image, alpha, profile_bytes
-        return ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB"), alpha, srgb.tobytes()
+        return ImageCms.applyTransform(image, transform), alpha, _srgb().tobytes()
     # OSError: not a profile; PyCMSError: one for another kind of picture, such as grey within an RGB file.
     except (OSError, ImageCms.PyCMSError) as error:
         logger.warning("%s: its colour profile is ignored (%s)", path, reason(error))
         return _to_rgb(image, path), alpha, None
 
 
-def _is_srgb(profile: ImageCms.ImageCmsProfile, srgb: ImageCms.ImageCmsProfile) -> bool:
-    """Whether it moves no colour by more than a step of 8 bits. Names tell little: some of linear light begin so, too.
+@functools.cache
+def _srgb() -> ImageCms.ImageCmsProfile:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
-    Pixels in sRGB stay as they are to the last bit.
+
+@functools.lru_cache(maxsize=16)  # pictures of a collection share their profile, and crops are read again and again
+def _transform_to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """None where pixels are in sRGB already, and stay as they are to the last bit.
+
+    That is where no colour moves by more than a step of 8 bits: names tell little, some of linear light say sRGB, too.
     """
+    transform = ImageCms.buildTransform(ImageCms.ImageCmsProfile(io.BytesIO(profile)), _srgb(), mode, "RGB")
+    if mode != "RGB":
+        return transform
     steps = np.linspace(0, 255, 18).round().astype(np.uint8)
     colours = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(-1, len(steps), 3)
-    moved = ImageCms.profileToProfile(Image.fromarray(colours), profile, srgb)
-    return int(np.abs(np.asarray(moved).astype(int) - colours).max()) <= 1
+    moved = np.asarray(ImageCms.applyTransform(Image.fromarray(colours), transform))
+    return None if np.abs(moved.astype(int) - colours).max() <= 1 else transform
 
 
 def _to_rgb(image: Image.Image, path: Path) -> Image.Image:

@@ -53,6 +53,15 @@ def write_json(path: Path, value: object) -> None:
     write_text_whole(path, json.dumps(value, indent=2) + "\n")
 
 
+def read_json(path: Path) -> dict:
+    """The object that a file holds; empty where it holds none."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def write_through(file: BinaryIO, content: bytes | memoryview) -> None:
     """Writes, and waits until the disk has it: OSError where that has no room."""
     file.write(content)

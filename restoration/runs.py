@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import fields, replace
@@ -21,7 +20,7 @@ from restoration.checkpoints import (
 )
 from restoration.config import SHAPING, TrainingConfig, checked, option
 from restoration.errors import UserError
-from restoration.files import check_can_be_written
+from restoration.files import check_can_be_written, read_json
 from restoration.step import TrainingStep
 
 LOSSES_PREFIX = "losses."
@@ -54,11 +53,7 @@ def checkpoint_to_resume(run: Path, resume: bool, initial_weights: Path | None) 
 
 def _holds_settings(run: Path) -> bool:
     """Whether a run was begun in the folder, by the program of today or an older one."""
-    try:
-        settings = json.loads((run / SETTINGS_NAME).read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(settings, dict) and {"preset", "iterations", "crop"} <= settings.keys()
+    return {"preset", "iterations", "crop"} <= read_json(run / SETTINGS_NAME).keys()
 
 
 def check_unchanged(run: Path, checkpoint_path: Path | None) -> None:
