@@ -62,6 +62,10 @@ def colourise_files(grey, scribbled, result, *, force=False):
     if grey.shape != scribbled.shape:
         raise UserError(f"the pictures must be of one size, got {list(grey.shape[2:])} and {list(scribbled.shape[2:])}")
     marked = ((scribbled - grey).abs() > STROKE_LEVELS / 255).any(1, keepdim=True)
+    if not marked.any():
+        raise UserError(
+            f"strokes must differ from the grey picture by more than {STROKE_LEVELS} levels of 255: none does"
+        )
     write_image(result, colourise(grey, scribbled, marked)[0], picture, force=force)
 
 
@@ -73,7 +77,7 @@ def main():
     parser.add_argument("--force", action="store_true", help="overwrite the result")
     try:
         colourise_files(**vars(parser.parse_args()))
-    except UserError as error:
+    except (UserError, ValueError, RuntimeError) as error:  # the latter two of operators, for RESTORATION_BACKEND
         parser.error(str(error))
 
 

@@ -43,6 +43,7 @@ SCORES = {"ssim": "SSIM", "relative_gram": "relative Gram"}
 SCORES_FILE, PAINTINGS_FILE = "scores.json", "paintings.json"  # of each run: what it reached, and on what it trained
 FINDINGS, TABLE = "ablation.json", "table.md"
 DIVERGED = {"all": {"finite": 0.0}}  # summary of a run that training ended
+HASH_DIGITS = 2 * hashlib.sha256().digest_size
 MOST_SEEDS = 1_000  # days of work, and a slip of the hand
 CONFIDENCE = 0.95
 
@@ -85,7 +86,7 @@ def ablate(
     paintings = _fingerprints(data, styles)
     folders = [out / f"{variant.replace(' ', '_')}_seed{config.seed}" for variant, config in planned]
     with sole_writer(out):
-        _check_output(out)
+        _check_output(out, folders)
         steps = [_steps_done(folder, config, paintings) for folder, (_, config) in zip(folders, planned, strict=True)]
         for (variant, config), folder, done in zip(planned, folders, steps, strict=True):
             print(f"{variant}, seed {config.seed}: {done} of {config.iterations} steps done")
@@ -112,11 +113,15 @@ def plan(settings: dict[str, object], seeds: int) -> list[tuple[str, TrainingCon
     ]
 
 
-def _check_output(out: Path) -> None:
-    """UserError where the report of an ablation would replace what is none."""
-    ours = {"comparison", "runs"} <= read_json(out / FINDINGS).keys()
-    for path in (out / FINDINGS, out / TABLE):
-        if os.path.lexists(path) and not (ours and path.is_file()):
+def _check_output(out: Path, folders: list[Path]) -> None:
+    """UserError where a report, scores or fingerprints of an ablation would replace what is none of them."""
+    reported = {"comparison", "runs"} <= read_json(out / FINDINGS).keys()
+    ours = {out / FINDINGS: reported, out / TABLE: reported}
+    for folder in folders:
+        ours[folder / SCORES_FILE] = {"subject", "summary"} <= read_json(folder / SCORES_FILE).keys()
+        ours[folder / PAINTINGS_FILE] = _are_fingerprints(read_json(folder / PAINTINGS_FILE))
+    for path, is_ours in ours.items():
+        if os.path.lexists(path) and not (is_ours and path.is_file()):
             raise UserError(f"{path}: was not written by an ablation; move it elsewhere, or take another --out")
 
 
@@ -127,6 +132,11 @@ def _fingerprints(data: Path, styles: list[str] | None) -> dict[str, str]:
         name = painting.path.relative_to(data).as_posix()
         found.setdefault(painting.style, []).append((name, painting.painting_id, _content_hash(painting.path)))
     return {style: hashlib.sha256(json.dumps(sorted(found[style])).encode()).hexdigest() for style in sorted(found)}
+
+
+def _are_fingerprints(found: dict) -> bool:
+    hashes = found.values()
+    return bool(hashes) and all(isinstance(each, str) and len(each) == HASH_DIGITS for each in hashes)
 
 
 def _content_hash(path: Path) -> str:

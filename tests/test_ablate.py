@@ -155,14 +155,18 @@ def test_one_seed_or_no_size_is_refused(paintings, tmp_path, capsys, monkeypatch
     assert code == 2 and "--size must be at least 1, got 0" in err and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["ablation.json", "table.md"])
+@pytest.mark.parametrize(
+    "name", ["ablation.json", "table.md", "all_seed1/scores.json", "without_CCPL_seed0/paintings.json"]
+)
 def test_a_file_of_something_else_is_neither_replaced_nor_found_after_the_work(
     paintings, tmp_path, capsys, monkeypatch, name
 ):
-    (tmp_path / name).write_text("[]")
+    foreign = tmp_path / name
+    foreign.parent.mkdir(exist_ok=True)
+    foreign.write_text('{"ink": "a"}')
     code, _, err = call(capsys, monkeypatch, "--data", paintings, "--out", tmp_path, *TINY, "--iterations", 1)
     assert code == 2 and f"{name}: was not written by an ablation; move it elsewhere" in err and err.count("\n") == 1
-    assert (tmp_path / name).read_text() == "[]" and not list(tmp_path.glob("*/*"))
+    assert foreign.read_text() == '{"ink": "a"}' and set(tmp_path.glob("*/*")) <= {foreign}
 
 
 def test_an_out_that_cannot_be_written_to_is_found_before_the_work(paintings, tmp_path, capsys, monkeypatch):

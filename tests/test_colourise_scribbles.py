@@ -1,5 +1,6 @@
 """The example of colourisation, against scipy's direct solution with the explicit matrix."""
 
+import os
 import runpy
 import subprocess
 import sys
@@ -53,14 +54,19 @@ def test_command(tmp_path):
 
 
 def test_mistakes_are_told_and_nothing_is_overwritten(tmp_path):
-    grey, text, result = (tmp_path / name for name in ("grey.png", "text.png", "result.png"))
+    grey, red, text, result = (tmp_path / name for name in ("grey.png", "red.png", "text.png", "result.png"))
     Image.new("RGB", (8, 8)).save(grey)
+    Image.new("RGB", (8, 8), "red").save(red)
     text.write_text("no picture")
     result.write_bytes(b"of another")
-    for arguments, message in (
-        ((grey, text, tmp_path / "new.png"), "text.png: is not"),
-        ((grey, grey, result), "--force"),
+    unknown = os.environ | {"RESTORATION_BACKEND": "abacus"}
+    for arguments, environment, message in (
+        ((grey, text, tmp_path / "new.png"), None, "text.png: is not"),
+        ((grey, red, result), None, "--force"),
+        ((grey, grey, tmp_path / "new.png"), None, "none does"),
+        ((grey, red, tmp_path / "new.png"), unknown, "RESTORATION_BACKEND"),
     ):
-        done = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, check=False)
+        command = [sys.executable, SCRIPT, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert result.read_bytes() == b"of another" and not (tmp_path / "new.png").exists()
