@@ -49,7 +49,6 @@ def profile_training(
     dataset = training_pairs(paintings, config, vgg)
     features = loss_network(vgg, dataset.paintings)
     batches = load_batches(dataset, ALONE.batches(0, steps + 1, config.batch), config.workers, device)
-    torch.optim.SGD([torch.zeros(1)])  # the first optimiser imports the compiler: 150 MB of code, no part of a step
     memory = PeakMemory(device)
     torch.manual_seed(config.seed)
     optimise = Optimisation(build_step(config, features).to(device), replace(config, capture=False), device)

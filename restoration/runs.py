@@ -7,9 +7,9 @@ import re
 from dataclasses import fields, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from restoration.adam import Adam
 from restoration.checkpoints import (
     NETWORK_PREFIX,
     Checkpoint,
@@ -72,7 +72,7 @@ def save_training(
     run: Path,
     config: TrainingConfig,
     step_module: TrainingStep,
-    optimizer: torch.optim.Adam,
+    optimizer: Adam,
     inputs: dict[str, object],
     step: int,
 ) -> Path:
@@ -80,7 +80,7 @@ def save_training(
     tensors = {NETWORK_PREFIX + name: value for name, value in step_module.network.state_dict().items()}
     tensors |= {LOSSES_PREFIX + name: value for name, value in _trained_losses(step_module).items()}
     names = [name for name, _ in step_module.named_parameters()]
-    for index, state in optimizer.state_dict()["state"].items():
+    for index, state in optimizer.state.items():
         tensors |= {f"{OPTIMIZER_PREFIX}{names[index]}.{key}": value for key, value in state.items()}
     path = run / f"checkpoint-{step:07d}.safetensors"
     description = {
@@ -99,7 +99,7 @@ def remove_old_checkpoints(run: Path, kept: int) -> None:
         old.unlink(missing_ok=True)
 
 
-def restore(checkpoint: Checkpoint, path: Path, step_module: TrainingStep, optimizer: torch.optim.Adam) -> int:
+def restore(checkpoint: Checkpoint, path: Path, step_module: TrainingStep, optimizer: Adam) -> int:
     """Fills network, projection heads and optimiser; returns the number of steps done."""
     load_parameters(step_module.network, checkpoint.part(NETWORK_PREFIX), path)
     heads = step_module.losses.contrast
@@ -112,7 +112,7 @@ def restore(checkpoint: Checkpoint, path: Path, step_module: TrainingStep, optim
         keys = ("step", "exp_avg", "exp_avg_sq")
         if f"{name}.step" in moments:
             state[index] = {key: moments[f"{name}.{key}"] for key in keys}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load(state)
     return int(checkpoint.description["step"])
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from restoration.adam import Adam
 from restoration.blocks import STREAM_LIMIT
 from restoration.config import TrainingConfig
 from restoration.flow import ReversibleNetwork, largest_value
@@ -126,8 +127,7 @@ class Optimisation:
     def __init__(self, module: nn.Module, config: TrainingConfig, device: torch.device) -> None:
         self.module = module
         self.config = config
-        rate = torch.tensor(config.learning_rate, device=device)
-        self.optimizer = torch.optim.Adam(module.parameters(), lr=rate, fused=True, capturable=device.type == "cuda")
+        self.optimizer = Adam(module.parameters(), torch.tensor(config.learning_rate, device=device))
         self._generator = torch.Generator(device)
         reason = why_not_captured(module, device)
         self._run = CapturedUpdate(self._update, self._generator) if config.capture and reason is None else self._update
@@ -138,13 +138,12 @@ class Optimisation:
         """Makes step number `step` with crops [B,3,H,W] on the device."""
         # Anchors depend on the seed and the step alone, so that a resumed run draws the same ones.
         self._generator.manual_seed(self.config.seed * SEED_STRIDE + step)
-        for group in self.optimizer.param_groups:
-            group["lr"].fill_(learning_rate(self.config, step))
+        self.optimizer.learning_rate.fill_(learning_rate(self.config, step))
         with _convolutions(tf32=self.config.precision != "fp32"):
             return self._run(degraded, reference)
 
     def _update(self, degraded: Tensor, reference: Tensor) -> Outcome:
-        self.optimizer.zero_grad(set_to_none=True)  # before the forward pass, which needs the memory
+        self.optimizer.forget_gradients()  # before the forward pass, which needs the memory
         step = self.module(degraded, reference, self._generator)
         total = torch.stack(list(step.losses.values())).sum()
         usable = total.isfinite() & (step.largest_stream < STREAM_LIMIT)
@@ -166,10 +165,8 @@ class Optimisation:
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         skipped = (~norm.isfinite()).float()
-        # Adam divides the gradients by the one, and does nothing where the other is 1, in the pass that updates.
-        self.optimizer.grad_scale = (norm / (self.config.gradient_clip or math.inf)).clamp_min(1.0)
-        self.optimizer.found_inf = skipped
-        self.optimizer.step()
+        # Both are looked at in the pass that updates.
+        self.optimizer.step((norm / (self.config.gradient_clip or math.inf)).clamp_min(1.0), skipped)
         return norm, skipped
 
 

@@ -179,7 +179,7 @@ def test_anchors_are_of_seed_and_step_and_the_rate_is_scheduled(monkeypatch):
         for number in (1, 2):
             optimise(number, *crops())
             rate = learning_rate(optimise.config, number)
-            assert optimise.optimizer.param_groups[0]["lr"] == pytest.approx(rate, rel=1e-6)
+            assert optimise.optimizer.learning_rate == pytest.approx(rate, rel=1e-6)
     assert len(seeds) == 4
 
 
