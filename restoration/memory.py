@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import os
 import re
 from pathlib import Path
 
@@ -12,10 +10,6 @@ import torch
 
 MEBIBYTE = 2**20
 CPU = torch.device("cpu")
-# Of glibc's malloc.h. Freed blocks up to the latter it keeps for the next; by itself it raises that to 32 MB at most.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-MOST_REUSED_BY_ITSELF = 2**25
-LARGEST_INT = 2**31 - 1
 
 
 class PeakMemory:
@@ -60,27 +54,6 @@ def forget_peak() -> bool:
 def is_out_of_memory(error: Exception) -> bool:
     """Of a GPU, or of a CPU, whose allocator has no error of its own."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
-
-
-# As mallopt cannot be asked for what is set.
-_largest_reused = MOST_REUSED_BY_ITSELF
-
-
-def reuse_freed(size: int, device: torch.device = CPU) -> None:
-    """From now on has tensors of up to size bytes on a CPU take memory that others have freed, where glibc can.
-
-    It maps those over 32 MB anew each time, and the system clears every page first. A smaller size than an earlier
-    call's changes nothing, nor does any where the environment sets glibc's threshold. On other devices nothing is done.
-    """
-    global _largest_reused
-    if device.type != "cpu" or size <= _largest_reused or "MALLOC_MMAP_THRESHOLD_" in os.environ:
-        return
-    # The end of the heap is kept up to twice the size, as glibc does where it raises both by itself.
-    thresholds = {M_MMAP_THRESHOLD: size, M_TRIM_THRESHOLD: 2 * size}
-    with contextlib.suppress(AttributeError, OSError):
-        for key, value in thresholds.items():
-            ctypes.CDLL(None).mallopt(key, min(value, LARGEST_INT))
-        _largest_reused = size
 
 
 def return_freed_pages(device: torch.device = CPU) -> bool:

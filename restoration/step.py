@@ -17,7 +17,7 @@ from restoration.config import TrainingConfig
 from restoration.flow import ReversibleNetwork, largest_value
 from restoration.graph import CapturedUpdate, why_not_captured
 from restoration.losses import ReconstructionLoss
-from restoration.memory import return_freed_pages, reuse_freed
+from restoration.memory import return_freed_pages
 from restoration.parts import part
 from restoration.whitening import Moments, moments, transfer_moments
 
@@ -25,8 +25,6 @@ logger = logging.getLogger(__name__)
 
 # Far apart, so that no two runs of neighbouring seeds share the anchors of a step.
 SEED_STRIDE = 1_000_003
-# Maps that convolutions read have a border, also those of a quarter of the side; and a tensor starts at a large page.
-PADDED = 1.2
 # What an outcome tells beside the losses.
 MEASUREMENTS = ("gradient_norm", "ridge_fallbacks", "largest_stream", "skipped")
 
@@ -79,9 +77,6 @@ class TrainingStep(nn.Module):
         """In one batch if sizes agree: half as many kernels to start, each with twice the work."""
         if degraded.shape != reference.shape:
             return self.network.encode(degraded), self.network.encode(reference)
-        # Blocks make maps of the size of half a stream again and again; the loss network, few of several times that.
-        half_stream = 2 * self.network.architecture.half_channels * degraded[:, 0].nbytes
-        reuse_freed(int(half_stream * PADDED), degraded.device)
         both = self.network.encode(torch.cat((degraded, reference)))
         # Its backward comes last: what smaller batches have freed by then lies in pieces too small for this one.
         _return_freed_pages_before_backward(both)

@@ -5,7 +5,6 @@ import logging
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from restoration import graph, step
 from restoration.blocks import STREAM_QUANTUM
@@ -109,32 +108,6 @@ def test_a_step_returns_pages_before_what_takes_the_most(monkeypatch):
     optimise(0, *crops())
     pages = "pages of cpu"
     assert events == [pages, "losses", pages, "loss network", pages, "pass", "pass", "pass", pages, "pass"]
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-def test_a_step_reuses_the_maps_that_blocks_make(monkeypatch, batch):
-    """In the pass of both paintings a block makes none that is larger, and little more is asked for."""
-    module = optimisation().module
-    asked, made = [], []
-    monkeypatch.setattr(step, "reuse_freed", lambda size, device: asked.append((size, device)))
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-            found = function(*arguments, **(keywords or {}))
-            made.extend(each.nbytes for each in tree_leaves(found) if isinstance(each, torch.Tensor))
-            return found
-
-    degraded, reference = crops(side=256, batch=batch)
-    with torch.no_grad():
-        content, style = module._encode_both(degraded, reference)
-        stream = torch.cat((content, style))[:, :16].contiguous()
-        for stage in range(3):
-            with Watch():
-                module.network.stages[stage][0](stream, stream)
-            stream = torch.nn.functional.pixel_unshuffle(stream, 2)
-    ((size, device),) = asked
-    assert device == CPU
-    assert 1.1 * max(made) < size < 1.3 * max(made)
 
 
 @pytest.mark.parametrize("poison", ["input", "stream"])
