@@ -35,7 +35,7 @@ class Adam:
             parameter.grad = None
 
     def load(self, state: Mapping[int, Mapping[str, Tensor]]) -> None:
-        """Takes over such a state, in the parameters' memory."""
+        """Takes over such a state, on the parameters' device."""
         self.state = {
             index: {key: value.to(self.parameters[index].device) for key, value in kept.items()}
             for index, kept in state.items()
