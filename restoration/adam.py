@@ -30,10 +30,6 @@ class Adam:
         self.learning_rate = learning_rate
         self.state: dict[int, dict[str, Tensor]] = {}
 
-    def forget_gradients(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None
-
     def load(self, state: Mapping[int, Mapping[str, Tensor]]) -> None:
         """Takes over such a state, on the parameters' device."""
         self.state = {

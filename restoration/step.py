@@ -138,7 +138,7 @@ class Optimisation:
             return self._run(degraded, reference)
 
     def _update(self, degraded: Tensor, reference: Tensor) -> Outcome:
-        self.optimizer.forget_gradients()  # before the forward pass, which needs the memory
+        self.module.zero_grad()  # before the forward pass, which needs the memory
         step = self.module(degraded, reference, self._generator)
         total = torch.stack(list(step.losses.values())).sum()
         usable = total.isfinite() & (step.largest_stream < STREAM_LIMIT)

@@ -56,13 +56,6 @@ def test_steps_are_those_of_torch(device):
         assert all(torch.equal(optimizer.state[index][key], value) for key, value in state.items())
 
 
-def test_forgotten_gradients_hold_no_memory():
-    own = parameters("cpu")
-    give_gradients(own, own, 1)
-    Adam(own, torch.tensor(0.1)).forget_gradients()
-    assert all(parameter.grad is None for parameter in own)
-
-
 STEPS = """
 import sys, torch
 from restoration.config import make_config
