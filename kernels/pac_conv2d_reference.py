@@ -51,9 +51,7 @@ def pac_conv2d_reference(
     else:
         y = F.conv2d(scaled.flatten(1, 2), weight.flatten(1)[:, :, None, None], bias)
     if quantum is not None:
-        # torch.compile takes no Function that has a tangent.
-        rounding = _RoundToMultiple if torch.compiler.is_compiling() else _RoundToMultipleWithTangent
-        y = rounding.apply(y, quantum)
+        y = _rounded(y, quantum)
     return alpha * y if residual is None else residual + alpha * y
 
 
@@ -74,6 +72,15 @@ def _taps(image, kernel_size, stride, padding, dilation):
     return [padded[:, :, positions(i, 0), positions(j, 1)] for i in range(kernel_size) for j in range(kernel_size)]
 
 
+def _rounded(y, quantum):
+    # torch.compile takes no Function that has a tangent.
+    rounding = _RoundToMultiple if torch.compiler.is_compiling() else _RoundToMultipleWithTangent
+    # float16 overflows when divided by a small quantum; a power of two makes the division itself exact. Casts stay
+    # outside of the Function: compiled by PyTorch 2.11, one that ends with a cast to what it is has no gradient.
+    wide = y.to(torch.promote_types(y.dtype, torch.float32))
+    return rounding.apply(wide, quantum).to(y.dtype)
+
+
 class _RoundToMultiple(torch.autograd.Function):
     """Nearest multiple of quantum, ties to even, with the gradient of the identity (straight-through)."""
 
@@ -81,11 +88,9 @@ class _RoundToMultiple(torch.autograd.Function):
 
     @staticmethod
     def forward(y, quantum):
-        # float16 overflows when divided by a small quantum; a power of two makes the division itself exact.
-        wide = y.to(torch.promote_types(y.dtype, torch.float32))
-        scaled = wide / quantum
+        scaled = y / quantum
         # What is too large to be scaled has no fraction.
-        return torch.where(scaled.isfinite(), torch.round(scaled) * quantum, wide).to(y.dtype)
+        return torch.where(scaled.isfinite(), torch.round(scaled) * quantum, y)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
