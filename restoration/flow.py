@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +23,8 @@ from restoration.blocks import (
 )
 from restoration.reversible import Coupling, Rearrangement, Step, Streams, run_chain
 from restoration.whitening import Transfer, transfer_statistics
+
+logger = logging.getLogger(__name__)
 
 IMAGE_CHANNELS = 3
 MINIMUM_SIDE = 8  # a quarter of it, at the coarsest stage, is the least that reflection padding of 1 accepts
@@ -82,6 +86,8 @@ class ReversibleNetwork(nn.Module):
     def _residual_precision(self, device: torch.device) -> AbstractContextManager[None]:
         if self.precision == "fp32":
             return nullcontext()
+        if device.type == "cpu" and not _has_fast_bf16():
+            _advise_against_bf16()
         # No cache: it saves nothing where a pass casts each parameter once, and holds all of them.
         return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
 
@@ -157,6 +163,19 @@ class ReversibleNetwork(nn.Module):
         """Recolours degraded [B,3,H,W] after reference [B,3,h,w], both in [0,1]; sizes need not match."""
         transfer = transfer_statistics(self.encode(degraded), self.encode(reference), strength=strength)
         return Reconstruction(self.decode(transfer.z, degraded.shape[-2:]), transfer)
+
+
+def _has_fast_bf16() -> bool:
+    """Whether PyTorch multiplies bfloat16 by a library on this CPU, rather than number by number."""
+    try:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    except AttributeError:  # a PyTorch without that library
+        return False
+
+
+@functools.cache  # once a process
+def _advise_against_bf16() -> None:
+    logger.warning("bf16 takes several times as long as fp32 here: PyTorch has no fast convolutions for this processor")
 
 
 class _RoundedCopy:

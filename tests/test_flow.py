@@ -1,8 +1,11 @@
 """The reversible network: exact inverse, padding, precision, and what its blocks compute."""
 
+import logging
+
 import pytest
 import torch
 
+from restoration import flow
 from restoration.blocks import GUIDE_CHANNELS, STREAM_LIMIT, STREAM_QUANTUM, ReversibleBlock, round_to_quantum
 from restoration.flow import (
     Architecture,
@@ -203,6 +206,17 @@ def test_values_past_the_exact_range_are_an_error():
             check_stream_range(torch.tensor([1.0, bad]))
         with pytest.raises(OverflowError):
             check_stream_range(torch.tensor([1.0]), torch.tensor([bad]))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_processor_without_fast_bf16_is_told_once(fast, monkeypatch, caplog):
+    monkeypatch.setattr(flow, "_has_fast_bf16", lambda: fast)
+    flow._advise_against_bf16.cache_clear()
+    for precision in ("fp32", "bf16", "bf16"):
+        network(precision).encode(picture(16, 16))
+    told = ["bf16 takes several times as long as fp32" in record.message for record in caplog.records]
+    assert told == ([] if fast else [True])
+    assert all(record.levelno == logging.WARNING for record in caplog.records)
 
 
 def test_rejects_unknown_precision():
