@@ -6,10 +6,10 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,11 +20,11 @@ KERNELS = TESTS.parent / "kernels"
 SOURCES = sorted(KERNELS.glob("*_triton.py"))
 ARCHITECTURES = {86, 90}
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 
-def version(package):
-    return tuple(int(number) for number in metadata.version(package).split(".")[:2])
+def version(module):
+    return tuple(int(number) for number in module.__version__.split(".")[:2])
 
 
 def run(command, **environment):
@@ -39,7 +39,7 @@ def run(command, **environment):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which the operators' own tests run")
 @pytest.mark.skipif(
-    version("triton") < (3, 7) and version("numpy") >= (2, 4),
+    version(triton) < (3, 7) and version(np) >= (2, 4),
     reason="Triton's interpreter before 3.7 cannot count a loop with numpy 2.4",
 )
 def test_values_under_the_interpreter(tmp_path):
