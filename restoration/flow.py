@@ -86,8 +86,8 @@ class ReversibleNetwork(nn.Module):
     def _residual_precision(self, device: torch.device) -> AbstractContextManager[None]:
         if self.precision == "fp32":
             return nullcontext()
-        if device.type == "cpu" and not _has_fast_bf16():
-            _advise_against_bf16()
+        if device.type == "cpu":
+            _warn_where_bf16_is_slow()
         # No cache: it saves nothing where a pass casts each parameter once, and holds all of them.
         return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
 
@@ -173,9 +173,12 @@ def _has_fast_bf16() -> bool:
         return False
 
 
-@functools.cache  # once a process
-def _advise_against_bf16() -> None:
-    logger.warning("bf16 takes several times as long as fp32 here: PyTorch has no fast convolutions for this processor")
+@functools.cache  # asks and warns once a process
+def _warn_where_bf16_is_slow() -> None:
+    if not _has_fast_bf16():
+        logger.warning(
+            "bf16 takes several times as long as fp32 here: PyTorch has no fast convolutions for this processor"
+        )
 
 
 class _RoundedCopy:
