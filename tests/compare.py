@@ -336,6 +336,61 @@ def check_deterministic(backend, sample):
         assert torch.equal(first[name], second[name]), name
 
 
+# The last of these channels begins more than 2^31 numbers after the first.
+MAP_CHANNELS, MAP_SIDE = 7, 20_000
+
+
+def _untouched_map(channels, backend, monkeypatch, layout=torch.contiguous_format):
+    """Feature maps of which the system gives only the memory that is touched: a few places cost nothing."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    shape = (1, channels, MAP_SIDE, MAP_SIDE)
+    try:
+        return torch.empty(shape, dtype=torch.bfloat16, device=device(backend), memory_format=layout)
+    except RuntimeError as error:
+        pytest.skip(f"no address space for {channels * MAP_SIDE**2:,} numbers: {error}")
+
+
+def check_places_beyond_32_bits(backend, layout, monkeypatch):
+    """neighbor_difference and its gradient at the ends of a map of more than 2^31 numbers."""
+    features = _untouched_map(MAP_CHANNELS, backend, monkeypatch, layout)
+    anchors = torch.tensor([1, MAP_SIDE // 2, MAP_SIDE - 2]) * MAP_SIDE + MAP_SIDE - 2
+    places = anchors[:, None] + torch.tensor([0, *(y * MAP_SIDE + x for y in (-1, 0, 1) for x in (-1, 0, 1) if y or x)])
+    arguments = {
+        "features": features.requires_grad_(),
+        "anchors": anchors.to(features.device),
+        "neighbors": places[:, 1:].to(features.device),
+    }
+    skip_unless_able(backend, "neighbor_difference", arguments)
+    rows, columns = (index.flatten().to(features.device) for index in (places // MAP_SIDE, places % MAP_SIDE))
+    values = torch.randn(1, MAP_CHANNELS, *places.shape).bfloat16()
+    features.detach()[:, :, rows, columns] = values.flatten(2).to(features)
+
+    differences = public("neighbor_difference", backend)(**arguments)
+    expected = (values[..., :1].double() - values[..., 1:].double()).permute(0, 2, 3, 1).flatten(1, 2)
+    judge("output", differences.detach(), expected)
+    weights = torch.randint(-4, 5, differences.shape)
+    (gradient,) = torch.autograd.grad(differences, features, weights.to(differences))
+    added = weights.view(1, *places[:, 1:].shape, MAP_CHANNELS).permute(0, 3, 1, 2).double()
+    judge("gradient", gradient[:, :, rows, columns], torch.cat([added.sum(-1, keepdim=True), -added], -1).flatten(2))
+
+
+def check_taps_beyond_32_bits(backend, monkeypatch):
+    """pac_conv2d in a map of more than 2^31 numbers, with a stride that takes it from one end to the other."""
+    kernel, stride = 3, (MAP_SIDE - 3) // 2
+    x, guide = _untouched_map(MAP_CHANNELS, backend, monkeypatch), _untouched_map(1, backend, monkeypatch)
+    touched = torch.tensor([step * stride + tap for step in range(3) for tap in range(kernel)], device=x.device)
+    for tensor in (x, guide):
+        shape = (1, tensor.shape[1], len(touched), len(touched))
+        tensor[:, :, touched[:, None], touched] = torch.randn(shape).to(tensor)
+    arguments = {"x": x, "guide": guide, "weight": torch.randn(4, MAP_CHANNELS, kernel, kernel).to(x)}
+    skip_unless_able(backend, "pac_conv2d", {**arguments, "stride": stride})
+    found = public("pac_conv2d", backend)(**arguments, stride=stride)
+    for name in ("x", "guide"):
+        arguments[name] = arguments[name][:, :, touched[:, None], touched]
+    arguments = convert(arguments, torch.float64, "cpu")
+    judge("output", found, public("pac_conv2d", "reference")(**arguments, stride=kernel))
+
+
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
 
 

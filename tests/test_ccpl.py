@@ -335,6 +335,12 @@ def test_repeated_places_accumulate(backend, deterministic, layout):
     assert backend == "reference" or ours["features"].is_contiguous(memory_format=layout)
 
 
+@pytest.mark.parametrize("backend", compare.KERNELS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+def test_places_beyond_32_bits(backend, layout, monkeypatch):
+    compare.check_places_beyond_32_bits(backend, layout, monkeypatch)
+
+
 @compare.every_backend("info_nce")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_info_nce_of_half_precision_is_float32(backend, dtype):

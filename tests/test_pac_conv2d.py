@@ -234,6 +234,11 @@ def test_many_tiles(backend, channels, outputs, guides, size, options, dtype):
     check_against_reference(backend, channels, outputs, guides, size, 3, options, dtype)
 
 
+@pytest.mark.parametrize("backend", compare.KERNELS)
+def test_taps_beyond_32_bits(backend, monkeypatch):
+    compare.check_taps_beyond_32_bits(backend, monkeypatch)
+
+
 def check_against_reference(backend, channels, outputs, guides, size, taps, options, dtype):
     """Output and gradients by the judge, of random tensors."""
     generator = torch.Generator().manual_seed(0)

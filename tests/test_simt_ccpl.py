@@ -78,6 +78,11 @@ def test_repeated_places_accumulate(deterministic, channels_last, order):
     assert ours["features"].is_contiguous(memory_format=layout)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+def test_places_beyond_32_bits(layout, monkeypatch):
+    compare.check_places_beyond_32_bits("cuda", layout, monkeypatch)
+
+
 @pytest.mark.parametrize("place", [-1, 16])
 def test_places_that_nobody_has_looked_at_end_the_kernel(monkeypatch, place):
     monkeypatch.setattr("restoration_kernels._checks.neighbor_difference", lambda *arguments: None)

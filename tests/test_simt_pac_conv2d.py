@@ -173,3 +173,7 @@ def test_planes_of_more_than_32_bits_are_refused():
     x = torch.zeros(1, 1, 1, 1)
     with pytest.raises(RuntimeError, match="its kernel counts the pixels of a padded plane in 32 bits"):
         pac_conv2d(x, x, x, padding=2**15, backend="cuda")
+
+
+def test_taps_beyond_32_bits(monkeypatch):
+    compare.check_taps_beyond_32_bits("cuda", monkeypatch)

@@ -48,7 +48,8 @@ def test_values_under_the_interpreter(tmp_path):
     files = [TESTS / f"test_{stem}.py" for stem in stems]
     values = "(test_backward and not float64) or test_edge_shapes or (test_in_place and float32)"
     # The interpreter takes half a minute, or a whole one, for one of these operators' odd samples.
-    others = "test_many_tiles or test_spoiled_guide or test_guide_of_any_magnitude or test_half_precision"
+    guides = "test_spoiled_guide or test_guide_of_any_magnitude"
+    others = f"test_many_tiles or {guides} or test_half_precision or beyond_32_bits"
     chosen = f"triton and ({values} or {others}) and not ((pac_conv2d or pad2d) and odd)"
     options = ["-q", "-p", "no:cacheprovider", "-k", chosen]
 
