@@ -144,6 +144,11 @@ def judge_all(ours, exact, plain=None, ulps=ULPS):
         judge(name, ours[name], exact[name], plain and plain[name], ulps)
 
 
+def round_to_tf32(x):
+    """Float32 with 10 bits of mantissa, ties away from zero."""
+    return (x.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
+
+
 def check_values(backend, sample, dtype, definition, names=()):
     """Output and gradients by the judge, against a definition in loops where the sample is tiny enough for it.
 

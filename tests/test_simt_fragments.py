@@ -2,6 +2,7 @@
 
 import ctypes
 
+import compare
 import pytest
 import simt_build
 import torch
@@ -10,7 +11,7 @@ from simt_build import both_orders, needs_compiler, pointer
 pytestmark = needs_compiler
 
 THREADS = 64  # of planted_fragments.cu
-MANTISSA = {"tf32": 10, "float16": 10, "bfloat16": 7}  # bits that are kept of an operand
+KINDS = ("tf32", "float16", "bfloat16")  # of operands
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def product(planted, kind, left, right):
 
 
 @both_orders
-@pytest.mark.parametrize("kind", MANTISSA)
+@pytest.mark.parametrize("kind", KINDS)
 def test_products(planted, kind, order):
     """Numbers of few bits, whose products and sums are exact: any wrong place or lost number shows."""
     depth = 24 if kind == "tf32" else 48
@@ -41,15 +42,14 @@ def test_products(planted, kind, order):
     assert torch.equal(product(planted, kind, left, right), torch.stack([exact, -exact]))
 
 
-@pytest.mark.parametrize("kind", MANTISSA)
+@pytest.mark.parametrize("kind", KINDS)
 def test_products_of_rounded_operands(planted, kind):
     """Each operand is rounded to the nearest number that the fragment holds, and nothing else but the sum is."""
     depth = 24 if kind == "tf32" else 48
     left, right = torch.rand(16, depth) + 1, torch.rand(depth, 8) + 1
-    step = 2.0 ** -MANTISSA[kind]
     # One operand in thousands lies in the middle: tf32 then rounds away from zero, the others to even.
-    rounded = [(x / step + 0.5).floor() * step if kind == "tf32" else (x / step).round() * step for x in (left, right)]
-    exact = rounded[0].double() @ rounded[1].double()
+    held = [compare.round_to_tf32(x) if kind == "tf32" else x.to(getattr(torch, kind)) for x in (left, right)]
+    exact = held[0].double() @ held[1].double()
     sums = product(planted, kind, left, right)
     torch.testing.assert_close(sums[0].double(), exact, rtol=depth * 2.0**-24, atol=0)
     torch.testing.assert_close(sums[1], -sums[0], rtol=0, atol=0)

@@ -45,16 +45,11 @@ def judge(arguments, plain=pac_conv2d):
     compare.judge("output", ours, exact, plain(**arguments, backend="reference"), ulps)
 
 
-def round_to_tf32(x):
-    """Float32 with 10 bits of mantissa, ties away from zero."""
-    return (x.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
-
-
 def pac_conv2d_in_tf32(x, guide, weight, bias, *, backend, normalize=False, **geometry):
     """The reference with both operands of its matrix product rounded."""
     kernel = pac_kernel2d(guide, weight.shape[-1], normalize=normalize, **geometry)[:, 0].flatten(1, 2)
     columns = F.unfold(x, weight.shape[-1], **geometry).unflatten(1, (x.shape[1], -1)) * kernel.flatten(2)[:, None]
-    y = round_to_tf32(weight).flatten(1) @ round_to_tf32(columns).flatten(1, 2) + bias[:, None]
+    y = compare.round_to_tf32(weight).flatten(1) @ compare.round_to_tf32(columns).flatten(1, 2) + bias[:, None]
     return y.unflatten(2, kernel.shape[2:])
 
 
