@@ -7,10 +7,11 @@ VENV := .venv
 demo: $(VENV)/.installed
 	$(VENV)/bin/restoration demo --out demo --force
 
+# In a process for each core, up to four. Threads that wait sleep, and leave the core to the other processes' tests.
 test: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest
+	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-# Builds packages and trains for minutes; .ci/run calls it.
+# Builds packages, on all cores, and trains for minutes; .ci/run calls it.
 test-slow: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest -m slow
 

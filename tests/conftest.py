@@ -12,6 +12,12 @@ from restoration_kernels import _backend
 
 
 @pytest.fixture(autouse=True)
+def numbers_of_its_own():
+    """Every test draws the same numbers, whatever ran before it in its process."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def uninitialised_memory_is_nan():
     """torch.empty then gives NaN, so that an output nobody wrote is seen; warn_only, as some torch operators object."""
     torch.use_deterministic_algorithms(True, warn_only=True)

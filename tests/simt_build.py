@@ -6,6 +6,7 @@ they depend on.
 """
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import importlib.machinery
@@ -155,9 +156,13 @@ def _cached(command, content, suffix):
     path = CACHE / (digest + suffix)
     if not path.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-        path.with_name(f"{path.name}.log").write_text(_run([*command, "-o", str(unfinished)]))
-        unfinished.replace(path)
+        # Of several processes of tests one runs it, and the others wait.
+        with open(path.with_name(f"{path.name}.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                unfinished = path.with_name(f"{path.name}.unfinished")
+                path.with_name(f"{path.name}.log").write_text(_run([*command, "-o", str(unfinished)]))
+                unfinished.replace(path)
     return path
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import types
@@ -53,7 +54,9 @@ def quick_run(tmp_path_factory):
         "nothing or not backward",
         f"--benchmark-json={folder / 'saved.json'}",
     ]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    # In what it takes for a worker of pytest-xdist, pytest-benchmark measures nothing.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     return result, folder / "saved.json"
 
 

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,12 +12,22 @@ import numpy as np
 import pytest
 import torch
 
+import restoration_kernels
 from restoration_kernels._backend import OPERATORS
 
 TESTS = Path(__file__).parent
 KERNELS = TESTS.parent / "kernels"
 SOURCES = sorted(KERNELS.glob("*_triton.py"))
 ARCHITECTURES = {86, 90}
+WRITTEN_IN_TRITON = [name for name, operator in OPERATORS.items() if operator.has("triton")]
+
+
+def written_in(operator):
+    """The module of the package that has the operator, and whose name its tests have."""
+    return getattr(restoration_kernels, operator).__module__.rpartition(".")[2]
+
+
+MODULES = sorted(set(map(written_in, WRITTEN_IN_TRITON)))
 
 triton = pytest.importorskip("triton")
 
@@ -37,34 +46,47 @@ def run(command, **environment):
     return result.stdout
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which the operators' own tests run")
-@pytest.mark.skipif(
-    version(triton) < (3, 7) and version(np) >= (2, 4),
-    reason="Triton's interpreter before 3.7 cannot count a loop with numpy 2.4",
-)
-def test_values_under_the_interpreter(tmp_path):
+def interpreted(report, modules, chosen):
+    """Names of the modules' tests chosen, all of which passed under Triton's interpreter."""
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", f"triton and {chosen}", f"--junitxml={report}"]
+    command += [str(TESTS / f"test_{module}.py") for module in modules]
+    run(command, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    cases = list(ElementTree.parse(report).iter("testcase"))
+    assert not [case.get("name") for case in cases if case.find("skipped") is not None]
+    return [case.get("name") for case in cases]
+
+
+def needs_interpreter(test):
+    """Skips a test where there is none that can run the kernels, and where there is no need of it."""
+    gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which the operators' own tests run")
+    broken = version(triton) < (3, 7) and version(np) >= (2, 4)
+    reason = "Triton's interpreter before 3.7 cannot count a loop with numpy 2.4"
+    return gpu(pytest.mark.skipif(broken, reason=reason)(test))
+
+
+# Chosen by name, as with pytest -k. The interpreter takes half a minute, or a whole one, for one of the first, up to
+# twelve seconds for one of the second; half precision is judged in small maps, too.
+TOO_LONG = "(pac_conv2d or pad2d) and odd"
+LONG = "float16 and (odd or many_tiles)"
+
+
+@needs_interpreter
+@pytest.mark.parametrize("module", MODULES)
+def test_values_under_the_interpreter(tmp_path, module):
     """The judge of every operator, on forward and backward."""
-    stems = [path.name.removesuffix("_reference.py") for path in sorted(KERNELS.glob("*_reference.py"))]
-    files = [TESTS / f"test_{stem}.py" for stem in stems]
     values = "(test_backward and not float64) or test_edge_shapes or (test_in_place and float32)"
-    # The interpreter takes half a minute, or a whole one, for one of these operators' odd samples.
     guides = "test_spoiled_guide or test_guide_of_any_magnitude"
     others = f"test_many_tiles or {guides} or test_half_precision or beyond_32_bits"
-    chosen = f"triton and ({values} or {others}) and not ((pac_conv2d or pad2d) and odd)"
-    options = ["-q", "-p", "no:cacheprovider", "-k", chosen]
+    cases = interpreted(tmp_path / "report.xml", [module], f"({values} or {others}) and not ({TOO_LONG} or {LONG})")
+    judged = {name for name in OPERATORS if any(f"triton-{name}-" in case for case in cases)}
+    assert judged == {name for name in WRITTEN_IN_TRITON if written_in(name) == module}
 
-    def judged(file):
-        path = tmp_path / f"{file.stem}.xml"
-        run(["-m", "pytest", *options, f"--junitxml={path}", str(file)], TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-        return ElementTree.parse(path)
 
-    # The interpreter keeps one core busy, and is the longest of all tests.
-    with ThreadPoolExecutor(os.cpu_count()) as processes:
-        reports = list(processes.map(judged, filter(Path.exists, files)))
-    cases = [case for report in reports for case in report.iter("testcase")]
-    assert not [case.get("name") for case in cases if case.find("skipped") is not None]
-    for name, operator in OPERATORS.items():
-        assert operator.has("triton") == any(f"triton-{name}-" in case.get("name") for case in cases)
+@needs_interpreter
+@pytest.mark.slow
+def test_values_in_half_precision_under_the_interpreter(tmp_path):
+    chosen = f"(test_backward or test_many_tiles) and {LONG} and not ({TOO_LONG})"
+    assert interpreted(tmp_path / "report.xml", MODULES, chosen)
 
 
 @pytest.fixture(scope="module")
