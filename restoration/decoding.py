@@ -17,7 +17,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from restoration.errors import UserError
-from restoration.metadata import descriptive_exif, descriptive_xmp
+from restoration.metadata import descriptive_exif, descriptive_xmp, iptc
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class Decoded:
     alpha: Image.Image | None
     exif: bytes | None
     xmp: bytes | None
+    iptc: bytes | None
     icc_profile: bytes | None
     dpi: tuple[float, float] | None
 
@@ -50,7 +51,7 @@ def decode(path: Path) -> Decoded:
     image = _open(path)
     upright, exif = _upright(image, path)
     rgb, alpha, icc_profile = _to_srgb(upright, path)
-    return Decoded(rgb, alpha, exif, _xmp(image, path), icc_profile, _resolution(upright))
+    return Decoded(rgb, alpha, exif, _xmp(image, path), _iptc(image, path), icc_profile, _resolution(upright))
 
 
 @contextmanager
@@ -152,6 +153,16 @@ def _xmp(image: Image.Image, path: Path) -> bytes | None:
         return descriptive_xmp(packet)
     except (AttributeError, UnicodeDecodeError) as error:  # no bytes, or none of UTF-8
         logger.warning("%s: its XMP data cannot be read and is left out (%s)", path, reason(error))
+        return None
+
+
+def _iptc(image: Image.Image, path: Path) -> bytes | None:
+    try:
+        return iptc(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # as with EXIF
+        logger.warning("%s: its IPTC data cannot be read and is left out (%s)", path, reason(error))
         return None
 
 

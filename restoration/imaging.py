@@ -7,6 +7,7 @@ on reading (grey ones by rounding, colour ones by Pillow, which keeps the high b
 from __future__ import annotations
 
 import io
+import logging
 import math
 import os
 import secrets
@@ -21,7 +22,9 @@ from PIL import ExifTags, Image, PngImagePlugin
 from restoration.decoding import decode, reading, reason
 from restoration.errors import UserError
 from restoration.files import write_through
-from restoration.metadata import descriptive_exif
+from restoration.metadata import JPEG_BYTES_BESIDE_IPTC, descriptive_exif, jpeg_with_iptc
+
+logger = logging.getLogger(__name__)
 
 _WRITABLE_FORMATS = {
     ".png": "PNG",
@@ -41,8 +44,13 @@ _SAVE_OPTIONS = {
 }
 # The formats' own limits (libjpeg's JPEG_MAX_DIMENSION, WebP's 14-bit sizes): a long handscroll exceeds them.
 _LONGEST_SIDE = {"JPEG": 65_500, "WEBP": 16_383}
-# Bytes of notes in a JPEG: a marker's 16-bit length counts itself, and XMP begins with its name.
-_LONGEST_JPEG_NOTES = {"exif": 65_533, "xmp": 65_533 - len(b"http://ns.adobe.com/xap/1.0/\0")}
+_FORMATS_WITH_IPTC = ("JPEG", "TIFF")
+# Bytes of notes in a JPEG: a marker's 16-bit length counts itself, and what XMP and IPTC begin with.
+_LONGEST_JPEG_NOTES = {
+    "exif": 65_533,
+    "xmp": 65_533 - len(b"http://ns.adobe.com/xap/1.0/\0"),
+    "iptc": 65_533 - JPEG_BYTES_BESIDE_IPTC,
+}
 
 
 @dataclass(frozen=True)
@@ -50,14 +58,15 @@ class Picture:
     """An upright picture and what its file said about it.
 
     ``rgb`` is float32 [3, H, W] in [0, 1], sRGB; ``alpha`` is uint8 [H, W] or None; ``exif`` and ``xmp`` hold what
-    describes the painting and its photograph, without orientation and sizes; ``icc_profile`` is None or an sRGB
-    profile; ``dpi`` is dots an inch (x, y).
+    describes the painting and its photograph, without orientation and sizes; ``iptc`` the datasets of IPTC-IIM, which
+    JPEG and TIFF files may have; ``icc_profile`` is None or an sRGB profile; ``dpi`` is dots an inch (x, y).
     """
 
     rgb: torch.Tensor
     alpha: torch.Tensor | None = None
     exif: bytes | None = None
     xmp: bytes | None = None
+    iptc: bytes | None = None
     icc_profile: bytes | None = None
     dpi: tuple[float, float] | None = None
 
@@ -78,6 +87,7 @@ def read_image(path: str | os.PathLike) -> Picture:
             alpha=None if decoded.alpha is None else torch.from_numpy(np.array(decoded.alpha)),
             exif=decoded.exif,
             xmp=decoded.xmp,
+            iptc=decoded.iptc,
             icc_profile=decoded.icc_profile,
             dpi=decoded.dpi,
         )
@@ -115,9 +125,10 @@ def write_image(
 ) -> None:
     """Write ``rgb`` (float [3, H, W], clamped to [0, 1], rounded to 8 bits) in the format of the path's suffix.
 
-    Alpha, EXIF, XMP, ICC profile and resolution are those of ``like`` (WebP has no place for the resolution). The file
-    appears whole or not at all, and replaces another only with ``force``. PNG, TIFF and WebP are lossless.
-    Raises UserError where the file cannot be written, or where JPEG would lose transparency, EXIF or XMP; ValueError
+    Alpha, EXIF, XMP, IPTC, ICC profile and resolution are those of ``like`` (WebP has no place for the resolution, nor
+    WebP or PNG for IPTC, of which a warning is logged). The file appears whole or not at all, and replaces another only
+    with ``force``. PNG, TIFF and WebP are lossless.
+    Raises UserError where the file cannot be written, or where JPEG would lose transparency or notes; ValueError
     where rgb has another shape than [3, H, W], another size than the alpha of ``like``, or a value that is not finite.
     """
     path = Path(path)
@@ -133,14 +144,19 @@ def write_image(
         image.putalpha(Image.fromarray(alpha.cpu().numpy()))
     if like is not None:
         options |= _notes_options(like, image_format)
+        if like.iptc is not None and image_format not in _FORMATS_WITH_IPTC:
+            logger.warning("%s: %s has no place for IPTC data, which .jpg and .tif would keep", path, image_format)
 
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         # By way of memory: Pillow does not notice where the disk takes only a part of what its libraries write.
         encoded = io.BytesIO()
         image.save(encoded, format=image_format, **options)
+        content = encoded.getbuffer()
+        if image_format == "JPEG" and like is not None and like.iptc is not None:
+            content = jpeg_with_iptc(encoded.getvalue(), like.iptc)
         with open(temporary, "xb") as file:
-            write_through(file, encoded.getbuffer())
+            write_through(file, content)
         _publish(temporary, path, force)
     except FileExistsError:
         raise UserError(f"{path}: exists already (--force overwrites)") from None
@@ -166,6 +182,8 @@ def _notes_options(picture: Picture, image_format: str) -> dict[str, object]:
             tags |= descriptive_exif(exif)
         if "xmp" in options:
             tags[ExifTags.Base.XMLPacket] = options.pop("xmp")
+        if picture.iptc is not None:
+            tags[ExifTags.Base.IPTCNAA] = picture.iptc
         options["tiffinfo"] = tags
     return options
 

@@ -1,10 +1,11 @@
-"""What a picture's file says beside its pixels: the parts of EXIF and XMP that are true of the recoloured one, too."""
+"""What a file says beside its pixels that is true of the recoloured picture, too: of EXIF and XMP parts, and IPTC."""
 
 from __future__ import annotations
 
 import re
+import struct
 
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, IptcImagePlugin
 
 # EXIF tags that describe the painting or its photograph. The others describe how the old file stored its pixels
 # (orientation, size, strips, thumbnail) and would be stale in a new one.
@@ -38,6 +39,14 @@ _STALE_XMP = re.compile(
     re.DOTALL,
 )
 
+# A JPEG has IPTC's notes as one of Photoshop's resources, of this number, in a segment of this marker. Adobe Photoshop
+# File Formats Specification, section Image Resource Blocks.
+_IPTC_RESOURCE = 0x0404
+_PHOTOSHOP_MARKER = b"\xff\xed"
+_PHOTOSHOP_NAME = b"Photoshop 3.0\0"
+_UNNAMED_RESOURCE = struct.Struct(">4sH2xI")  # signature, number, a name of no letters, length
+JPEG_BYTES_BESIDE_IPTC = len(_PHOTOSHOP_NAME) + _UNNAMED_RESOURCE.size + 1  # which makes a length even
+
 
 def descriptive_exif(source: Image.Exif) -> Image.Exif:
     """The tags that describe the painting or its photograph."""
@@ -55,6 +64,32 @@ def descriptive_exif(source: Image.Exif) -> Image.Exif:
 def descriptive_xmp(packet: bytes) -> bytes:
     """The packet without what it says about the old file's pixels. UnicodeDecodeError where it is not UTF-8."""
     return _STALE_XMP.sub("", packet.rstrip(b"\0").decode()).encode()
+
+
+def iptc(image: Image.Image) -> bytes | None:
+    """The datasets of IPTC-IIM that a JPEG or TIFF file has; nearly any exception where they are damaged."""
+    found = IptcImagePlugin.getiptcinfo(image) or {}
+    datasets = []
+    for (record, number), values in found.items():
+        for value in values if isinstance(values, list) else [values]:
+            datasets.append(_dataset(record, number, value or b""))
+    return b"".join(datasets) or None
+
+
+def _dataset(record: int, number: int, value: bytes) -> bytes:
+    """IPTC-IIM 4.1, chapter 1.5. Longer values, whose length is written in another way, Pillow does not read."""
+    return struct.pack(">BBBh", 0x1C, record, number, len(value)) + value
+
+
+def jpeg_with_iptc(jpeg: bytes, datasets: bytes) -> bytes:
+    """The JPEG file with IPTC's datasets, of at most 65,533 - JPEG_BYTES_BESIDE_IPTC bytes, after its other notes."""
+    resource = _UNNAMED_RESOURCE.pack(b"8BIM", _IPTC_RESOURCE, len(datasets)) + datasets + b"\0" * (len(datasets) % 2)
+    content = _PHOTOSHOP_NAME + resource
+    end = 2  # of the marker that begins a file
+    while b"\xff\xe0" <= jpeg[end : end + 2] <= b"\xff\xef":
+        end += 2 + int.from_bytes(jpeg[end + 2 : end + 4], "big")
+    segment = _PHOTOSHOP_MARKER + struct.pack(">H", 2 + len(content)) + content
+    return jpeg[:end] + segment + jpeg[end:]
 
 
 def _as_it_was(value: object) -> object:

@@ -6,10 +6,11 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin, TiffImagePlugin, TiffTags
 
 from restoration.errors import UserError
 from restoration.imaging import to_uint8
+from restoration.metadata import jpeg_with_iptc
 
 LOSSLESS = ("png", "tif", "webp")
 FORMATS = (*LOSSLESS, "jpg")
@@ -65,6 +66,27 @@ def save_with_xmp(path, packet, **options):
     else:
         options["xmp"] = packet
     image.save(path, **options)
+
+
+def save_with_iptc(path, datasets, declared=TiffTags.UNDEFINED):
+    """In a TIFF file, as bytes, or as numbers of 32 bits, which is how Photoshop declares them."""
+    image = Image.fromarray(random_pixels())
+    if path.suffix == ".jpg":
+        image.save(path)
+        path.write_bytes(jpeg_with_iptc(path.read_bytes(), datasets))
+        return
+    datasets += b"\0" * (-len(datasets) % 4)
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags.tagtype[ExifTags.Base.IPTCNAA] = TiffTags.UNDEFINED
+    tags[ExifTags.Base.IPTCNAA] = datasets
+    image.save(path, tiffinfo=tags)
+    size = 4 if declared == TiffTags.LONG else 1
+    entries = [
+        struct.pack("<HHI", ExifTags.Base.IPTCNAA, *kind_and_count)
+        for kind_and_count in ((TiffTags.UNDEFINED, len(datasets)), (declared, len(datasets) // size))
+    ]
+    assert path.read_bytes().count(entries[0]) == 1
+    path.write_bytes(path.read_bytes().replace(*entries))
 
 
 def png_of_16_bits(values):

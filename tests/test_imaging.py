@@ -7,8 +7,17 @@ import sys
 import numpy as np
 import pytest
 import torch
-from pictures import FORMATS, LOSSLESS, as_bytes, assert_refuses, random_pixels, save_with_xmp, srgb_profile
-from PIL import ExifTags, Image
+from pictures import (
+    FORMATS,
+    LOSSLESS,
+    as_bytes,
+    assert_refuses,
+    random_pixels,
+    save_with_iptc,
+    save_with_xmp,
+    srgb_profile,
+)
+from PIL import ExifTags, Image, TiffTags
 
 from restoration.imaging import (
     Picture,
@@ -102,6 +111,48 @@ def test_xmp_survives_without_what_it_says_of_the_old_pixels(tmp_path, source, t
     with Image.open(tmp_path / f"new.{target}") as image:
         assert image.info["xmp"] == KEPT_XMP
     assert read_image(tmp_path / f"new.{target}").xmp == KEPT_XMP
+
+
+# Of the second record the object's name, two keywords, of which one is empty, and a long caption.
+IPTC = b"\x1c\x02\x05\x00\x05River\x1c\x02\x19\x00\x03ink\x1c\x02\x19\x00\x00"
+IPTC += b"\x1c\x02\x78\x7f\xff" + b"x" * 32_767
+
+
+@pytest.mark.parametrize("target", FORMATS)
+@pytest.mark.parametrize(
+    ("source", "declared"), [("jpg", None), ("tif", TiffTags.UNDEFINED), ("tif", TiffTags.BYTE), ("tif", TiffTags.LONG)]
+)
+def test_iptc_survives_where_the_format_has_a_place_for_it(tmp_path, caplog, source, declared, target):
+    save_with_iptc(tmp_path / f"old.{source}", IPTC, declared)
+    picture = read_image(tmp_path / f"old.{source}")
+    assert picture.iptc == IPTC
+    write_image(tmp_path / f"new.{target}", picture.rgb, picture)
+    again = read_image(tmp_path / f"new.{target}")
+    assert again.rgb.shape == picture.rgb.shape
+    if target in ("jpg", "tif"):
+        assert again.iptc == IPTC
+        assert not caplog.records
+    else:
+        assert again.iptc is None
+        assert f"new.{target}: {target.upper()} has no place for IPTC data" in caplog.text
+
+
+@pytest.mark.parametrize("unread", [b"no datasets", b"\x1c\x02\x78\x80\x04\x00\x00\x9c\x40" + b"x" * 40_000])
+@pytest.mark.parametrize("source", ["jpg", "tif"])
+def test_iptc_that_cannot_be_read_is_left_out(tmp_path, caplog, source, unread):
+    save_with_iptc(tmp_path / f"old.{source}", unread)
+    assert read_image(tmp_path / f"old.{source}").iptc is None
+    assert f"old.{source}: its IPTC data cannot be read and is left out" in caplog.text
+
+
+def test_other_notes_of_a_jpeg_stand_before_iptc(tmp_path):
+    rgb = torch.zeros(3, 2, 2)
+    write_image(tmp_path / "new.jpg", rgb, Picture(rgb, exif=notes(1), xmp=KEPT_XMP, iptc=IPTC))
+    written = (tmp_path / "new.jpg").read_bytes()
+    places = [written.index(name) for name in (b"JFIF", b"Exif", b"ns.adobe.com/xap", b"Photoshop 3.0", b"\xff\xdb")]
+    assert places == sorted(places)
+    again = read_image(tmp_path / "new.jpg")
+    assert (again.xmp, again.iptc) == (KEPT_XMP, IPTC) and again.exif is not None
 
 
 @pytest.mark.parametrize("target", FORMATS)
@@ -200,6 +251,14 @@ def test_jpeg_refuses_more_notes_than_it_holds_before_any_work(tmp_path):
 
     assert_refuses_beyond(65_533, "EXIF", save_exif)
     assert_refuses_beyond(65_504, "XMP", lambda path, length: save_with_xmp(path, b"x" * length))
+
+    rgb = torch.zeros(3, 2, 2)
+    for length in (65_505, 65_506):
+        write_image(tmp_path / "new.jpg", rgb, Picture(rgb, iptc=b"x" * length), force=True)
+        with Image.open(tmp_path / "new.jpg") as image:
+            assert image.info["photoshop"][0x0404] == b"x" * length
+    long, saying = Picture(rgb, iptc=b"x" * 65_507), "new.jpg: JPEG holds at most 65506 bytes of IPTC data, got 65507"
+    assert_refuses(check_writable, tmp_path / "new.jpg", force=True, like=long, saying=saying)
 
 
 def test_one_pixel(tmp_path):
