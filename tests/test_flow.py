@@ -178,7 +178,6 @@ def test_strength_zero_changes_nothing():
 
 
 def test_guides_and_outputs_begin_at_a_tenth_of_pytorchs_scale():
-    torch.manual_seed(0)
     features = ReversibleBlock(64).features
     values, guides = features.value_and_guide.weight.split([features.value_channels, GUIDE_CHANNELS])
     for weight, share in ((values, 1), (guides, 0.1), (features.weight, 0.1)):

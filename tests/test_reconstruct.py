@@ -256,7 +256,6 @@ def test_results_are_fitted_into_the_range(monkeypatch):
 
 @pytest.mark.parametrize(("contrast", "deviation"), [(0.002, 0.1), (0.05, 3.7), (0.2, None)])
 def test_contrast_raised_out_of_noise_is_noted(tmp_path, contrast, deviation):
-    torch.manual_seed(0)
     drawing, reference = torch.rand(2, 3, 40, 40)
     _, notes = recolour(load_network(), 0.5 + contrast * (drawing - 0.5), reference, CPU)
     expected = f"hardly any drawing: values deviate by {deviation} of 255"
