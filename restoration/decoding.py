@@ -128,42 +128,42 @@ def _turn_resolution(image: Image.Image, orientation: int | None) -> None:
         image.info["dpi"] = image.info["dpi"][::-1]
 
 
+@contextmanager
+def _left_out_where_damaged(notes: str, path: Path) -> Iterator[None]:
+    """Notes that cannot be read are warned of: a picture with damaged notes is still a picture."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # they raise nearly anything
+        logger.warning("%s: its %s data cannot be read and is left out (%s)", path, notes, reason(error))
+
+
 def _upright(image: Image.Image, path: Path) -> tuple[Image.Image, bytes | None]:
     """The picture turned as its EXIF orientation says, and its descriptive EXIF."""
-    upright = image
-    try:
+    upright, exif = image, None
+    with _left_out_where_damaged("EXIF", path):
         orientation = image.getexif().get(ExifTags.Base.Orientation)
         upright = ImageOps.exif_transpose(image)
         _turn_resolution(upright, orientation)
         kept = descriptive_exif(image.getexif())
-        return upright, kept.tobytes() if len(kept) else None
-    except MemoryError:
-        raise
-    # Damaged notes raise nearly anything too, but a picture with damaged notes is still a picture.
-    except Exception as error:
-        logger.warning("%s: its EXIF data cannot be read and is left out (%s)", path, reason(error))
-        return upright, None
+        exif = kept.tobytes() if len(kept) else None
+    return upright, exif
 
 
 def _xmp(image: Image.Image, path: Path) -> bytes | None:
     packet = image.info.get("xmp")
     if not packet:
         return None
-    try:
+    with _left_out_where_damaged("XMP", path):
         return descriptive_xmp(packet)
-    except (AttributeError, UnicodeDecodeError) as error:  # no bytes, or none of UTF-8
-        logger.warning("%s: its XMP data cannot be read and is left out (%s)", path, reason(error))
-        return None
+    return None
 
 
 def _iptc(image: Image.Image, path: Path) -> bytes | None:
-    try:
+    with _left_out_where_damaged("IPTC", path):
         return iptc(image)
-    except MemoryError:
-        raise
-    except Exception as error:  # as with EXIF
-        logger.warning("%s: its IPTC data cannot be read and is left out (%s)", path, reason(error))
-        return None
+    return None
 
 
 def _to_srgb(image: Image.Image, path: Path) -> tuple[Image.Image, Image.Image | None, bytes | None]:
