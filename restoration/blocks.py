@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from restoration.convolution import conv2d
 from restoration_kernels import dual_pool_attention_pad2d, pac_conv2d, pac_conv2d_, relu_split
 
 # Streams hold multiples of 2^-16: a 256th of an 8-bit level, fine enough to be invisible, and coarse enough that
@@ -96,14 +97,17 @@ class PixelAdaptiveFeatureExtraction(nn.Module):
 
     def forward(self, pad: Callable[[], Tensor], residual: Tensor, alpha: float, in_place: bool = False) -> Tensor:
         if not self.adaptive:
-            output = F.conv2d(F.relu(self.value_and_guide(pad())), self.weight, self.bias, padding=1)
+            output = conv2d(F.relu(self._value_and_guide(pad)), self.weight, self.bias, padding=1)
             change = alpha * round_to_quantum(output.to(residual.dtype))
             return residual.add_(change) if in_place else residual + change
-        tensors = (*relu_split(self.value_and_guide(pad()), self.value_channels), self.weight, self.bias)
+        tensors = (*relu_split(self._value_and_guide(pad), self.value_channels), self.weight, self.bias)
         options = {"padding": 1, "alpha": alpha, "quantum": STREAM_QUANTUM}
         if in_place:
             return pac_conv2d_(residual, *tensors, **options)
         return pac_conv2d(*tensors, residual=residual, **options)
+
+    def _value_and_guide(self, pad: Callable[[], Tensor]) -> Tensor:
+        return conv2d(pad(), self.value_and_guide.weight, self.value_and_guide.bias)
 
 
 class ReversibleBlock(nn.Module):

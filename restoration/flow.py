@@ -21,6 +21,7 @@ from restoration.blocks import (
     round_to_quantum,
     round_to_quantum_,
 )
+from restoration.convolution import has_fast_bf16
 from restoration.reversible import Coupling, Rearrangement, Step, Streams, run_chain
 from restoration.whitening import Transfer, transfer_statistics
 
@@ -87,7 +88,7 @@ class ReversibleNetwork(nn.Module):
         if self.precision == "fp32":
             return nullcontext()
         if device.type == "cpu":
-            _warn_where_bf16_is_slow()
+            _warn_where_bf16_gains_nothing()
         # No cache: it saves nothing where a pass casts each parameter once, and holds all of them.
         return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
 
@@ -165,19 +166,12 @@ class ReversibleNetwork(nn.Module):
         return Reconstruction(self.decode(transfer.z, degraded.shape[-2:]), transfer)
 
 
-def _has_fast_bf16() -> bool:
-    """Whether PyTorch multiplies bfloat16 by a library on this CPU, rather than number by number."""
-    try:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    except AttributeError:  # a PyTorch without that library
-        return False
-
-
-@functools.cache  # asks and warns once a process
-def _warn_where_bf16_is_slow() -> None:
-    if not _has_fast_bf16():
+@functools.cache  # warns once a process
+def _warn_where_bf16_gains_nothing() -> None:
+    if not has_fast_bf16():
         logger.warning(
-            "bf16 takes several times as long as fp32 here: PyTorch has no fast convolutions for this processor"
+            "bf16 gains nothing over fp32 here: PyTorch has no library of its convolutions for this processor, and "
+            "they are computed in float32"
         )
 
 

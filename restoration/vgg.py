@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from restoration.convolution import computing_dtype, conv2d
 from restoration.errors import UserError
 
 LAYERS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1")
@@ -200,9 +201,9 @@ class _FrozenConvolution(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, reflect: bool) -> Tensor:
         ctx.reflect = reflect
         if reflect:
-            y = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), weight, bias)
+            y = conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), weight, bias)
         else:
-            y = F.conv2d(x, weight, bias, padding=1)
+            y = conv2d(x, weight, bias, padding=1)
         y.relu_()
         ctx.save_for_backward(y, weight)
         return y
@@ -212,18 +213,19 @@ class _FrozenConvolution(torch.autograd.Function):
     def backward(ctx, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
         y, weight = ctx.saved_tensors
         B, _, H, W = y.shape
-        grad_y = torch.ops.aten.threshold_backward(grad_y, y, 0)
+        dtype = computing_dtype(y)
+        grad_y = torch.ops.aten.threshold_backward(grad_y, y, 0).to(dtype)
         # Shapes without numbers: the operators below ask for the input, but read its sizes alone.
         border = 2 if ctx.reflect else 0
         shape = (B, weight.shape[1], H + border, W + border)
-        padded = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
+        padded = torch.empty(shape, dtype=dtype, device=y.device, memory_format=torch.channels_last)
         padding = [0, 0] if ctx.reflect else [1, 1]
         grad_x = torch.ops.aten.convolution_backward(
-            grad_y, padded, weight, None, [1, 1], padding, [1, 1], False, [0, 0], 1, [True, False, False]
+            grad_y, padded, weight.to(dtype), None, [1, 1], padding, [1, 1], False, [0, 0], 1, [True, False, False]
         )[0]
         if ctx.reflect:
             grad_x = torch.ops.aten.reflection_pad2d_backward(grad_x, padded[..., 1:-1, 1:-1], [1, 1, 1, 1])
-        return grad_x, None, None, None
+        return grad_x.to(y.dtype), None, None, None
 
 
 def metric_features(path: str | Path | None = None) -> VGG19Features:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from restoration import graph, step
+from restoration import convolution, graph, step
 from restoration.blocks import STREAM_QUANTUM
 from restoration.config import make_config
 from restoration.errors import UserError
@@ -215,6 +215,30 @@ def test_bf16_is_of_network_and_loss_network():
         assert step.network.precision == precision
         assert step.losses.features.block4_conv1_weight.dtype == dtype
         assert all(parameter.dtype == torch.float32 for parameter in step.parameters())
+
+
+class ConvolutionDtypes(TorchDispatchMode):
+    """Those of all operands of PyTorch's convolutions that are called."""
+
+    CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function in self.CONVOLUTIONS:
+            self.found |= {value.dtype for value in arguments if isinstance(value, torch.Tensor)}
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("cafe", [True, False])
+@pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_step_in_bf16_convolves_in_what_the_processor_is_fast_at(fast, dtype, cafe, monkeypatch):
+    monkeypatch.setattr(convolution, "has_fast_bf16", lambda: fast)
+    with ConvolutionDtypes() as dtypes:
+        optimisation(precision="bf16", cafe=cafe)(0, *crops())
+    assert dtypes.found == {dtype}
 
 
 def test_tf32_is_refused_on_a_cpu(tmp_path):
