@@ -17,7 +17,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from restoration.errors import UserError
-from restoration.metadata import descriptive_exif, descriptive_xmp, iptc
+from restoration.metadata import descriptive_exif, descriptive_xmp, iptc, texts
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ class Decoded:
     exif: bytes | None
     xmp: bytes | None
     iptc: bytes | None
+    texts: dict[str, str] | None
     icc_profile: bytes | None
     dpi: tuple[float, float] | None
 
@@ -51,7 +52,16 @@ def decode(path: Path) -> Decoded:
     image = _open(path)
     upright, exif = _upright(image, path)
     rgb, alpha, icc_profile = _to_srgb(upright, path)
-    return Decoded(rgb, alpha, exif, _xmp(image, path), _iptc(image, path), icc_profile, _resolution(upright))
+    return Decoded(
+        rgb,
+        alpha,
+        exif,
+        xmp=_xmp(image, path),
+        iptc=_iptc(image, path),
+        texts=texts(image),
+        icc_profile=icc_profile,
+        dpi=_resolution(upright),
+    )
 
 
 @contextmanager

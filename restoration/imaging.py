@@ -22,7 +22,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 from restoration.decoding import decode, reading, reason
 from restoration.errors import UserError
 from restoration.files import write_through
-from restoration.metadata import JPEG_BYTES_BESIDE_IPTC, descriptive_exif, jpeg_with_iptc
+from restoration.metadata import COMMENT, JPEG_BYTES_BESIDE_IPTC, descriptive_exif, jpeg_with_iptc
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ _LONGEST_JPEG_NOTES = {
     "exif": 65_533,
     "xmp": 65_533 - len(b"http://ns.adobe.com/xap/1.0/\0"),
     "iptc": 65_533 - JPEG_BYTES_BESIDE_IPTC,
+    "comment": 65_533,
 }
 
 
@@ -59,7 +60,8 @@ class Picture:
 
     ``rgb`` is float32 [3, H, W] in [0, 1], sRGB; ``alpha`` is uint8 [H, W] or None; ``exif`` and ``xmp`` hold what
     describes the painting and its photograph, without orientation and sizes; ``iptc`` the datasets of IPTC-IIM, which
-    JPEG and TIFF files may have; ``icc_profile`` is None or an sRGB profile; ``dpi`` is dots an inch (x, y).
+    JPEG and TIFF files may have; ``texts`` what a PNG says by keywords, and as "Comment" what a JPEG does;
+    ``icc_profile`` is None or an sRGB profile; ``dpi`` is dots an inch (x, y).
     """
 
     rgb: torch.Tensor
@@ -67,8 +69,15 @@ class Picture:
     exif: bytes | None = None
     xmp: bytes | None = None
     iptc: bytes | None = None
+    texts: dict[str, str] | None = None
     icc_profile: bytes | None = None
     dpi: tuple[float, float] | None = None
+
+    @property
+    def comment(self) -> bytes | None:
+        """Of the texts the one that JPEG has a place for."""
+        text = (self.texts or {}).get(COMMENT)
+        return None if text is None else text.encode()
 
 
 def read_image(path: str | os.PathLike) -> Picture:
@@ -88,6 +97,7 @@ def read_image(path: str | os.PathLike) -> Picture:
             exif=decoded.exif,
             xmp=decoded.xmp,
             iptc=decoded.iptc,
+            texts=decoded.texts,
             icc_profile=decoded.icc_profile,
             dpi=decoded.dpi,
         )
@@ -125,9 +135,9 @@ def write_image(
 ) -> None:
     """Write ``rgb`` (float [3, H, W], clamped to [0, 1], rounded to 8 bits) in the format of the path's suffix.
 
-    Alpha, EXIF, XMP, IPTC, ICC profile and resolution are those of ``like`` (WebP has no place for the resolution, nor
-    WebP or PNG for IPTC, of which a warning is logged). The file appears whole or not at all, and replaces another only
-    with ``force``. PNG, TIFF and WebP are lossless.
+    Alpha, EXIF, XMP, IPTC, texts, ICC profile and resolution are those of ``like``. WebP has no place for the
+    resolution; IPTC needs JPEG or TIFF, texts need PNG, but for JPEG's comment: a warning names what is left out. The
+    file appears whole or not at all, and replaces another only with ``force``. PNG, TIFF and WebP are lossless.
     Raises UserError where the file cannot be written, or where JPEG would lose transparency or notes; ValueError
     where rgb has another shape than [3, H, W], another size than the alpha of ``like``, or a value that is not finite.
     """
@@ -144,8 +154,7 @@ def write_image(
         image.putalpha(Image.fromarray(alpha.cpu().numpy()))
     if like is not None:
         options |= _notes_options(like, image_format)
-        if like.iptc is not None and image_format not in _FORMATS_WITH_IPTC:
-            logger.warning("%s: %s has no place for IPTC data, which .jpg and .tif would keep", path, image_format)
+        _warn_of_lost_notes(path, image_format, like)
 
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
@@ -166,13 +175,26 @@ def write_image(
         temporary.unlink(missing_ok=True)
 
 
+def _warn_of_lost_notes(path: Path, image_format: str, picture: Picture) -> None:
+    if picture.iptc is not None and image_format not in _FORMATS_WITH_IPTC:
+        logger.warning("%s: %s has no place for IPTC data, which .jpg and .tif would keep", path, image_format)
+    kept = {"PNG": picture.texts, "JPEG": (COMMENT,)}.get(image_format, ())
+    if lost := [keyword for keyword in picture.texts or () if keyword not in kept]:
+        logger.warning("%s: %s has no place for %s, which .png would keep", path, image_format, ", ".join(lost))
+
+
 def _notes_options(picture: Picture, image_format: str) -> dict[str, object]:
     """What Pillow's save takes to put the picture's notes into a file of that format."""
     names = ("exif", "xmp", "icc_profile", "dpi")
     options = {name: getattr(picture, name) for name in names if getattr(picture, name) is not None}
-    if image_format == "PNG" and "xmp" in options:
+    if image_format == "PNG":
         options["pnginfo"] = PngImagePlugin.PngInfo()
-        options["pnginfo"].add_itxt("XML:com.adobe.xmp", options.pop("xmp").decode())
+        if "xmp" in options:
+            options["pnginfo"].add_itxt("XML:com.adobe.xmp", options.pop("xmp").decode())
+        for keyword, text in (picture.texts or {}).items():
+            options["pnginfo"].add_text(keyword, text)
+    if image_format == "JPEG" and picture.comment is not None:
+        options["comment"] = picture.comment
     if image_format == "TIFF":
         tags = {}
         if "exif" in options:

@@ -1,11 +1,11 @@
-"""What a file says beside its pixels that is true of the recoloured picture, too: of EXIF and XMP parts, and IPTC."""
+"""What a file says beside its pixels that is true of the recoloured picture, too: of all but IPTC a part."""
 
 from __future__ import annotations
 
 import re
 import struct
 
-from PIL import ExifTags, Image, IptcImagePlugin
+from PIL import ExifTags, Image, IptcImagePlugin, JpegImagePlugin
 
 # EXIF tags that describe the painting or its photograph. The others describe how the old file stored its pixels
 # (orientation, size, strips, thumbnail) and would be stale in a new one.
@@ -38,6 +38,11 @@ _STALE_XMP = re.compile(
     rf"""|<(?P<name>{_STALE_PROPERTIES})(?:\s[^>]*?)?(?:/>|>.*?</(?P=name)\s*>)""",
     re.DOTALL,
 )
+
+# The keyword of a PNG's comment: PNG specification, section 11.3.3.1. A JPEG has one text, which goes by it as well.
+COMMENT = "Comment"
+# XMP's packet, ImageMagick's copies of other notes and of the old file's dates ("exif:Orientation", "date:modify").
+_NOT_A_TEXT = re.compile(r"Raw profile type |[\w-]+:")
 
 # A JPEG has IPTC's notes as one of Photoshop's resources, of this number, in a segment of this marker. Adobe Photoshop
 # File Formats Specification, section Image Resource Blocks.
@@ -74,6 +79,22 @@ def iptc(image: Image.Image) -> bytes | None:
         for value in values if isinstance(values, list) else [values]:
             datasets.append(_dataset(record, number, value or b""))
     return b"".join(datasets) or None
+
+
+def texts(image: Image.Image) -> dict[str, str] | None:
+    """What a PNG says by keywords (Title, Author, Copyright), and a JPEG's comment."""
+    found = dict(getattr(image, "text", {}))
+    comment = image.info.get("comment") if isinstance(image, JpegImagePlugin.JpegImageFile) else None
+    if comment:
+        found[COMMENT] = _decoded(comment.rstrip(b"\0"))
+    return {keyword: text for keyword, text in found.items() if not _NOT_A_TEXT.match(keyword)} or None
+
+
+def _decoded(text: bytes) -> str:
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        return text.decode("latin-1")
 
 
 def _dataset(record: int, number: int, value: bytes) -> bytes:

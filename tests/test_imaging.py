@@ -17,7 +17,7 @@ from pictures import (
     save_with_xmp,
     srgb_profile,
 )
-from PIL import ExifTags, Image, TiffTags
+from PIL import ExifTags, Image, PngImagePlugin, TiffTags
 
 from restoration.imaging import (
     Picture,
@@ -145,6 +145,44 @@ def test_iptc_that_cannot_be_read_is_left_out(tmp_path, caplog, source, unread):
     assert f"old.{source}: its IPTC data cannot be read and is left out" in caplog.text
 
 
+# Keywords of the PNG specification; in Latin-1, beyond it, and of a language.
+TEXTS = {
+    "Title": "Müller",
+    "Author": "王希孟",
+    "Comment": "of a scroll\n" * 9,
+    "Source": PngImagePlugin.iTXt("絹", "zh", "來源"),
+}
+
+
+@pytest.mark.parametrize(("target", "kept"), [("png", [*TEXTS]), ("jpg", ["Comment"]), ("tif", []), ("webp", [])])
+def test_texts_survive_where_the_format_has_a_place_for_them(tmp_path, caplog, target, kept):
+    chunks = PngImagePlugin.PngInfo()
+    for keyword, text in {**TEXTS, "date:modify": "now", "Raw profile type iptc": "\niptc\n 0\n"}.items():
+        chunks.add_text(keyword, text)
+    Image.fromarray(random_pixels()).save(tmp_path / "old.png", pnginfo=chunks)
+    picture = read_image(tmp_path / "old.png")
+    assert picture.texts == TEXTS
+    write_image(tmp_path / f"new.{target}", picture.rgb, picture)
+    again = read_image(tmp_path / f"new.{target}").texts
+    assert again == ({keyword: TEXTS[keyword] for keyword in kept} or None)
+    lost = [keyword for keyword in TEXTS if keyword not in kept]
+    assert len(caplog.records) == bool(lost)
+    assert all(f"no place for {', '.join(lost)}, which" in record.message for record in caplog.records)
+    if target == "png":
+        assert (again["Source"].lang, again["Source"].tkey) == ("zh", "來源")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+@pytest.mark.parametrize("target", ["png", "jpg"])
+def test_a_comment_of_jpeg_is_a_text_of_png(tmp_path, caplog, target, encoding):
+    Image.fromarray(random_pixels()).save(tmp_path / "old.jpg", comment="© Müller".encode(encoding) + b"\0")
+    picture = read_image(tmp_path / "old.jpg")
+    assert picture.texts == {"Comment": "© Müller"}
+    write_image(tmp_path / f"new.{target}", picture.rgb, picture)
+    assert read_image(tmp_path / f"new.{target}").texts == picture.texts
+    assert not caplog.records
+
+
 def test_other_notes_of_a_jpeg_stand_before_iptc(tmp_path):
     rgb = torch.zeros(3, 2, 2)
     write_image(tmp_path / "new.jpg", rgb, Picture(rgb, exif=notes(1), xmp=KEPT_XMP, iptc=IPTC))
@@ -257,6 +295,11 @@ def test_jpeg_refuses_more_notes_than_it_holds_before_any_work(tmp_path):
         write_image(tmp_path / "new.jpg", rgb, Picture(rgb, iptc=b"x" * length), force=True)
         with Image.open(tmp_path / "new.jpg") as image:
             assert image.info["photoshop"][0x0404] == b"x" * length
+    write_image(tmp_path / "new.jpg", rgb, Picture(rgb, texts={"Comment": "x" * 65_533}), force=True)
+    assert read_image(tmp_path / "new.jpg").texts == {"Comment": "x" * 65_533}
+    long = Picture(rgb, texts={"Comment": "ü" * 32_767})
+    saying = "new.jpg: JPEG holds at most 65533 bytes of COMMENT data, got 65534"
+    assert_refuses(check_writable, tmp_path / "new.jpg", force=True, like=long, saying=saying)
     long, saying = Picture(rgb, iptc=b"x" * 65_507), "new.jpg: JPEG holds at most 65506 bytes of IPTC data, got 65507"
     assert_refuses(check_writable, tmp_path / "new.jpg", force=True, like=long, saying=saying)
 
