@@ -35,6 +35,12 @@ class Epilogue {
         quantum_(A(arguments.quantum)),
         inverse_(arguments.quantum == 0 ? A(0) : A(1 / arguments.quantum)) {}
 
+  // Asks for what the end of `count` numbers from `offset` on needs: their sums are made until it comes.
+  HOST_DEVICE void fetch(int64_t offset, int64_t count) const {
+    if (residual_ != nullptr && residual_ != y_) prefetch(residual_ + offset, count);
+    prefetch(y_ + offset, count);
+  }
+
   // Writes `count` numbers of output channel `channel` from `offset` on.
   HOST_DEVICE void operator()(const A* sums, int64_t channel, int64_t offset, int64_t count) const {
     const A bias = bias_ == nullptr ? A(0) : static_cast<A>(bias_[channel]);
@@ -79,6 +85,9 @@ void multiply_row(const StripTiles<E>& tiles, const PacConv2dSizes& sizes, int64
     const E* panel = panels + first * panel_elements<E>(sizes.taps(), sizes.channels);
     const int64_t last = std::min<int64_t>(first + kPanelRows<E>, sizes.out_channels);
     tiles.for_each_tile([&](int64_t place, int64_t pixels) {
+      for (int64_t channel = first; channel < last; ++channel) {
+        finish.fetch(tiles.output_offset(sizes, channel, row) + place, pixels);
+      }
       for_tile_of<E>(pixels,
                      [&](auto vectors) { operand.template multiply<decltype(vectors)::value>(panel, place, product); });
       for (int64_t channel = first; channel < last; ++channel) {

@@ -141,8 +141,9 @@ SEPARATE void multiply_scaled_taps(const A* panel, Taps<A> taps, int64_t first, 
 }
 
 // Up to here one product a channel and vector is faster than kPanelRows sums a tap and vector: measured with 4, 16
-// and 64 channels.
-constexpr int64_t kFewChannels = 16;
+// and 64 channels. Shorter panels share such a product among fewer sums.
+template <typename A>
+constexpr int64_t kFewChannels = 2 * kPanelRows<A>;
 
 // A row of a strip for products of single numbers: x as it is, and k.
 template <typename A>
@@ -151,7 +152,7 @@ class TapProducts {
   static int64_t bytes_per_place(const PacConv2dSizes& sizes) { return TapRows<A>::bytes_per_place(sizes); }
 
   TapProducts(Carver& carver, const PacConv2dSizes& sizes, const StripTiles<A>& largest)
-      : few_channels_(sizes.channels <= kFewChannels), rows_(carver, sizes, largest) {}
+      : few_channels_(sizes.channels <= kFewChannels<A>), rows_(carver, sizes, largest) {}
 
   // kernel: k_t of the row's places, one tap after the other, kernel_stride apart.
   template <typename T>
