@@ -207,15 +207,16 @@ def check_second_derivatives_refused(backend, sample):
         gradient.sum().backward()
 
 
-class _Recorder(TorchDispatchMode):
-    """Keeps the calls of the package's registered ops."""
+class Recorder(TorchDispatchMode):
+    """Keeps the calls of the ops that are wanted: by default those that the package registers."""
 
-    def __init__(self):
+    def __init__(self, wanted=lambda op: op.namespace == "restoration_kernels"):
         super().__init__()
+        self.wanted = wanted
         self.calls = []
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if op.namespace == "restoration_kernels":
+        if self.wanted(op):
             self.calls.append((op, args))
         return op(*args, **(kwargs or {}))
 
@@ -223,7 +224,7 @@ class _Recorder(TorchDispatchMode):
 def check_opcheck(backend, sample):
     """What a call registers with torch.library, forward and backward, keeps torch's rules."""
     arguments = arguments_for(backend, sample, torch.float32)
-    with _Recorder() as recorder:
+    with Recorder() as recorder:
         differentiate(public(sample.operator, backend), arguments, DIFFERENTIABLE[sample.operator])
     assert len({op for op, _ in recorder.calls}) >= 2
     for op, args in recorder.calls:
@@ -240,7 +241,7 @@ def check_opcheck(backend, sample):
 
 def check_opcheck_in_place(backend, sample):
     """As check_opcheck, for an operator that writes into an argument and has no gradients."""
-    with _Recorder() as recorder:
+    with Recorder() as recorder:
         public(sample.operator, backend)(**arguments_for(backend, sample, torch.float32))
     ((op, args),) = recorder.calls
     torch.library.opcheck(op, args)
@@ -303,7 +304,7 @@ def check_only_requested_grads(backend, sample):
     function, names = public(sample.operator, backend), DIFFERENTIABLE[sample.operator]
     everything = differentiate(function, arguments, names)
     for name in everything.keys() - {"output"}:
-        with _Recorder() as recorder:
+        with Recorder() as recorder:
             judge(name, differentiate(function, arguments, (name,))[name], everything[name])
         lists = [value for _, args in recorder.calls for value in args if isinstance(value, list)]
         for wanted in (value for value in lists if isinstance(value[0], bool)):

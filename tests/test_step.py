@@ -2,9 +2,9 @@
 
 import logging
 
+import compare
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from restoration import convolution, graph, step
 from restoration.blocks import STREAM_QUANTUM
@@ -165,30 +165,20 @@ def test_ridge_fallbacks_reach_the_journal(monkeypatch):
     assert "2 colour transfers" in journal.summary()
 
 
-class Waits(TorchDispatchMode):
-    """Notes operators that need a number, or a size that depends on numbers, on the host."""
-
-    NAMES = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique")
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
-        if any(name in operator.name() for name in self.NAMES):
-            self.seen.append(operator.name())
-        return operator(*arguments, **(options or {}))
+def needs_a_number(op):
+    """Or a size that depends on numbers, on the host."""
+    return any(name in op.name() for name in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique"))
 
 
 def test_a_step_asks_for_no_number():
     optimise = optimisation()
     optimise(0, *crops())
-    with Waits() as waits:
+    with compare.Recorder(needs_a_number) as recorder:
         outcome = optimise(1, *crops())
-    assert waits.seen == []
-    with Waits() as waits:
+    assert [op.name() for op, _ in recorder.calls] == []
+    with compare.Recorder(needs_a_number) as recorder:
         outcome.numbers[0].item()
-    assert waits.seen
+    assert recorder.calls
 
 
 def test_reversible_and_plain_steps_train_alike():
@@ -217,28 +207,16 @@ def test_bf16_is_of_network_and_loss_network():
         assert all(parameter.dtype == torch.float32 for parameter in step.parameters())
 
 
-class ConvolutionDtypes(TorchDispatchMode):
-    """Those of all operands of PyTorch's convolutions that are called."""
-
-    CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
-
-    def __init__(self):
-        super().__init__()
-        self.found = set()
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        if function in self.CONVOLUTIONS:
-            self.found |= {value.dtype for value in arguments if isinstance(value, torch.Tensor)}
-        return function(*arguments, **(options or {}))
+CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
 
 
 @pytest.mark.parametrize("cafe", [True, False])
 @pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_a_step_in_bf16_convolves_in_what_the_processor_is_fast_at(fast, dtype, cafe, monkeypatch):
     monkeypatch.setattr(convolution, "has_fast_bf16", lambda: fast)
-    with ConvolutionDtypes() as dtypes:
+    with compare.Recorder(lambda op: op in CONVOLUTIONS) as recorder:
         optimisation(precision="bf16", cafe=cafe)(0, *crops())
-    assert dtypes.found == {dtype}
+    assert {value.dtype for _, args in recorder.calls for value in args if torch.is_tensor(value)} == {dtype}
 
 
 def test_tf32_is_refused_on_a_cpu(tmp_path):
