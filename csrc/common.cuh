@@ -5,6 +5,7 @@
 //   DYNAMIC_SHARED(type, name)                                         the shared_bytes of the launch
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -91,13 +92,16 @@ void dispatch_cuda_dtype(const char* operator_name, DType dtype, Call call) {
   refuse_dtype(operator_name, dtype);
 }
 
-// More dynamic shared memory must be asked for, on each device. Compute capability 8.6 gives up to 99 KB.
+// More dynamic shared memory must be asked for, on each device. Compute capability 8.6 gives up to 99 KB. All calls ask
+// for as much, which no launch has passed: the limit is the kernel's, and another thread's call may lower it.
 constexpr size_t kFreeSharedBytes = size_t{48} << 10;
+constexpr size_t kAskedSharedBytes = size_t{64} << 10;
 
 template <typename Kernel>
 void allow_shared(Kernel kernel, size_t bytes) {
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (bytes <= kFreeSharedBytes) return;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                 static_cast<int>(std::max(bytes, kAskedSharedBytes)));
   if (error == cudaSuccess) return;
   cudaGetLastError();  // forgets it, or the next launch would report it as its own
   throw std::runtime_error(std::to_string(bytes) +

@@ -34,13 +34,16 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
   for (int64_t plane = blockIdx.y; plane < planes; plane += gridDim.y) {
     const T* values_of_plane = x + plane * tiling.height * tiling.width;
     A sums[kCount] = {};
-#pragma unroll kRowsInFlight
-    for (int row = tile.first_row; row < tile.last_row; row += blockDim.y) {
-      A values[kCount];
-      tile.load(values_of_plane + int64_t{row} * tiling.width, values);
-      const A row_weight = rows[row];
+#pragma unroll 1
+    for (int first = tile.first_row; first < tile.last_row; first = tile.row(first, kRowsInFlight)) {
+      A values[kRowsInFlight][kCount];
+      tile.load_rows(values_of_plane, first, values);
 #pragma unroll
-      for (int place = 0; place < kCount; ++place) sums[place] += row_weight * values[place];
+      for (int part = 0; part < kRowsInFlight; ++part) {
+        const A row_weight = rows[min(tile.row(first, part), tile.last_row - 1)];
+#pragma unroll
+        for (int place = 0; place < kCount; ++place) sums[place] += row_weight * values[part][place];
+      }
     }
     A sum = 0;
 #pragma unroll

@@ -18,15 +18,18 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
   constexpr int kCount = Tile::kCount, kRowsInFlight = Tile::kRowsInFlight;
   const Tile tile(tiling);
   for (int64_t plane = blockIdx.y; plane < planes; plane += gridDim.y) {
+    const int64_t offset = plane * tiling.height * tiling.width;
     A sum = 0;
-#pragma unroll kRowsInFlight
-    for (int row = tile.first_row; row < tile.last_row; row += blockDim.y) {
-      const int64_t offset = (plane * tiling.height + row) * tiling.width;
-      A grads[kCount], values[kCount];
-      tile.load(grad_y + offset, grads);
-      tile.load(x + offset, values);
+#pragma unroll 1
+    for (int first = tile.first_row; first < tile.last_row; first = tile.row(first, kRowsInFlight)) {
+      A grads[kRowsInFlight][kCount], values[kRowsInFlight][kCount];
+      tile.load_rows(grad_y + offset, first, grads);
+      tile.load_rows(x + offset, first, values);
 #pragma unroll
-      for (int place = 0; place < kCount; ++place) sum += grads[place] * values[place];
+      for (int part = 0; part < kRowsInFlight; ++part) {
+#pragma unroll
+        for (int place = 0; place < kCount; ++place) sum += grads[part][place] * values[part][place];
+      }
     }
     sum = block_sum(sum);
     if (threadIdx.x == 0 && threadIdx.y == 0) partial[plane * gridDim.x + blockIdx.x] = sum;

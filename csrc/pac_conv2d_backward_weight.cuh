@@ -118,14 +118,13 @@ struct TapOfPixels {
   int64_t offsets[kCount];  // of p+t in a plane of x
 
   __device__ void set(const PacMap& map, const LanePixels<kCount>& pixels, const A* kernel, int64_t image,
-                      const WeightColumn& column, bool reads_kernel) {
+                      const WeightColumn& column) {
     UNROLL
     for (int number = 0; number < kCount; ++number) {
       const int row = pixels.rows[number] + column.row, place = pixels.columns[number] + column.column;
       inside[number] = pixels.exists[number] && column.plane >= 0 && map.vertical.contains(row) &&
                        map.horizontal.contains(place);
       offsets[number] = int64_t{row} * map.horizontal.size + place;
-      if (!reads_kernel) continue;
       scales[number] = inside[number] ? kernel[map.tap_plane(image, column.tap) + pixels.place + number] : A(0);
     }
   }
@@ -159,23 +158,33 @@ __device__ __forceinline__ void stage_columns(const T* __restrict__ x, const A* 
                                               typename Operand<Factor>::Element* column_words) {
   const T* const image_x = x + image * map.channels * map.pixels;
   TapOfPixels<A, kCount> tap = {};
-  if constexpr (Tile::kOneTap) tap.set(map, pixels, kernel, image, table[0], true);
-  // The loads of eight numbers are under way together: those of more do not fit in registers.
-#pragma unroll(8 / kCount)
-  for (int row = 0; row < kWeightColumns; row += Tile::kWarps) {
-    const WeightColumn column = table[row];
-    if constexpr (!Tile::kOneTap) {
-      // Columns of one tap lie together, and read the kernel once.
-      tap.set(map, pixels, kernel, image, column, row == 0 || column.tap != table[row - Tile::kWarps].tap);
-    }
-    A values[kCount];
+  if constexpr (Tile::kOneTap) tap.set(map, pixels, kernel, image, table[0]);
+  // The loads of eight numbers are under way together: those of more do not fit in registers. Written out, as no load
+  // moves up above a store to shared memory by itself.
+  constexpr int kTogether = 8 / kCount;
+#pragma unroll 1
+  for (int first = 0; first < kWeightColumns; first += kTogether * Tile::kWarps) {
+    A values[kTogether][kCount], scales[kTogether][kCount];
+    WeightColumn columns[kTogether];
     UNROLL
-    for (int number = 0; number < kCount; ++number) {
-      const bool inside = tap.inside[number];
-      values[number] =
-          inside ? tap.scales[number] * static_cast<A>(image_x[column.plane + tap.offsets[number]]) : A(0);
+    for (int part = 0; part < kTogether; ++part) columns[part] = table[first + part * Tile::kWarps];
+    UNROLL
+    for (int part = 0; part < kTogether; ++part) {
+      if constexpr (!Tile::kOneTap) tap.set(map, pixels, kernel, image, columns[part]);
+      UNROLL
+      for (int number = 0; number < kCount; ++number) {
+        const bool inside = tap.inside[number];
+        scales[part][number] = tap.scales[number];
+        values[part][number] = inside ? static_cast<A>(image_x[columns[part].plane + tap.offsets[number]]) : A(0);
+      }
     }
-    column_words[row * kWeightStride] = Operand<Factor>::pack(values);
+    UNROLL
+    for (int part = 0; part < kTogether; ++part) {
+      A products[kCount];
+      UNROLL
+      for (int number = 0; number < kCount; ++number) products[number] = values[part][number] * scales[part][number];
+      column_words[(first + part * Tile::kWarps) * kWeightStride] = Operand<Factor>::pack(products);
+    }
   }
 }
 

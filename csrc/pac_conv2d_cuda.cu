@@ -27,6 +27,8 @@ struct FinishedSums {
   static constexpr int kOutputs = Products::kOutputs / Products::kRounds;
   static constexpr int kStride = Products::kPixels + 4;  // spreads the outputs of a fragment over the banks
   static constexpr int kCount = kOutputs * kStride;
+  // Outputs whose residuals are under way together: y may be their memory, so that no load moves up above a store.
+  static constexpr int kTogether = 4;
 
   template <typename T>
   __device__ static void store(const Products& products, int round, const PacConv2dTiling& tiling,
@@ -46,9 +48,20 @@ struct FinishedSums {
       if (row >= tiling.vertical.output || column >= tiling.horizontal.output) continue;
       int64_t offset = (place.image * tiling.out_channels + first_channel) * tiling.out_pixels() +
                        row * tiling.horizontal.output + column;
-#pragma unroll 4
-      for (int output = 0; output < outputs; ++output, offset += tiling.out_pixels()) {
-        epilogue.store(sums[output * kStride + pixel] + epilogue.bias_of(first_channel + output), offset);
+      const int64_t step = tiling.out_pixels();
+#pragma unroll 1
+      for (int first = 0; first < outputs; first += kTogether, offset += kTogether * step) {
+        A residuals[kTogether], values[kTogether];
+#pragma unroll
+        for (int part = 0; part < kTogether; ++part) {
+          const int output = min(first + part, outputs - 1);
+          residuals[part] = epilogue.residual_of(offset + (output - first) * step);
+          values[part] = sums[output * kStride + pixel] + epilogue.bias_of(first_channel + output);
+        }
+#pragma unroll
+        for (int part = 0; part < kTogether; ++part) {
+          if (first + part < outputs) epilogue.store(values[part], residuals[part], offset + part * step);
+        }
       }
     }
     __syncthreads();  // before the sums are overwritten
@@ -253,7 +266,7 @@ void launch_products(const Plan<Products>& plan, const PacConv2dForward& argumen
                      cudaStream_t stream) {
   const auto kernel = pac_conv2d_forward_kernel<Products, T, Weight>;
   const size_t bytes = plan.shared_bytes();
-  if (bytes > kFreeSharedBytes) allow_shared(kernel, bytes);
+  allow_shared(kernel, bytes);
   const dim3 grid(static_cast<unsigned>(plan.pixel_tiles), plan.output_blocks);
   LAUNCH(kernel, grid, dim3(Products::kThreads), bytes, stream, plan, static_cast<const T*>(arguments.x),
          static_cast<const T*>(arguments.guide), weights, PacConv2dEpilogue<T>(arguments, wide));

@@ -304,19 +304,24 @@ struct PacConv2dEpilogue {
 
   __device__ A bias_of(int channel) const { return bias == nullptr ? A(0) : static_cast<A>(bias[channel]); }
 
-  __device__ void store(A sum_and_bias, int64_t offset) const {
-    const A value = alpha * (quantum == 0 ? sum_and_bias : round_to_multiple(sum_and_bias, quantum, inverse));
+  __device__ A residual_of(int64_t offset) const {
+    if (residual == nullptr) return A(0);
     if constexpr (sizeof(T) < sizeof(A)) {
-      if (!wide) return add<T>(value, offset);
+      if (!wide) return static_cast<A>(static_cast<const T*>(residual)[offset]);
     }
-    add<A>(value, offset);
+    return static_cast<const A*>(residual)[offset];
   }
 
- private:
-  template <typename R>
-  __device__ void add(A value, int64_t offset) const {
-    if (residual != nullptr) value = static_cast<A>(static_cast<const R*>(residual)[offset]) + value;
-    static_cast<R*>(y)[offset] = R(value);
+  __device__ void store(A sum_and_bias, A residual_value, int64_t offset) const {
+    A value = alpha * (quantum == 0 ? sum_and_bias : round_to_multiple(sum_and_bias, quantum, inverse));
+    if (residual != nullptr) value = residual_value + value;
+    if constexpr (sizeof(T) < sizeof(A)) {
+      if (!wide) {
+        static_cast<T*>(y)[offset] = T(value);
+        return;
+      }
+    }
+    static_cast<A*>(y)[offset] = value;
   }
 };
 

@@ -72,8 +72,9 @@ template <typename T, bool kAligned>
 struct ThreadTile {
   using A = AccumulateType<T>;
   static constexpr int kCount = Vector<T>::kCount;
-  // To unroll by: 4 vectors of as many rows are loaded together, or the numbers of one row, which are as many loads.
-  static constexpr int kRowsInFlight = kAligned ? 4 : 1;
+  // 4 vectors of as many rows, 2 of the longer ones in 16 bits, whose numbers take as many registers, or the numbers of
+  // one row, which are as many loads.
+  static constexpr int kRowsInFlight = !kAligned ? 1 : sizeof(T) < sizeof(A) ? 2 : 4;
 
   int width;
   int first_row;
@@ -104,6 +105,25 @@ struct ThreadTile {
 #pragma unroll
       for (int place = 0; place < kCount; ++place) {
         values[place] = column(place) < width ? static_cast<A>(row[column(place)]) : A(0);
+      }
+    }
+  }
+
+  // The row that is `part` of the thread's own rows after `first`.
+  __device__ int row(int first, int part) const { return first + part * static_cast<int>(blockDim.y); }
+
+  // values[part] = the numbers of row(first, part) of a plane, zero outside the tile. A load from beyond its last row is
+  // moved there in place of a branch, behind which it could not be under way with the one before.
+  __device__ void load_rows(const T* __restrict__ plane, int first, A (&values)[kRowsInFlight][kCount]) const {
+#pragma unroll
+    for (int part = 0; part < kRowsInFlight; ++part) {
+      load(plane + int64_t{min(row(first, part), last_row - 1)} * width, values[part]);
+    }
+#pragma unroll
+    for (int part = 1; part < kRowsInFlight; ++part) {
+#pragma unroll
+      for (int place = 0; place < kCount; ++place) {
+        if (row(first, part) >= last_row) values[part][place] = 0;
       }
     }
   }

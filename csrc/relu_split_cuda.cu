@@ -41,17 +41,26 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
   const Tile tile(map, blockIdx.x);
   const SplitPlanes<const T> gradients = planes_of(tile, split, grad_rectified, grad_rest);
   const T* __restrict__ deciders = rectified + tile.image * split * gradients.pixels;
+  // The loads of half the numbers (float64: a quarter) are under way together: all do not fit in registers. What is
+  // beyond the edges is read at a plane's beginning: behind a branch, no load could be under way with the next.
+  constexpr int kTogether = kNumbers / (sizeof(A) > 4 ? 4 : 2);
+#pragma unroll 1
+  for (int first = 0; first < kNumbers; first += kTogether) {
+    T values[kTogether], signs[kTogether];
 #pragma unroll
-  for (int number = 0; number < kNumbers; ++number) {
-    A gradient = 0;
-    if (tile.inside<InPlanes>(number)) {
-      const int channel = tile.plane(number);
-      gradient = static_cast<A>(gradients.plane(channel)[tile.plane_place(number)]);
-      if (channel < split) {
-        gradient = where_positive(static_cast<A>(deciders[tile.plane_offset(number)]), gradient);
-      }
+    for (int part = 0; part < kTogether; ++part) {
+      const bool inside = tile.inside<InPlanes>(first + part);
+      const int channel = inside ? tile.plane(first + part) : 0;
+      const int64_t place = inside ? tile.plane_place(first + part) : 0;
+      values[part] = gradients.plane(channel)[place];
+      signs[part] = deciders[channel < split ? channel * gradients.pixels + place : 0];
     }
-    turned<InPlanes>(tile_grads, number) = gradient;
+#pragma unroll
+    for (int part = 0; part < kTogether; ++part) {
+      A gradient = tile.inside<InPlanes>(first + part) ? static_cast<A>(values[part]) : A(0);
+      if (tile.plane(first + part) < split) gradient = where_positive(static_cast<A>(signs[part]), gradient);
+      turned<InPlanes>(tile_grads, first + part) = gradient;
+    }
   }
   __syncthreads();
   T* image_grad_x = grad_x + tile.image * map.image_elements();

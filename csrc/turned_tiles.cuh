@@ -106,12 +106,18 @@ struct Tile {
     return pixel_offset(row(number) + map.padding, first_column + InPixels::column(number) + map.padding);
   }
 
-  // The thread's numbers of pixels, turned over, zero beyond their edges. A barrier must follow.
+  // The thread's numbers of pixels, turned over, zero beyond their edges. A barrier must follow. What is beyond is read
+  // at the image's beginning: behind a branch, no load could be under way with the next.
   template <typename T, typename A>
   __device__ __forceinline__ void turn_pixels(const T* __restrict__ pixels, A* tile) const {
+    T values[kNumbers];
 #pragma unroll
     for (int number = 0; number < kNumbers; ++number) {
-      turned<InPixels>(tile, number) = inside<InPixels>(number) ? static_cast<A>(pixels[own_offset(number)]) : A(0);
+      values[number] = pixels[inside<InPixels>(number) ? own_offset(number) : 0];
+    }
+#pragma unroll
+    for (int number = 0; number < kNumbers; ++number) {
+      turned<InPixels>(tile, number) = inside<InPixels>(number) ? static_cast<A>(values[number]) : A(0);
     }
   }
 
