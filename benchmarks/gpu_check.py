@@ -32,7 +32,7 @@ LOG_BYTES = 8 * 2**20
 # What compute-sanitizer writes where it finds something: a run that was stopped has no exit status to tell.
 FOUND_BY_SANITIZER = r"Invalid __|Race reported|\b[1-9]\d* hazard"
 # Small samples, in as many processes as a GPU can hold contexts of; the CPU's cores are shared among them.
-TEST_PROCESSES = 4
+TEST_PROCESSES = min(os.cpu_count() or 1, 8)
 INSTALLED = ROOT / "build" / "gpu-check-installed"
 RESULTS = ROOT / "benchmarks" / "results"
 DISTRIBUTION = "painting-restoration"
@@ -189,8 +189,8 @@ def test(check):
         command += kernel_tests()
     environment = {}
     if importlib.util.find_spec("xdist") is not None:
-        # Files stay whole: what one compiles for its tests is not to be compiled twice at once.
-        command += ["-n", str(TEST_PROCESSES), "--dist", "loadfile"]
+        # As `make test` does. One file has most of the Triton kernels to compile: by files, others would wait for it.
+        command += ["-n", str(TEST_PROCESSES), "--dist", "worksteal"]
         environment["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // TEST_PROCESSES, 1))
     check.judge("tests", check.run("tests", command, **environment), unfinished_fails=True)
 
@@ -206,8 +206,8 @@ def missing_packages():
 
 
 def kernel_tests():
-    """The test files that do not import the package restoration."""
-    imports = re.compile(r"^\s*(?:from|import) restoration\b", re.MULTILINE)
+    """The test files that do not import the package restoration, or the benchmarks of it."""
+    imports = re.compile(r"^\s*(?:from|import) (?:restoration\b|benchmarks import steps\b)", re.MULTILINE)
     return [str(path) for path in sorted(ROOT.glob("tests/test_*.py")) if not imports.search(path.read_text())]
 
 

@@ -5,13 +5,12 @@ import json
 import os
 import subprocess
 import sys
-import types
 from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import ROOT, bench_ccpl, measure, report, steps
+from benchmarks import ROOT, bench_ccpl, measure, report
 from benchmarks.contest import Composite, Contest, Rival
 from benchmarks.measure import judge
 from restoration_kernels._samples import samples
@@ -245,35 +244,3 @@ def test_report_plots(saved, tmp_path, monkeypatch):
 def test_report_rejects_empty_files(tmp_path):
     with pytest.raises(SystemExit, match="holds no benchmarks"):
         report.main([str(saved_file(tmp_path / "empty.json"))])
-
-
-def test_steps_are_made_in_a_process_of_their_own():
-    turn = steps._start(0, (32, 1, 1, "cpu"))
-    assert all(steps._seconds(turn) > 0 for _ in range(2))
-    turn.send(False)
-    with pytest.raises(EOFError):
-        turn.recv()
-
-
-def test_steps_take_turns(monkeypatch, capsys):
-    """Ratios are those of one round; the first round does not count."""
-    turns = []
-    seconds = [[9, 9, 9, 9], [2, 1, 4, 1], [8, 6, 8, 2], [2, 3, 2, 1]]
-
-    def measured(turn):
-        number = len(turns)
-        turns.append(turn)
-        return seconds[number // 4][number % 4]
-
-    monkeypatch.setattr(steps, "_start", lambda number, settings: types.SimpleNamespace(number=number, send=bool))
-    monkeypatch.setattr(steps, "_seconds", measured)
-    monkeypatch.setattr(sys, "argv", ["steps", "--crop=32", "--blocks=1", "--rounds=3", "--device=cpu"])
-    steps.main()
-    assert [turn.number for turn in turns] == [0, 1, 2, 3] * 4
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[-4:]]
-    assert rows == [
-        ["ours", "2.00", "2.00", "1.00"],
-        ["plain autograd", "3.00", "1.00", "0.75"],
-        ["plain autograd, reference operators", "4.00", "2.00", "1.00"],
-        ["ours, bfloat16", "1.00", "1.00", "0.50"],
-    ]
