@@ -27,13 +27,17 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t anchor = index / sizes.channels % sizes.anchors;
   const int64_t image = index / sizes.channels / sizes.anchors;
   const T* plane = x + image * sizes.channels * sizes.places + channel * sizes.channel_stride;
-  A values[kSlots];
+  int64_t own_places[kSlots];
+  bool held = true;
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
-    const int64_t place = places[anchor * kSlots + slot];
-    if (!sizes.holds(place)) __trap();  // nobody has looked at the places of a compiled graph
-    values[slot] = static_cast<A>(plane[place * sizes.place_stride]);
+    own_places[slot] = places[anchor * kSlots + slot];
+    held &= sizes.holds(own_places[slot]);
   }
+  if (!held) __trap();  // nobody has looked at the places of a compiled graph
+  A values[kSlots];
+#pragma unroll
+  for (int slot = 0; slot < kSlots; ++slot) values[slot] = static_cast<A>(plane[own_places[slot] * sizes.place_stride]);
   T* rows = y + (image * sizes.anchors + anchor) * kNeighbors * sizes.channels + channel;
 #pragma unroll
   for (int neighbor = 0; neighbor < kNeighbors; ++neighbor) {

@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kPlaceThreads, 16 / sizeof(AccumulateType<T>))
         if (!reads && back < 0) continue;
         const A weight = (reads ? slope[map.tap_plane(index, tap) + own] : A(0)) +
                          (back >= 0 ? slope[map.tap_plane(index, opposite) + back] : A(0));
-        // Beyond the last channel that one again, in place of a branch: behind it, no load could be under way with the next.
+        // Beyond the last channel that one again: behind a branch, no load could be under way with the next.
         UNROLL
         for (int channel = 0; channel < kGuideChannels; ++channel) {
           sums[channel] += weight * (other.value(map, first + min(channel, count - 1)) - centres[channel]);
