@@ -27,7 +27,7 @@ from .pac_conv2d_triton import (
 _TILE, _WIDE_TILE = (128, 64), (32, 32)
 # (ROWS, warps, stages): of programs whose entries belong to one tap, to several, and of those without tensor cores.
 # Taps have places of their own, and thus more addresses.
-_TILES, _TILES_OF_TAPS, _WIDE_TILES = ((2, 8, 2), (2, 4, 2)), ((2, 8, 1), (1, 8, 1), (1, 4, 1)), ((1, 8, 1),)
+_TILES, _TILES_OF_TAPS, _WIDE_TILES = ((2, 8, 2), (1, 8, 2)), ((2, 8, 1), (1, 8, 1), (1, 4, 1)), ((1, 8, 1),)
 # Programs: a few for each of the 82 multiprocessors of an RTX 3090 or the 132 of an H200, so that the last ones do not
 # leave most of them idle, and few shares to add up.
 _PROGRAMS = 512

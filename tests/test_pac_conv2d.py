@@ -1,3 +1,6 @@
+import importlib
+import itertools
+
 import compare
 import pytest
 import torch
@@ -8,6 +11,7 @@ from restoration_kernels._samples import samples
 
 OPERATOR = "pac_conv2d"
 GRADIENTS = ("x", "guide", "weight", "bias", "residual")
+TRITON_MODULES = ("pac_conv2d_triton", "pac_conv2d_backward_triton", "pac_conv2d_backward_weight_triton")
 
 
 def definition(
@@ -232,6 +236,47 @@ def test_one_filter_for_a_large_map():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_many_tiles(backend, channels, outputs, guides, size, options, dtype):
     check_against_reference(backend, channels, outputs, guides, size, 3, options, dtype)
+
+
+@pytest.mark.parametrize(
+    ("channels", "outputs", "options", "dtype"),
+    [
+        (5, 17, {"padding": 1}, torch.float32),
+        (5, 5, {"padding": 1, "shared": True}, torch.float32),
+        (18, 65, {"padding": 1}, torch.float16),
+    ],
+    ids=["sum-float32", "filter-float32", "dot-float16"],
+)
+def test_many_tiles_of_triton(monkeypatch, channels, outputs, options, dtype):
+    """Every tile that a call may take gives right results, not only the first, which deterministic calls take."""
+    pytest.importorskip("triton")
+    counts = []
+
+    def start_with_one(tuned, grid, *arguments):
+        counts.append(len(tuned.configs))
+        tuned.fn[grid](*arguments, **tuned.configs[number % len(tuned.configs)].all_kwargs())
+
+    for module in TRITON_MODULES:
+        monkeypatch.setattr(f"restoration_kernels.{module}.start", start_with_one)
+    for number in itertools.count():
+        check_against_reference("triton", channels, outputs, 3, (9, 35), 3, options, dtype)
+        if number + 1 >= max(counts):
+            break
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("operator", ["pac_conv2d", "pac_conv2d_"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_triton_times_tiles(operator, dtype):
+    """Where runs may differ, as in training, the first call tries all tiles: no trial may leave its marks."""
+    arguments = compare.arguments_for("triton", samples(operator, "odd")[0], dtype)
+    names = GRADIENTS if operator == OPERATOR else ()
+    reference = compare.public(OPERATOR, "reference")
+    exact = compare.differentiate(reference, compare.convert(arguments, torch.float64, "cpu"), names)
+    plain = compare.differentiate(reference, arguments, names)
+    importlib.import_module("restoration_kernels.pac_conv2d_triton").tuner.cache_clear()
+    torch.use_deterministic_algorithms(False)
+    compare.judge_all(compare.differentiate(compare.public(operator, "triton"), arguments, names), exact, plain)
 
 
 @pytest.mark.parametrize("backend", compare.KERNELS)

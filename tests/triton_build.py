@@ -19,14 +19,17 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 
+from restoration.blocks import STREAM_QUANTUM
 from restoration_kernels import _backend
 from restoration_kernels._samples import DIFFERENTIABLE, samples
 
 # Of the RTX 3090 and of Hopper, by the numbers that Triton calls them.
 ARCHITECTURES = (86, 90)
 WARP_THREADS = 32
-# Of pac_conv2d: with the widest products, without tensor cores, and with the kernels of what the others do not ask for.
-OTHER_SAMPLES = ("64_to_256_at_128", "odd_stride", "normalize", "shared")
+# Of pac_conv2d: without tensor cores, and with the kernels of what the others do not ask for.
+OTHER_SAMPLES = ("odd_stride", "normalize", "shared")
+# Of pac_conv2d: how the model's blocks call it at the first and last of its scales. That between takes the same tiles.
+BLOCK_SAMPLES = ("4_to_16_at_512", "64_to_256_at_128")
 
 
 class AbsentGpu:
@@ -64,10 +67,35 @@ def launch_everything():
             continue
         # Rows that are no whole vectors take most registers, those that are take other instructions, and a size of one,
         # which the last of the tiny samples has, is a constant of another type to Triton.
-        chosen = [(samples(name, "odd")[0], torch.float32), (samples(name, "model")[0], torch.bfloat16)]
+        chosen = [(samples(name, "odd")[0], torch.float32), (samples(name, "tiny")[-1], torch.float64)]
+        if name != "pac_conv2d":
+            chosen.append((samples(name, "model")[0], torch.bfloat16))
         others = [(sample, torch.float32) for sample in samples(name) if sample.name in OTHER_SAMPLES]
-        for sample, dtype in [*chosen, (samples(name, "tiny")[-1], torch.float64), *others]:
-            compare.differentiate(compare.public(name, "triton"), sample.arguments(dtype), DIFFERENTIABLE[name])
+        for sample, dtype in [*chosen, *others]:
+            differentiate(name, sample.arguments(dtype))
+    launch_blocks()
+    # What training does, where no run must repeat another: gradients are added atomically.
+    torch.use_deterministic_algorithms(False)
+    differentiate("neighbor_difference", samples("neighbor_difference", "odd")[0].arguments())
+    torch.use_deterministic_algorithms(True)
+
+
+def launch_blocks():
+    """Calls pac_conv2d as restoration/blocks.py does: in float32 without and with tf32, and in bfloat16."""
+    for sample in samples("pac_conv2d"):
+        if sample.name not in BLOCK_SAMPLES:
+            continue
+        for dtype, tf32 in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
+            arguments = sample.arguments(dtype)
+            batch, _, height, width = arguments["x"].shape
+            residual = torch.zeros(batch, len(arguments["weight"]), height, width)
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
+                differentiate("pac_conv2d", {**arguments, "residual": residual, "quantum": STREAM_QUANTUM})
+
+
+def differentiate(name, arguments):
+    """Calls an operator, forward and backward."""
+    compare.differentiate(compare.public(name, "triton"), arguments, DIFFERENTIABLE[name])
 
 
 def start_with_every_tile(tuned, grid, *arguments):
