@@ -94,6 +94,7 @@ def machine_code():
     return [json.loads(line) for line in run([TESTS / "triton_build.py"]).splitlines()]
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_every_architecture(machine_code):
     written = {name for path in SOURCES for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M)}
     compiled = {(kernel["kernel"], kernel["architecture"]) for kernel in machine_code}
@@ -102,6 +103,7 @@ def test_every_kernel_compiles_for_every_architecture(machine_code):
     }
 
 
+@pytest.mark.slow
 def test_every_kernel_fits_into_shared_memory(machine_code):
     """Of a block: 99 KB on an RTX 3090 and 227 KB on Hopper."""
     limits = {86: 99 * 1024, 90: 227 * 1024}
@@ -110,6 +112,7 @@ def test_every_kernel_fits_into_shared_memory(machine_code):
     assert max(kernel["shared"] for kernel in machine_code) > 48 * 1024
 
 
+@pytest.mark.slow
 def test_no_kernel_spills(machine_code):
     """Registers that overflow go to the stack, in memory."""
     spilling = {kernel["kernel"] for kernel in machine_code if kernel["STACK"] or kernel["LOCAL"]}
