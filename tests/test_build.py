@@ -195,7 +195,7 @@ def pip(*arguments, **environment):
     """Runs pip; skips where a build in isolation cannot fetch its requirements."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, arguments)]
     result = subprocess.run(
-        command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300, check=False
+        command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=900, check=False
     )
     if "No matching distribution found for" in result.stdout + result.stderr:
         pytest.skip("the build requirements cannot be fetched here")
