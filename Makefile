@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-# Builds packages, on all cores, and trains for minutes; .ci/run calls it.
+# Builds packages, on all cores, compiles every Triton kernel and trains for minutes; .ci/run calls it.
 test-slow: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest -m slow
 

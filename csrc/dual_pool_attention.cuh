@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
       tile.load_rows(values_of_plane, first, values);
 #pragma unroll
       for (int part = 0; part < kRowsInFlight; ++part) {
-        const A row_weight = rows[min(tile.row(first, part), tile.last_row - 1)];
+        const A row_weight = rows[tile.row_inside(first, part)];
 #pragma unroll
         for (int place = 0; place < kCount; ++place) sums[place] += row_weight * values[part][place];
       }

@@ -109,15 +109,16 @@ struct ThreadTile {
     }
   }
 
-  // The row that is `part` of the thread's own rows after `first`.
+  // The row that is `part` of the thread's own rows after `first`; and the same, or the tile's last one where that is
+  // beyond it. A load is moved there in place of a branch, behind which it could not be under way with the one before.
   __device__ int row(int first, int part) const { return first + part * static_cast<int>(blockDim.y); }
+  __device__ int row_inside(int first, int part) const { return min(row(first, part), last_row - 1); }
 
-  // values[part] = the numbers of row(first, part) of a plane, zero outside the tile. A load from beyond its last row is
-  // moved there in place of a branch, behind which it could not be under way with the one before.
+  // values[part] = the numbers of row(first, part) of a plane, zero outside the tile.
   __device__ void load_rows(const T* __restrict__ plane, int first, A (&values)[kRowsInFlight][kCount]) const {
 #pragma unroll
     for (int part = 0; part < kRowsInFlight; ++part) {
-      load(plane + int64_t{min(row(first, part), last_row - 1)} * width, values[part]);
+      load(plane + int64_t{row_inside(first, part)} * width, values[part]);
     }
 #pragma unroll
     for (int part = 1; part < kRowsInFlight; ++part) {

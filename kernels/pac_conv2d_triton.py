@@ -26,9 +26,9 @@ _STEP_BYTES = 64
 # Channels of the guide that are compared at once: in a tile of 256 places and 128 threads, 32 registers for each pixel
 # of the two.
 _MOST_GUIDES = 16
-# (OUTPUTS, ROWS, warps, stages), widest first; those no wider than the output are tried. Sums of 32 registers a thread
-# leave room for operands, and after the last tap for a residual of float32, on all architectures; in the form "sum" a
-# thread holds all outputs of a place, of 2 or, the fewer the outputs, of 4.
+# (OUTPUTS, ROWS, warps, stages), widest first; those no wider than the output are tried. Sums of up to 32 registers a
+# thread leave room for operands, and after the last tap for a residual of float32, on all architectures. In the form
+# "sum" a thread holds all outputs of 1, 2 or 4 places.
 _TILES = {
     "dot": [(128, 2, 8, 2), (64, 4, 8, 2), (64, 2, 4, 2), (32, 4, 8, 2), (16, 4, 4, 2)],
     "sum": [(32, 8, 8, 1), (32, 4, 4, 1), (16, 8, 8, 1), (8, 16, 4, 1), (8, 8, 4, 1), (4, 8, 4, 1)],
