@@ -11,6 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+# Bins along a side of the image: kernels visit those over a pixel one by one, and count them times a side in 64 bits.
+_MOST_BINS = 2**20
 # float32's powers of two: multiples of others cannot be computed in it.
 _LEAST_QUANTUM, _LARGEST_QUANTUM = 2.0**-126, 2.0**127
 
@@ -104,14 +106,17 @@ def pac_kernel2d(guide, kernel_size, stride, padding, dilation, normalize):
     return geometry
 
 
-def pac_conv2d_module(in_channels, out_channels, kernel_size, stride, padding, dilation, normalize, shared_filters):
+def pac_conv2d_module(
+    in_channels, out_channels, kernel_size, stride, padding, dilation, bias, normalize, shared_filters
+):
     """Checks the arguments of PacConv2d."""
     operator = "PacConv2d"
     _integer(operator, "in_channels", in_channels, 1)
     _integer(operator, "out_channels", out_channels, 1)
     _kernel_size(operator, kernel_size)
-    _boolean(operator, "normalize_kernel", normalize)
     _geometry(operator, stride, padding, dilation)
+    for argument, value in dict(bias=bias, normalize_kernel=normalize, shared_filters=shared_filters).items():
+        _boolean(operator, argument, value)
     if shared_filters and in_channels != out_channels:
         _fail(operator, "out_channels", f"equal in_channels = {in_channels} with shared_filters", out_channels)
 
@@ -170,6 +175,9 @@ def ccpl_loss(features, targets, num_anchors, temperature, projections, generato
         projections = [None] * len(features)
     _sequence(operator, "num_anchors", num_anchors, len(features))
     _sequence(operator, "projections", projections, len(features))
+    for layer, projection in enumerate(projections):
+        if projection is not None and not callable(projection):
+            _fail(operator, f"projections[{layer}]", "be a module or None", _kind(projection), TypeError)
     for layer, (feature, count) in enumerate(zip(features, num_anchors, strict=True)):
         H, W = feature.shape[2:]
         if H < 3 or W < 3:
@@ -177,6 +185,21 @@ def ccpl_loss(features, targets, num_anchors, temperature, projections, generato
         _anchors(operator, f"num_anchors[{layer}]" if each else "num_anchors", count, H, W)
     _generator(operator, generator)
     return num_anchors, projections
+
+
+def ccpl_loss_module(channels, num_anchors, temperature, project):
+    """Checks the arguments of CCPLoss."""
+    operator = "CCPLoss"
+    _boolean(operator, "project", project)
+    _sequence(operator, "channels", channels)
+    for layer, count in enumerate(channels):
+        _integer(operator, f"channels[{layer}]", count, 1)
+    each = isinstance(num_anchors, (tuple, list))
+    if each:
+        _sequence(operator, "num_anchors", num_anchors, len(channels) if project else None)
+    for layer, count in enumerate(num_anchors if each else [num_anchors]):
+        _integer(operator, f"num_anchors[{layer}]" if each else "num_anchors", count, 1)
+    _number(operator, "temperature", temperature, positive=True)
 
 
 def matting_laplacian(operator, image, guide, eps, radius):
@@ -199,7 +222,7 @@ def dual_pool_attention(x, weight, pool_size, operator="dual_pool_attention"):
     (k,) = _tensor(operator, "weight", weight, ("k",), like=("x", x))
     if k % 2 == 0:
         _fail(operator, "weight", "have an odd number of entries", k)
-    _integer(operator, "pool_size", pool_size, 1)
+    _integer(operator, "pool_size", pool_size, 1, _MOST_BINS)
 
 
 def dual_pool_attention_pad2d(x, weight, padding, pool_size, dtype, grad_addend):
@@ -320,7 +343,8 @@ def _boolean(operator, argument, value):
 
 def _number(operator, argument, value, *, positive=False):
     # Comparisons alone: of a number that torch.compile takes for a variable nothing else can be asked.
-    finite = isinstance(value, _NUMBERS) and -sys.float_info.max <= value <= sys.float_info.max
+    number = isinstance(value, _NUMBERS) and not isinstance(value, bool)
+    finite = number and -sys.float_info.max <= value <= sys.float_info.max
     if not finite or (positive and value <= 0):
         _fail(operator, argument, f"be a finite{' positive' if positive else ''} number", repr(value))
 

@@ -127,6 +127,9 @@ def differentiate(forward, backward, save, count, outputs=1):
 
     torch.library.register_autograd(forward, gradients, setup_context=setup_context, lib=_LIBRARY)
     torch.library.register_autograd(backward, _refuse(forward), setup_context=_keep_backend, lib=_LIBRARY)
+    # It returns a list, which torch has no fallback for: those of autograd's own batches, and of torch.func.vmap's.
+    for key in ("Batched", "FuncTorchBatched"):
+        _LIBRARY.impl(backward._schema.name, _refuse_batches(forward), key)
     return _eager(forward, gradients, setup_context)
 
 
@@ -175,6 +178,18 @@ def _refuse(forward):
     def refuse(ctx, *_):
         raise RuntimeError(
             f"{operator}: backend must be 'reference' where second derivatives are taken, got {ctx.backend!r}"
+        )
+
+    return refuse
+
+
+def _refuse_batches(forward):
+    operator = forward._schema.name.partition("::")[2]
+
+    def refuse(*arguments):
+        raise RuntimeError(
+            f"{operator}: backend must be 'reference' where gradients are taken in batches (is_grads_batched, "
+            f"vectorize), got {arguments[-1]!r}"
         )
 
     return refuse

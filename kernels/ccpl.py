@@ -33,7 +33,7 @@ def sample_neighbors(
         num_anchors: how many, N: at most the (height - 2)·(width - 2) places that have eight neighbours.
         generator: source of the random numbers, on any device; None is torch's own on device. The same state gives
             the same places.
-        device: of the result; None is the generator's, or the CPU.
+        device: of the result; None is the generator's, or torch's default device.
 
     Returns:
         anchors [N] and neighbors [N, 8], int64 places row·width + column; neighbours row by row from the upper left.
@@ -180,6 +180,8 @@ def ccpl_loss(
 
     Source: Wu, Zhu, Du, Bai (2022), as used by Sun, Zhang, Wu (2025), doi 10.1038/s40494-025-01595-0, eq. 7.
     """
+    if backend is not None:
+        _checks.backend("ccpl_loss", backend, "the argument", _backend.BACKENDS)
     counts, projections = _checks.ccpl_loss(features, targets, num_anchors, temperature, projections, generator)
     places = _sample_maps([maps.shape[2:] for maps in features], counts, generator, features[0].device)
     return sum(
@@ -218,6 +220,9 @@ class CCPLoss(nn.Module):
         num_anchors, temperature: as for :func:`ccpl_loss`.
         project: False leaves the heads out.
 
+    Raises:
+        TypeError, ValueError: an argument is not as said here.
+
     Source: Wu, Zhu, Du, Bai (2022).
     """
 
@@ -229,6 +234,7 @@ class CCPLoss(nn.Module):
         project: bool = True,
     ) -> None:
         super().__init__()
+        _checks.ccpl_loss_module(channels, num_anchors, temperature, project)
         self.num_anchors = num_anchors
         self.temperature = temperature
         self.projections = nn.ModuleList(map(_projection_head, channels)) if project else None

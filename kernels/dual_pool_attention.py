@@ -27,7 +27,7 @@ def dual_pool_attention(x: Tensor, weight: Tensor, *, pool_size: int = 50, backe
         x: feature maps [B, C, H, W] of any floating dtype and size, also smaller than pool_size.
         weight: filter [k] over neighbouring channels, k odd, of the dtype and device of x. Under torch.autocast it is
             cast to the dtype of x.
-        pool_size: rows and columns of the first pooling, at least 1.
+        pool_size: rows and columns of the first pooling, 1 to 2^20.
         backend: "cuda", "triton", "cpu" or "reference"; None leaves the choice to :func:`use_backend`.
 
     Returns:

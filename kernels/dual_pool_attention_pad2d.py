@@ -33,7 +33,7 @@ def dual_pool_attention_pad2d(
         weight: filter [k] over neighbouring channels, k odd, of the dtype and device of x. Under torch.autocast it is
             cast to the dtype of x.
         padding: pixels on every side, at least 0 and less than H and W.
-        pool_size: rows and columns of the attention's first pooling, at least 1.
+        pool_size: rows and columns of the attention's first pooling, 1 to 2^20.
         dtype: of the result; None is that of x.
         grad_addend: [B, C, H, W] of the dtype and device of x, without gradients of its own: added to the gradient of
             x while that is written. What reaches x beside this call, where it is known beforehand, as in the backward

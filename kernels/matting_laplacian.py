@@ -125,16 +125,31 @@ def _allocate_energy(image, guide, eps, radius, with_gradient):
 
 def _launch_energy(backend, outputs, image, guide, eps, radius, with_gradient):
     energy, gradient = outputs
-    factor = 2 / (image.shape[2] * image.shape[3])
-    _launch_kernel(backend, image, guide, gradient if with_gradient else None, energy, factor, eps, radius)
+    product = gradient if with_gradient else None
+    _launch_kernel(backend, image, guide, product, energy, _energy_factor(image), eps, radius)
 
 
-def _allocate_energy_backward(grad_energy, gradient, wanted):
-    return [gradient.new_empty(gradient.shape)]
+def _energy_factor(image):
+    """Of the product M V in the gradient of the energy, which is divided by the number of pixels."""
+    return 2 / (image.shape[2] * image.shape[3])
 
 
-def _launch_energy_backward(backend, outputs, grad_energy, gradient, wanted):
-    torch.mul(gradient, grad_energy[:, None, None, None], out=outputs[0])
+def _save_for_energy_backward(inputs, outputs):
+    image, guide, eps, radius, with_gradient, _ = inputs
+    # Without: a graph traced of an image that needed no gradient, and then differentiated all the same.
+    return (outputs[1], None, None, eps, radius) if with_gradient else (None, image, guide, eps, radius)
+
+
+def _allocate_energy_backward(grad_energy, gradient, image, guide, eps, radius, wanted):
+    return [torch.empty_like(image if gradient is None else gradient, memory_format=torch.contiguous_format)]
+
+
+def _launch_energy_backward(backend, outputs, grad_energy, gradient, image, guide, eps, radius, wanted):
+    (grad_image,) = outputs
+    if gradient is None:
+        gradient = grad_image
+        _launch_kernel(backend, image, guide, gradient, None, _energy_factor(image), eps, radius)
+    torch.mul(gradient, grad_energy[:, None, None, None], out=grad_image)
 
 
 def _allocate_apply(image, guide, eps, radius):
@@ -161,13 +176,12 @@ _energy = _registration.define(
     _launch_energy,
 )
 _energy_backward = _registration.define(
-    "matting_laplacian_energy_backward(Tensor grad_energy, Tensor gradient, bool[] wanted, str backend) -> Tensor[]",
+    "matting_laplacian_energy_backward(Tensor grad_energy, Tensor? gradient, Tensor? image, Tensor? guide, float eps,"
+    " SymInt radius, bool[] wanted, str backend) -> Tensor[]",
     _allocate_energy_backward,
     _launch_energy_backward,
 )
-_differentiable_energy = _registration.differentiate(
-    _energy, _energy_backward, lambda inputs, outputs: (outputs[1],), count=1
-)
+_differentiable_energy = _registration.differentiate(_energy, _energy_backward, _save_for_energy_backward, count=1)
 
 _apply = _registration.define(
     "matting_laplacian_apply(Tensor image, Tensor guide, float eps, SymInt radius, str backend) -> Tensor",

@@ -9,11 +9,9 @@ def pac_kernel2d_reference(guide, kernel_size, *, stride=1, padding=0, dilation=
     """k_t(p) = exp(-1/2 |g(p) - g(p+t)|²) (Sun 2025, eq. 5) for guide [B, G, H, W], as [B, 1, K, K, H', W']."""
     taps = _taps(guide, kernel_size, stride, padding, dilation)
     centre = taps[len(taps) // 2]
-    # The centre is 1 by definition: computed, it would be NaN where the guide is Inf.
-    values = [
-        torch.ones_like(centre[:, :1]) if tap is centre else torch.exp(-0.5 * (centre - tap).square().sum(1, True))
-        for tap in taps
-    ]
+    # The centre is 1 by definition, whose gradient to the guide is 0: computed, it would be NaN where the guide is Inf.
+    one = centre[:, :0].sum(1, True) + 1
+    values = [one if tap is centre else torch.exp(-0.5 * (centre - tap).square().sum(1, True)) for tap in taps]
     kernel = torch.stack(values, dim=2)
     if normalize:
         inside = torch.stack(_taps(torch.ones_like(guide[:, :1]), kernel_size, stride, padding, dilation), dim=2)

@@ -207,6 +207,24 @@ def check_second_derivatives_refused(backend, sample):
         gradient.sum().backward()
 
 
+def check_batched_gradients_refused(backend, sample):
+    """Kernels take one grad_output at a time and say so; the reference takes several."""
+    arguments = arguments_for(backend, sample, torch.float32)
+    leaf = arguments[DIFFERENTIABLE[sample.operator][0]].requires_grad_()
+    output = joined(public(sample.operator, backend)(**arguments))
+    seeds = torch.ones(2, *output.shape).to(output)
+
+    def gradients(seed):
+        return torch.autograd.grad(output, leaf, seed, retain_graph=True)
+
+    message = rf"^{sample.operator}: backend must be 'reference' where gradients .* in batches \(.*\), got '{backend}'$"
+    refused = contextlib.nullcontext() if backend == "reference" else pytest.raises(RuntimeError, match=message)
+    with refused:
+        torch.autograd.grad(output, leaf, seeds, retain_graph=True, is_grads_batched=True)
+    with refused:
+        torch.func.vmap(gradients)(seeds)
+
+
 class Recorder(TorchDispatchMode):
     """Keeps the calls of the ops that are wanted: by default those that the package registers."""
 
@@ -312,7 +330,7 @@ def check_only_requested_grads(backend, sample):
 
 
 def check_export(backend, sample, dynamic):
-    """torch.export takes the operator, with axes of any length: dynamic names them for each tensor."""
+    """torch.export takes the operator, with axes of any length (dynamic names them), and gradients without asking."""
     arguments = arguments_for(backend, sample, torch.float32)
     tensors = {name: value for name, value in arguments.items() if torch.is_tensor(value)}
     options = {name: value for name, value in arguments.items() if name not in tensors}
@@ -324,7 +342,12 @@ def check_export(backend, sample, dynamic):
     axes = {name: dict.fromkeys(dynamic.get(name, ()), torch.export.Dim.AUTO) for name in tensors}
     program = torch.export.export(Module(), (tensors,), dynamic_shapes=(axes,)).module()
     for longer in (tensors, {name: _lengthen(value, dynamic.get(name, ())) for name, value in tensors.items()}):
-        judge("output", joined(program(longer)), joined(Module()(longer)))
+        found, wanted = (
+            differentiate(lambda call=call, **tensors: call(tensors), longer, DIFFERENTIABLE[sample.operator])
+            for call in (program, Module())
+        )
+        for name, tensor in found.items():
+            judge(name, tensor, wanted[name])
 
 
 def _lengthen(tensor, axes):

@@ -8,6 +8,7 @@ import threading
 import warnings
 from pathlib import Path
 
+import compare
 import pytest
 import torch
 
@@ -92,6 +93,11 @@ def test_wish_that_cannot_be_met(operator, wish, reason):
     with pytest.raises(RuntimeError) as raised, use_backend(wish):
         operator.run(None, x=X.double())
     assert str(raised.value) == f"{must}, got {wish!r} from use_backend: {reason}"
+
+
+@compare.one_case(*compare.DIFFERENTIABLE)
+def test_batched_gradients_refused(backend, sample):
+    compare.check_batched_gradients_refused(backend, sample)
 
 
 def test_unknown_backend(monkeypatch):

@@ -503,6 +503,12 @@ def test_rejects(arguments, message, backend):
         (([FEATURES], [FEATURES] * 2), {}, r"ccpl_loss: targets must have 1 entries, one for each layer, got 2"),
         (([FEATURES], [ROWS]), {}, r"ccpl_loss: targets\[0\] must be of shape .*, got shape \[1, 6, 3\]"),
         (([FEATURES], [FEATURES]), {"projections": []}, r"ccpl_loss: projections must have 1 entries, .*, got 0"),
+        (
+            ([FEATURES], [FEATURES], 1),
+            {"projections": [1]},
+            r"ccpl_loss: projections\[0\] must be a module .*, got int",
+        ),
+        (([FEATURES], [FEATURES], 1), {"backend": "x"}, r"ccpl_loss: backend must be one of .*, got 'x' from .*"),
         (([FEATURES], [FEATURES], [1, 2]), {}, r"ccpl_loss: num_anchors must have 1 entries, .*, got 2"),
         (([FEATURES], [FEATURES]), {}, r"ccpl_loss: num_anchors must be at most the 6 interior places of .*, got 64"),
         (([FEATURES] * 2, [FEATURES] * 2, [1, 64]), {}, r"ccpl_loss: num_anchors\[1\] must be at most .*, got 64"),
@@ -515,5 +521,26 @@ def test_rejects(arguments, message, backend):
     ],
 )
 def test_rejects_layers(arguments, options, message):
+    generator = torch.Generator()
+    before = generator.get_state()
     with pytest.raises((TypeError, ValueError), match=f"^{message}$"):
-        ccpl_loss(*arguments, **options)
+        ccpl_loss(*arguments, generator=generator, **options)
+    assert torch.equal(generator.get_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"channels": 64}, "channels must be a list with one entry for each layer, got int"),
+        ({"channels": ()}, "channels must have one entry for each layer, got none"),
+        ({"channels": (8, 0)}, r"channels\[1\] must be an integer of at least 1, got 0"),
+        ({"num_anchors": "x"}, "num_anchors must be an integer of at least 1, got 'x'"),
+        ({"num_anchors": [8] * 3}, "num_anchors must have 4 entries, one for each layer, got 3"),
+        ({"temperature": -1.0}, "temperature must be a finite positive number, got -1.0"),
+        ({"temperature": True}, "temperature must be a finite positive number, got True"),
+        ({"project": 1}, "project must be True or False, got 1"),
+    ],
+)
+def test_rejects_module(options, message):
+    with pytest.raises((TypeError, ValueError), match=f"^CCPLoss: {message}$"):
+        CCPLoss(**options)

@@ -187,7 +187,7 @@ WEIGHT = torch.randn(3)
             {"grad_addend": X.clone().requires_grad_()},
             "grad_addend must be without gradients, got one that requires them",
         ),
-        ({"pool_size": 0}, "pool_size must be an integer of at least 1, got 0"),
+        ({"pool_size": 0}, "pool_size must be an integer from 1 to 1048576, got 0"),
         ({"weight": WEIGHT[:2]}, "weight must have an odd number of entries, got 2"),
     ],
 )

@@ -575,6 +575,18 @@ def test_rejects_in_place(changed, message, backend):
         pac_conv2d_(**arguments, backend=backend)
 
 
+def test_reference_of_one_tap_reaches_the_guide_with_zero():
+    guide = GUIDE.clone().requires_grad_()
+    pac_conv2d(X, guide, WEIGHT[..., :1, :1], backend="reference").sum().backward()
+    assert guide.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("argument", ["bias", "normalize_kernel", "shared_filters"])
+def test_rejects_switches_of_the_module(argument):
+    with pytest.raises(ValueError, match=f"^PacConv2d: {argument} must be True or False, got 'no'$"):
+        PacConv2d(3, 3, 3, **{argument: "no"})
+
+
 def test_rejects_kernel_size():
     with pytest.raises(ValueError, match=r"^pac_kernel2d: kernel_size must be an odd integer of at least 1, got 4$"):
         pac_kernel2d(GUIDE, 4)
