@@ -207,11 +207,11 @@ def evaluate(
 
     if synthetic and vgg is not None:
         raise UserError(f"--vgg {vgg} is for Gram losses, which --synthetic does not measure: leave one of them out")
-    cases, number = choose_cases(data, pairs, count=count, size=size, synthetic=synthetic)
+    check_output(out, force=force)
     target = choose_device(device)
     methods = choose_methods(load_network(checkpoint, precision).to(target), target, baselines=baselines)
     features = None if synthetic else metric_features(vgg).to(target)
-    check_output(out, force=force)
+    cases, number = choose_cases(data, pairs, count=count, size=size, synthetic=synthetic)
     apart = rows_apart(number)
     evaluations = evaluate(cases, methods, features, shown_every=apart)
     evaluated = list(track(evaluations, "evaluating", total=number, console=Console(stderr=True)))

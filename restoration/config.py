@@ -60,7 +60,8 @@ class TrainingConfig:
         return "bf16" if self.precision == "bf16" else "fp32"
 
     def loss_weights(self) -> LossWeights:
-        return LossWeights(self.ccp_weight, self.style_weight, self.matting_weight, self.cycle_weight)
+        ccp_weight = self.ccp_weight if self.ccpl else 0.0
+        return LossWeights(ccp_weight, self.style_weight, self.matting_weight, self.cycle_weight)
 
     def to_dict(self) -> dict[str, object]:
         return dataclasses.asdict(self)
@@ -108,10 +109,11 @@ _LEAST = {
 }
 # And the largest; most of them beyond any use, so that a slip of the hand is found before the work. Of each step's
 # anchors PyTorch takes a seed of 63 bits, made of the run's and the step's number.
+LARGEST_CROP = 16_384
 _MOST = {
     "seed": 2**40,
     "iterations": 10_000_000,
-    "crop": 16_384,
+    "crop": LARGEST_CROP,
     "batch": 65_536,
     "blocks": 1_000,
     "workers": 1_000,
@@ -155,7 +157,9 @@ def checked(config: TrainingConfig) -> TrainingConfig:
     if 0 < config.gradient_clip < _LEAST_RATE:
         raise UserError(f"--gradient-clip must be 0 or at least {_LEAST_RATE}, got {config.gradient_clip}")
     if not any(dataclasses.astuple(config.loss_weights())):
-        raise UserError("--ccp-weight, --style-weight, --matting-weight, --cycle-weight: one must be above 0")
+        weights = "--style-weight, --matting-weight, --cycle-weight"
+        weights = f"--ccp-weight, {weights}" if config.ccpl else f"{weights} with --no-ccpl"
+        raise UserError(f"{weights}: one must be above 0")
     return config
 
 

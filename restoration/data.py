@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import logging
 import os
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -93,7 +95,7 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             found = reader.fieldnames or ()
-            lines = list(reader)
+            lines = [(reader.line_num, line) for line in reader]
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -101,10 +103,10 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     missing = [column for column in columns if column not in found]
     if missing:
         raise UserError(f"{path}: needs the columns {', '.join(columns)}; missing: {', '.join(missing)}")
-    for number, line in enumerate(lines, start=2):
+    for number, line in lines:
         if any(not line[column] for column in columns):
             raise UserError(f"{path}: line {number} has an empty field among {', '.join(columns)}")
-    return lines
+    return [line for _, line in lines]
 
 
 def evaluation_pairs(
@@ -301,6 +303,8 @@ def _paintings_in_folders(root: Path) -> list[Painting]:
     elif loose:
         logger.warning("%s: %d images outside the style folders are left out", root, len(loose))
 
+    if splits is not None:
+        _check_spelling(root, works, [path.relative_to(root).as_posix() for path in itertools.chain(*styles.values())])
     paintings = []
     for style, images in styles.items():
         for path in images:
@@ -338,10 +342,13 @@ def _works_and_splits(root: Path) -> tuple[dict[str, str], dict[str, str] | None
         # A manifest of another make, without painting_id, says nothing here and does no harm.
         lines = read_table(manifest, ()) if manifest.is_file() else []
         lines = [line for line in lines if line.get("file") and line.get("painting_id")]
-        return _told(manifest, lines, "file", "painting_id"), None
+        return _works(manifest, lines), None
 
     # Strict: ignoring half of the tables would train on held-out works.
-    works = _told(manifest, read_table(manifest, ("file", "painting_id")), "file", "painting_id")
+    lines = read_table(manifest, ("file", "painting_id"))
+    for line in lines:
+        _path_within(root, line["file"], manifest)
+    works = _works(manifest, lines)
     lines = read_table(split_table, ("painting_id", "split"))
     splits = {
         work: _known_split(split, split_table)
@@ -354,6 +361,29 @@ def _works_and_splits(root: Path) -> tuple[dict[str, str], dict[str, str] | None
     if missing:
         logger.warning("%s: %d files are not there, such as '%s'", manifest, len(missing), missing[0])
     return works, splits
+
+
+def _works(manifest: Path, lines: Iterable[dict[str, str]]) -> dict[str, str]:
+    """The painting_id of each file, which is written as `Path.as_posix` writes it: without a "./" before it, say."""
+    lines = [{**line, "file": PurePosixPath(line["file"]).as_posix()} for line in lines]
+    return _told(manifest, lines, "file", "painting_id")
+
+
+def _check_spelling(root: Path, works: dict[str, str], images: Sequence[str]) -> None:
+    """UserError where the manifest names an image otherwise than the folder: its work might be held out."""
+    missing = {_loosely(file): file for file in works.keys() - set(images)}
+    for image in images:
+        if image not in works and _loosely(image) in missing:
+            raise UserError(
+                f"{root / MANIFEST_FILE}: names '{missing[_loosely(image)]}', which is not there, in the place of "
+                f"'{image}', it seems; name it as it is"
+            )
+
+
+def _loosely(file: str) -> str:
+    """A file's name less what systems and people write in several ways: case, accents, the suffix and "\\" for "/"."""
+    name = PurePosixPath(file.replace("\\", "/")).with_suffix("").as_posix()
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _told(table: Path, lines: Iterable[dict[str, str]], key: str, value: str) -> dict[str, str]:

@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image
 from skimage.color import rgb2lab
 
+from restoration.config import LARGEST_CROP
 from restoration.data import INDEX_FILE, Painting, find_paintings, read_table
 from restoration.errors import UserError
 from restoration.imaging import read_rgb
@@ -108,6 +109,8 @@ def build_dataset(
     if test_share is not None and any(painting.split for painting in paintings):
         raise UserError(f"--test-share {test_share}: {source}/SPLIT.csv says which works are held out; leave one out")
     _check_folders(source, out, force)
+    for painting in paintings:
+        _check_name(painting)
 
     place = out.resolve()
     try:
@@ -165,7 +168,13 @@ def _cut(painting: Painting, stem: Path, crop: int, stride: int, small: str, uni
             return _Cut(too_small=True)
         scale = crop / shorter
         size = tuple(max(crop, round(side * scale)) for side in picture.size)
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
+        try:
+            picture = picture.resize(size, Image.Resampling.LANCZOS)
+        except MemoryError as error:
+            raise UserError(
+                f"{painting.path}: enlarged to {size[0]} x {size[1]} for --crop {crop} it does not fit this computer's "
+                "memory; take a smaller one, or --small skip"
+            ) from error
 
     crops, uniform = [], 0
     stem.parent.mkdir(parents=True, exist_ok=True)
@@ -246,8 +255,8 @@ def _crop_names(source: Path, paintings: Sequence[Painting]) -> list[str]:
 
 
 def _check_options(crop: int, stride: int, small: str, uniform_share: float, test_share: float | None) -> None:
-    if crop < 1:
-        raise UserError(f"--crop must be 1 pixel or more, got {crop}")
+    if not 1 <= crop <= LARGEST_CROP:
+        raise UserError(f"--crop must be from 1 to {LARGEST_CROP} pixels, got {crop}")
     if stride < 1:
         raise UserError(f"--stride must be 1 pixel or more, got {stride}")
     if small not in ("enlarge", "skip"):
@@ -256,6 +265,14 @@ def _check_options(crop: int, stride: int, small: str, uniform_share: float, tes
         raise UserError(f"--uniform-share must be between 0 and 1, got {uniform_share}")
     if test_share is not None and not 0 <= test_share < 1:
         raise UserError(f"--test-share must be at least 0 and below 1, got {test_share}")
+
+
+def _check_name(painting: Painting) -> None:
+    try:
+        f"{painting.path}{painting.painting_id}".encode()
+    except UnicodeEncodeError:
+        path = os.fsencode(painting.path).decode(errors="backslashreplace")
+        raise UserError(f"{path}: must have a name in UTF-8, as {INDEX_FILE} is; rename it") from None
 
 
 def _check_folders(source: Path, out: Path, force: bool) -> None:

@@ -81,6 +81,8 @@ def reading(path: Path) -> Iterator[None]:
 
 def _open(path: Path) -> Image.Image:
     """The fully decoded picture, in the mode and the orientation of its file."""
+    if path.exists() and not (path.is_file() or path.is_dir()):  # opened, a pipe would wait for somebody to write
+        raise UserError(f"{path}: is a pipe or a device, must be a file")
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             raise UserError(f"{path}: is an empty file (0 bytes)")

@@ -78,6 +78,8 @@ def choose_cases(
         for option, value in (("--pairs", pairs), ("--count", count)):
             if value is not None:
                 raise UserError(f"{option} {value} chooses among the paintings of --data: give that, or leave it out")
+        if size < SMALLEST_SIDE:
+            raise UserError(f"--size must be at least {SMALLEST_SIDE} where paintings are drawn, got {size}")
         return drawn_cases(size), len(SAMPLE_SEEDS)
     chosen = evaluation_pairs(data, pairs, PAIRS_A_STYLE if count is None else count)
     if synthetic:

@@ -12,7 +12,7 @@ import restoration
 from restoration.contact_sheet import contact_sheet
 from restoration.errors import UserError
 from restoration.evaluate import NETWORK, UNTOUCHED, Evaluation
-from restoration.files import make_folder, write_json, write_text_whole
+from restoration.files import check_can_be_written, make_folder, write_json, write_text_whole
 from restoration.imaging import check_writable, write_image
 
 METRICS, TABLE, SHEET = "metrics.json", "table.md", "contact_sheet.png"
@@ -40,10 +40,12 @@ Summary = dict[str, dict[str, dict[str, float | bool]]]
 
 
 def check_output(out: Path, *, force: bool = False) -> None:
-    """UserError where out cannot become, or already holds, an evaluation."""
+    """UserError where out cannot become, or already holds, an evaluation. Makes nothing."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: must be a folder")
-    make_folder(out)
+    check_can_be_written(out)
+    if not out.exists():
+        return
     for path in (out / METRICS, out / TABLE):
         if path.is_dir():
             raise UserError(f"{path}: is a folder, cannot be overwritten")
@@ -55,6 +57,7 @@ def check_output(out: Path, *, force: bool = False) -> None:
 def write_report(evaluations: list[Evaluation], out: Path, *, size: int) -> None:
     """Writes TABLE, METRICS and SHEET into out, which `check_output` has approved; last what takes most room."""
     summary = summarise(evaluations)
+    make_folder(out)
     write_text_whole(out / TABLE, f"{markdown_table(summary)}\n\n{CAPTION}\n")
     report = {
         "versions": {"restoration": restoration.__version__, "torch": torch.__version__},

@@ -135,6 +135,9 @@ def _pair_folders(degraded: Path, reference: Path, output: Path) -> list[Job]:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"{degraded}: holds several pictures that would all become {twice}")
+    for folder in (degraded, reference):
+        if output.exists() and output.samefile(folder):
+            raise UserError(f"{output}: must be another folder than those of the pictures to read")
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: must be a folder where folders are recoloured")
     if not output.exists() and not output.parent.is_dir():
@@ -148,10 +151,13 @@ def _name(path: Path) -> str:
 
 
 def _pictures(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Its own pictures, and other files; those whose names start with a dot are of the system that copied it."""
+    """Its own pictures, and other files; those whose names start with a dot are of the system that copied it.
+
+    Pictures by their names: a broken link that has one is among them, to be named where it cannot be read.
+    """
     pictures, others = [], []
     for path in sorted(folder.iterdir()):
-        if not path.name.startswith(".") and path.is_file():
+        if not path.name.startswith(".") and not path.is_dir():
             (pictures if path.suffix.lower() in READABLE_SUFFIXES else others).append(path)
     return pictures, others
 

@@ -99,8 +99,8 @@ def remove_old_checkpoints(run: Path, kept: int) -> None:
         old.unlink(missing_ok=True)
 
 
-def restore(checkpoint: Checkpoint, path: Path, step_module: TrainingStep, optimizer: Adam) -> int:
-    """Fills network, projection heads and optimiser; returns the number of steps done."""
+def restore(checkpoint: Checkpoint, path: Path, step_module: TrainingStep, optimizer: Adam) -> None:
+    """Fills network, projection heads and optimiser."""
     load_parameters(step_module.network, checkpoint.part(NETWORK_PREFIX), path)
     heads = step_module.losses.contrast
     if heads is not None:
@@ -113,7 +113,6 @@ def restore(checkpoint: Checkpoint, path: Path, step_module: TrainingStep, optim
         if f"{name}.step" in moments:
             state[index] = {key: moments[f"{name}.{key}"] for key in keys}
     optimizer.load(state)
-    return int(checkpoint.description["step"])
 
 
 def _trained_losses(step_module: TrainingStep) -> dict[str, Tensor]:

@@ -80,6 +80,12 @@ def train(
         before = checkpoint.description.get("inputs", {})
         styles = styles or before.get("styles")
         vgg = vgg or (before.get("vgg") and Path(before["vgg"]))
+    # Before paintings are read, which can take minutes: what else may be wrong.
+    weights = None
+    if initial_weights is not None:
+        weights = world.decide(lambda: load_checkpoint(initial_weights).part(NETWORK_PREFIX))
+    start = 0 if checkpoint is None else int(checkpoint.description["step"])
+    batches = world.together(lambda: _batches(run, config, start, world))
     inputs = {"styles": styles, "vgg": None if vgg is None else str(vgg.resolve())}
     paintings = world.decide(lambda: find_paintings(data, styles=styles, split="train"))
     dataset = world.decide(lambda: training_pairs(paintings, config, vgg))
@@ -87,13 +93,10 @@ def train(
     features = world.together(lambda: loss_network(vgg, dataset.paintings))
     step_module = build_step(config, features).to(device)
     optimise = Optimisation(world.averaging(step_module), config, device)
-    start = 0
-    if initial_weights is not None:
-        weights = world.decide(lambda: load_checkpoint(initial_weights).part(NETWORK_PREFIX))
+    if weights is not None:
         world.together(lambda: load_parameters(step_module.network, weights, initial_weights))
     if checkpoint is not None:
-        start = world.together(lambda: restore(checkpoint, checkpoint_path, step_module, optimise.optimizer))
-    batches = world.together(lambda: _batches(run, config, start, world))
+        world.together(lambda: restore(checkpoint, checkpoint_path, step_module, optimise.optimizer))
     with ExitStack() as held:
         world.decide(lambda: held.enter_context(sole_writer(run)))
         world.decide(lambda: check_unchanged(run, checkpoint_path))

@@ -250,7 +250,7 @@ def test_evaluate(workshop, tmp_path, capsys, monkeypatch):
 
 
 def test_synthetic_evaluation_needs_no_data(workshop, tmp_path, capsys, monkeypatch):
-    options = ("--checkpoint", workshop / "small.safetensors", "--size", 48, "--device", "cpu", "--precision", "bf16")
+    options = ("--checkpoint", workshop / "small.safetensors", "--size", 64, "--device", "cpu", "--precision", "bf16")
     code, out, _ = call(
         capsys, monkeypatch, "evaluate", "--synthetic", "--baselines", *options, "--out", tmp_path / "out"
     )
@@ -258,7 +258,7 @@ def test_synthetic_evaluation_needs_no_data(workshop, tmp_path, capsys, monkeypa
     code, _, err = call(capsys, monkeypatch, "evaluate", *options, "--out", tmp_path / "other")
     assert code == 2 and "--data must be given" in err and not (tmp_path / "other").exists()
     code, _, err = call(
-        capsys, monkeypatch, "evaluate", "--synthetic", "--precision", "tf32", "--out", tmp_path / "out"
+        capsys, monkeypatch, "evaluate", "--synthetic", "--precision", "tf32", "--out", tmp_path / "other"
     )
     assert code == 2 and err == "error: --precision must be one of fp32, bf16, got 'tf32'\n"
 
@@ -268,6 +268,7 @@ def test_synthetic_evaluation_needs_no_data(workshop, tmp_path, capsys, monkeypa
     [
         (("--pairs", "pairs.csv"), "--pairs pairs.csv chooses among the paintings of --data"),
         (("--count", 20), "--count 20 chooses among the paintings of --data"),
+        (("--size", 63), "--size must be at least 64 where paintings are drawn, got 63"),
         (("--vgg", "vgg.pt"), "--vgg vgg.pt is for Gram losses, which --synthetic does not measure"),
     ],
 )

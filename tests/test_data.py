@@ -141,9 +141,20 @@ class TestFindPaintings:
         split.write_text(f"{as_it_was}p2,validation\np9,train\n")
         assert len(find_paintings(split_folders)) == 6 and caplog.text == ""
 
-        manifest.write_text(manifest.read_text().replace("ink/1.png", "ink\\1.png"))
+        tables = manifest.read_text()
+        for spelling in ("ink\\1.png", "Ink/1.PNG", "ink/1.tif"):
+            manifest.write_text(tables.replace("ink/1.png", spelling))
+            saying = f"MANIFEST.csv: names '{spelling}', which is not there, in the place of 'ink/1.png', it seems"
+            assert_refuses(find_paintings, split_folders, saying=saying)
+        for spelling in (str(split_folders / "ink/1.png"), "ink/../ink/1.png"):
+            manifest.write_text(tables.replace("ink/1.png", spelling))
+            saying = f"MANIFEST.csv: paths must be relative to {split_folders} and within it, got '{spelling}'"
+            assert_refuses(find_paintings, split_folders, saying=saying)
+        manifest.write_text(tables.replace("ink/1.png", "./ink//1.png"))
+        assert "ink/1.png" in names(split_folders, find_paintings(split_folders, split="test"))
+        manifest.write_text(f"{tables}ink/9.png,p9\n")
         find_paintings(split_folders)
-        assert "MANIFEST.csv: 1 files are not there, such as 'ink\\1.png'" in caplog.text
+        assert "MANIFEST.csv: 1 files are not there, such as 'ink/9.png'" in caplog.text
         split.unlink()
         manifest.write_text(f"{manifest.read_text()}ink/2.png,p1\n")
         saying = "MANIFEST.csv: gives 'ink/2.png' two values of painting_id, 'p3' and 'p1'"

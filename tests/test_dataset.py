@@ -305,6 +305,23 @@ def test_interrupted_build_leaves_no_half_data_set(source, out, force, interrupt
     assert sorted(os.listdir(source.parent)) == (["out", "source"] if force else ["source"])
 
 
+def test_a_name_that_the_index_cannot_hold_is_refused_before_any_work(source, out):
+    (source / "ink/1.png").rename(source / "ink" / os.fsdecode(b"a\xe9.png"))
+    saying = "ink/a\\xe9.png: must have a name in UTF-8, as index.csv is; rename it"
+    assert_refuses(source, out, progress=lambda *_: pytest.fail("paintings were cut"), saying=saying)
+
+
+def test_a_painting_that_memory_cannot_enlarge_is_named(source, out, monkeypatch):
+    def refuse(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "resize", refuse)
+    assert_refuses(
+        source, out, crop=500, saying="for --crop 500 it does not fit this computer's memory; take a smaller"
+    )
+    assert not out.exists()
+
+
 def test_rejects_folders(source, out, tmp_path):
     assert_refuses(tmp_path / "missing", out, saying="missing: is not a folder of paintings")
     assert_refuses(source, out, styles=["oil"], saying="unknown style 'oil'; known styles: blue, ink")
@@ -329,7 +346,8 @@ def test_rejects_folders(source, out, tmp_path):
 @pytest.mark.parametrize(
     ("options", "saying"),
     [
-        ({"crop": 0}, "--crop must be 1 pixel or more, got 0"),
+        ({"crop": 0}, "--crop must be from 1 to 16384 pixels, got 0"),
+        ({"crop": 40_000}, "--crop must be from 1 to 16384 pixels, got 40000"),
         ({"stride": 0}, "--stride must be 1 pixel or more, got 0"),
         ({"small": "drop"}, "--small must be 'enlarge' or 'skip', got 'drop'"),
         ({"uniform_share": 1.5}, "--uniform-share must be between 0 and 1, got 1.5"),

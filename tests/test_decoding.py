@@ -1,6 +1,7 @@
 """From files to upright pixels in sRGB: every kind that can be read, and a line for those that cannot."""
 
 import io
+import os
 import struct
 import zlib
 
@@ -229,6 +230,8 @@ def test_rejects_what_is_no_image(tmp_path):
     assert_refuses(read_image, tmp_path, saying=f"{tmp_path}: is a folder, not an image")
     (tmp_path / "empty.png").touch()
     assert_refuses(read_image, tmp_path / "empty.png", saying="empty.png: is an empty file (0 bytes)")
+    os.mkfifo(tmp_path / "pipe.png")
+    assert_refuses(read_image, tmp_path / "pipe.png", saying="pipe.png: is a pipe or a device, must be a file")
     (tmp_path / "text.png").write_text("not an image\n" * 100)
     assert_refuses(read_image, tmp_path / "text.png", saying="text.png: is not a readable PNG")
     (tmp_path / "program.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")

@@ -266,7 +266,7 @@ def test_what_cannot_be_written_is_found_before_the_work(tmp_path, name):
 
 def test_a_folder_without_the_right_to_write_is_found_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
-    with pytest.raises(UserError, match="is not writable"):
+    with pytest.raises(UserError, match="cannot be written to"):
         check_output(tmp_path)
 
 

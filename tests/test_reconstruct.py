@@ -131,6 +131,21 @@ def test_files_that_no_suffix_shows_to_be_pictures_are_named(tmp_path, caplog):
     assert record.getMessage().startswith(f"{faded}: passed over") and record.getMessage().endswith("c.jp2, notes.txt")
 
 
+def test_a_broken_link_is_named_and_the_others_recoloured(tmp_path, checkpoint):
+    faded, kept = folders_of(tmp_path, faded=["a.png"], kept=["a.png", "b.png"])
+    (faded / "b.png").symlink_to("gone.png")
+    failures = []
+    jobs = [job.degraded.name for job in plan(faded, kept, tmp_path / "out", on_failure=failures.append)]
+    assert jobs == ["a.png"] and [str(failure) for failure in failures] == [f"{faded / 'b.png'}: no such file"]
+
+
+def test_results_do_not_lie_among_the_pictures_to_read(tmp_path):
+    faded, kept = folders_of(tmp_path, faded=["a.jpg"], kept=["a.jpg"])
+    for out in (faded, kept, faded / ".." / "kept"):
+        with pytest.raises(UserError, match=f"^{out}: must be another folder than those of the pictures to read$"):
+            plan(faded, kept, out)
+
+
 def test_names_are_equal_however_their_letters_are_encoded(tmp_path):
     faded, kept = folders_of(tmp_path, faded=["e\u0301.png"], kept=["\u00e9.png"])
     (job,) = plan(faded, kept, tmp_path / "out")

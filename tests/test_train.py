@@ -454,6 +454,10 @@ def test_presets_and_overrides(tmp_path, paintings):
         ({"learning_rate": 1e-50}, "--learning-rate must lie between 1e-30 and 1, got 1e-50"),
         ({"gradient_clip": 1e-50}, "--gradient-clip must be 0 or at least 1e-30, got 1e-50"),
         ({f"{name}_weight": 0.0 for name in ("ccp", "style", "matting", "cycle")}, "one must be above 0"),
+        (
+            {"ccpl": False} | {f"{name}_weight": 0.0 for name in ("style", "matting", "cycle")},
+            "--cycle-weight with --no-ccpl: one must be above 0",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             make_config("small", **overrides)
@@ -473,6 +477,16 @@ def test_presets_and_overrides(tmp_path, paintings):
     stored, description = tensors(path), load_checkpoint(path).description
     save_checkpoint(path, stored, {**description, "training": {**description["training"], "of_an_older_version": 1}})
     assert resumed_config(run, {}) == config(iterations=1, seed=5)
+
+
+def test_what_is_wrong_beside_the_paintings_is_said_before_they_are_read(tmp_path, paintings, monkeypatch):
+    run = tmp_path / "run"
+    train(paintings, run, config(iterations=1), device=CPU)
+    monkeypatch.setattr("restoration.train.training_pairs", lambda *_: pytest.fail("paintings were read"))
+    with pytest.raises(UserError, match="has reached step 1 already; give more --iterations"):
+        train(paintings, run, config(iterations=1), device=CPU, resume=True)
+    with pytest.raises(UserError, match="missing: no such checkpoint"):
+        train(paintings, tmp_path / "other", config(), device=CPU, initial_weights=tmp_path / "missing")
 
 
 def test_learning_rate_schedules():
