@@ -63,6 +63,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     A pickled file is refused, not opened.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, must be a checkpoint")
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:

@@ -102,6 +102,8 @@ def _torchvision_weights(path: Path) -> VGGWeights:
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, must be a file of VGG19 weights")
     if not path.is_file():
         raise UserError(f"{path}: no such file of VGG19 weights")
     try:

@@ -81,6 +81,7 @@ def refusals(folder):
     save_checkpoint(narrow, {**tensors, first: tensors[first].to(torch.float8_e5m2)}, {"architecture": SMALL.to_dict()})
     return [
         (folder / "missing.safetensors", "no such checkpoint"),
+        (folder, "is a folder, must be a checkpoint"),
         *((folder / f"{name}.safetensors", "its description") for name in described),
         (negative, "another architecture"),
         (narrow, "holds weights of torch.float8_e5m2"),

@@ -177,6 +177,7 @@ def test_rejects(tmp_path):
         (spoiled, "block1_conv1 must hold finite numbers alone"),
         (worded, "block1_conv1 must hold finite numbers alone"),
         (tmp_path / "missing.pth", "no such file"),
+        (tmp_path, "is a folder, must be a file of VGG19 weights"),
         (unsafe, "not a file of tensors"),
         (incomplete, "block3_conv1 must have weights"),
         (other, "must hold a dictionary"),
