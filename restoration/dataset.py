@@ -110,7 +110,7 @@ def build_dataset(
         raise UserError(f"--test-share {test_share}: {source}/SPLIT.csv says which works are held out; leave one out")
     _check_folders(source, out, force)
     for painting in paintings:
-        _check_name(painting)
+        _check_name(source, painting)
 
     place = out.resolve()
     try:
@@ -267,9 +267,10 @@ def _check_options(crop: int, stride: int, small: str, uniform_share: float, tes
         raise UserError(f"--test-share must be at least 0 and below 1, got {test_share}")
 
 
-def _check_name(painting: Painting) -> None:
+def _check_name(source: Path, painting: Painting) -> None:
+    """Of what the index says, not of where the source lies."""
     try:
-        f"{painting.path}{painting.painting_id}".encode()
+        f"{painting.style}/{painting.path.relative_to(source)}".encode()
     except UnicodeEncodeError:
         path = os.fsencode(painting.path).decode(errors="backslashreplace")
         raise UserError(f"{path}: must have a name in UTF-8, as {INDEX_FILE} is; rename it") from None

@@ -311,6 +311,12 @@ def test_a_name_that_the_index_cannot_hold_is_refused_before_any_work(source, ou
     assert_refuses(source, out, progress=lambda *_: pytest.fail("paintings were cut"), saying=saying)
 
 
+def test_a_source_below_a_folder_of_any_name(source, out):
+    place = source.parent / os.fsdecode(b"caf\xe9")
+    place.mkdir()
+    assert build(source.rename(place / "source"), out).crops
+
+
 def test_a_painting_that_memory_cannot_enlarge_is_named(source, out, monkeypatch):
     def refuse(*_):
         raise MemoryError
