@@ -145,7 +145,7 @@ def _eager(forward, gradients, setup_context):
         return output
 
     members = {"forward": staticmethod(run), "backward": staticmethod(gradients)}
-    function = type(forward._schema.name.partition("::")[2], (torch.autograd.Function,), members)
+    function = type(_operator_name(forward), (torch.autograd.Function,), members)
 
     def call(*arguments):
         # A compiler knows the op, and what was registered for it.
@@ -173,7 +173,7 @@ def _keep_backend(ctx, inputs, output):
 
 
 def _refuse(forward):
-    operator = forward._schema.name.partition("::")[2]
+    operator = _operator_name(forward)
 
     def refuse(ctx, *_):
         raise RuntimeError(
@@ -184,7 +184,7 @@ def _refuse(forward):
 
 
 def _refuse_batches(forward):
-    operator = forward._schema.name.partition("::")[2]
+    operator = _operator_name(forward)
 
     def refuse(*arguments):
         raise RuntimeError(
@@ -193,6 +193,10 @@ def _refuse_batches(forward):
         )
 
     return refuse
+
+
+def _operator_name(forward):
+    return forward._schema.name.partition("::")[2]
 
 
 def _results(outputs):

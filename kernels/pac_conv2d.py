@@ -61,16 +61,16 @@ def pac_conv2d(
     Returns:
         [B, O, H', W'] in the dtype of residual, or of x. Gradients: x, guide, weight, bias, residual; the reference can
         be differentiated twice. Saved for backward: the inputs. Memory beside the results: on the CPU below 1 MB a
-        thread (more with K above 7: 3 MB have been seen at 21) and a copy of weight, in backward another copy a thread
-        and, in bfloat16, the gradients of x and guide in float32; in CUDA a copy of weight and, in backward, K² numbers
-        of float32 for each output place (twice as many with normalize or more than 64 channels, 8 of a shared filter)
-        and at most 8 MB more; in Triton likewise, with K² numbers and K² more for every 64 channels (16 without tensor
-        cores) and at most 16 MB; the reference holds about K²·(2C + G) numbers for each output place. Triton compares
-        tiles in its first call with a number of channels and a dtype, not under torch.use_deterministic_algorithms; as
-        of any Triton kernel, the first call must not be while a CUDA graph is captured. On GPUs products of float32 are
-        rounded to tf32 where torch.backends.cudnn.allow_tf32 (or conv.fp32_precision there) asks for it, as in conv2d.
-        Inf or NaN in the guide spoils the output and the gradients of x and guide in reach of one kernel only: next to
-        a pixel of Inf the taps vanish, at it the centre remains, and the guide's gradient is NaN there.
+        thread (more with K above 7) and a copy of weight, in backward another copy a thread and, in bfloat16, the
+        gradients of x and guide in float32; in CUDA a copy of weight and, in backward, K² numbers of float32 for each
+        output place (twice as many with normalize or more than 64 channels, 8 of a shared filter) and at most 8 MB
+        more; in Triton likewise, with K² numbers and K² more for every 64 channels (16 without tensor cores) and at
+        most 16 MB; the reference holds about K²·(2C + G) numbers for each output place. Triton compares tiles in its
+        first call with a number of channels and a dtype, not under torch.use_deterministic_algorithms; as of any Triton
+        kernel, the first call must not be while a CUDA graph is captured. On GPUs products of float32 are rounded to
+        tf32 where torch.backends.cudnn.allow_tf32 (or conv.fp32_precision there) asks for it, as in conv2d. Inf or NaN
+        in the guide spoils the output and the gradients of x and guide in reach of one kernel only: next to a pixel of
+        Inf the taps vanish, at it the centre remains, and the guide's gradient is NaN there.
 
     Raises:
         TypeError, ValueError: an argument is not as said here.

@@ -107,9 +107,9 @@ _LEAST = {
     "matting_weight": 0.0,
     "cycle_weight": 0.0,
 }
+LARGEST_CROP = 16_384
 # And the largest; most of them beyond any use, so that a slip of the hand is found before the work. Of each step's
 # anchors PyTorch takes a seed of 63 bits, made of the run's and the step's number.
-LARGEST_CROP = 16_384
 _MOST = {
     "seed": 2**40,
     "iterations": 10_000_000,

@@ -304,7 +304,7 @@ def _paintings_in_folders(root: Path) -> list[Painting]:
         logger.warning("%s: %d images outside the style folders are left out", root, len(loose))
 
     if splits is not None:
-        _check_spelling(root, works, [path.relative_to(root).as_posix() for path in itertools.chain(*styles.values())])
+        _check_files(root, works, {path.relative_to(root).as_posix() for path in itertools.chain(*styles.values())})
     paintings = []
     for style, images in styles.items():
         for path in images:
@@ -357,9 +357,6 @@ def _works_and_splits(root: Path) -> tuple[dict[str, str], dict[str, str] | None
     unknown = sorted({work for work, split in splits.items() if split == "test"} - set(works.values()))
     if unknown:
         raise UserError(f"{split_table}: holds out '{unknown[0]}', of which {manifest} names no file")
-    missing = [file for file in works if not (root / file).is_file()]
-    if missing:
-        logger.warning("%s: %d files are not there, such as '%s'", manifest, len(missing), missing[0])
     return works, splits
 
 
@@ -369,15 +366,20 @@ def _works(manifest: Path, lines: Iterable[dict[str, str]]) -> dict[str, str]:
     return _told(manifest, lines, "file", "painting_id")
 
 
-def _check_spelling(root: Path, works: dict[str, str], images: Sequence[str]) -> None:
-    """UserError where the manifest names an image otherwise than the folder: its work might be held out."""
-    missing = {_loosely(file): file for file in works.keys() - set(images)}
-    for image in images:
-        if image not in works and _loosely(image) in missing:
+def _check_files(root: Path, works: dict[str, str], images: set[str]) -> None:
+    """UserError where the manifest names an image otherwise than the folder, whose work might be held out."""
+    manifest = root / MANIFEST_FILE
+    unmatched = [file for file in works if file not in images]
+    spellings = {_loosely(file): file for file in unmatched}
+    for image in sorted(images - works.keys()):
+        if (given := spellings.get(_loosely(image))) is not None:
             raise UserError(
-                f"{root / MANIFEST_FILE}: names '{missing[_loosely(image)]}', which is not there, in the place of "
-                f"'{image}', it seems; name it as it is"
+                f"{manifest}: names '{given}', which is not there, in the place of '{image}', it seems; name it as it "
+                "is"
             )
+    missing = [file for file in unmatched if not (root / file).is_file()]
+    if missing:
+        logger.warning("%s: %d files are not there, such as '%s'", manifest, len(missing), missing[0])
 
 
 def _loosely(file: str) -> str:

@@ -7,6 +7,7 @@ import io
 import logging
 import math
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,10 +82,11 @@ def reading(path: Path) -> Iterator[None]:
 
 def _open(path: Path) -> Image.Image:
     """The fully decoded picture, in the mode and the orientation of its file."""
-    if path.exists() and not (path.is_file() or path.is_dir()):  # opened, a pipe would wait for somebody to write
+    status = os.stat(path)
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # opened, a pipe would wait for a writer
         raise UserError(f"{path}: is a pipe or a device, must be a file")
     with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
+        if status.st_size == 0:
             raise UserError(f"{path}: is an empty file (0 bytes)")
         try:
             image = Image.open(file, formats=_READABLE_FORMATS)

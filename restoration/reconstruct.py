@@ -135,9 +135,8 @@ def _pair_folders(degraded: Path, reference: Path, output: Path) -> list[Job]:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"{degraded}: holds several pictures that would all become {twice}")
-    for folder in (degraded, reference):
-        if output.exists() and output.samefile(folder):
-            raise UserError(f"{output}: must be another folder than those of the pictures to read")
+    if output.exists() and any(output.samefile(folder) for folder in (degraded, reference)):
+        raise UserError(f"{output}: must be another folder than those of the pictures to read")
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: must be a folder where folders are recoloured")
     if not output.exists() and not output.parent.is_dir():

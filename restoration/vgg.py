@@ -214,7 +214,7 @@ class _FrozenConvolution(torch.autograd.Function):
         B, _, H, W = y.shape
         dtype = computing_dtype(y)
         grad_y = torch.ops.aten.threshold_backward(grad_y, y, 0).to(dtype)
-        # Shapes without numbers: the operators below ask for the input, but read its sizes alone.
+        # A shape without numbers: the operator below asks for the input, but reads its sizes alone.
         border = 2 if ctx.reflect else 0
         shape = (B, weight.shape[1], H + border, W + border)
         padded = torch.empty(shape, dtype=dtype, device=y.device, memory_format=torch.channels_last)
