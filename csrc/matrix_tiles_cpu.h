@@ -23,25 +23,28 @@ constexpr int64_t panel_elements(int64_t groups, int64_t steps) {
   return round_up(groups * ceil_divide(steps, kSteps<E>), Blocks<E>::kPanelElements);
 }
 
-// panels [ceil(rows / kPanelRows), panel_elements · kPanelRows] of a matrix, zero beyond its rows and steps: value(row)
-// is a function of group and step.
-template <typename E, typename Value>
-void pack_panels(E* panels, int64_t rows, int64_t groups, int64_t steps, int threads, Value value) {
+// panels [ceil(rows / kPanelRows), panel_elements · kPanelRows] of a matrix, zero beyond its rows and steps. start(row)
+// points to the first number of a row; its groups lie group_stride apart, and the steps of one step_stride.
+template <typename E, typename Start>
+void pack_panels(E* panels, int64_t rows, int64_t groups, int64_t steps, int64_t group_stride, int64_t step_stride,
+                 int threads, Start start) {
   const int64_t elements = panel_elements<E>(groups, steps);
 #pragma omp parallel for num_threads(threads) if (rows * groups * steps >= kParallelNumbers)
   for (int64_t first = 0; first < rows; first += kPanelRows<E>) {
     E* packed = panels + first * elements;
     std::memset(static_cast<void*>(packed), 0, elements * kPanelRows<E> * sizeof(E));
     for (int64_t row = 0; row < std::min<int64_t>(kPanelRows<E>, rows - first); ++row) {
-      const auto number = value(first + row);
       int64_t element = 0;
       for (int64_t group = 0; group < groups; ++group) {
+        const auto* numbers = start(first + row) + group * group_stride;
         for (int64_t step = 0; step < steps; step += kSteps<E>, ++element) {
           E& place = packed[Blocks<E>::panel_place(row, element)];
           if constexpr (kSteps<E> == 2) {
-            place = {BFloat16(number(group, step)), BFloat16(step + 1 < steps ? number(group, step + 1) : 0.0f)};
+            // Copied as they are: to round them once more would take longer than all else here.
+            place.first = numbers[step * step_stride];
+            if (step + 1 < steps) place.second = numbers[(step + 1) * step_stride];
           } else {
-            place = number(group, step);
+            place = static_cast<E>(numbers[step * step_stride]);
           }
         }
       }

@@ -269,30 +269,40 @@ class Worker {
 // [C·K², O]: the transpose of what forward multiplies with.
 template <typename E, typename T>
 void pack_transposed_weight(E* panels, const PacConv2dSizes& sizes, const T* weight, int threads) {
-  pack_panels<E>(panels, sizes.depth(), 1, sizes.out_channels, threads, [&](int64_t row) {
-    const T* column = weight + row % sizes.channels * sizes.taps() + row / sizes.channels;
-    return [column, depth = sizes.depth()](int64_t, int64_t output) {
-      return static_cast<AccumulateType<T>>(column[output * depth]);
-    };
+  pack_panels<E>(panels, sizes.depth(), 1, sizes.out_channels, 0, sizes.depth(), threads, [&](int64_t row) {
+    return weight + row % sizes.channels * sizes.taps() + row / sizes.channels;
   });
 }
 
-// grad_weight from the sums that BackwardScratch::grad_weight holds.
+// Channels whose sums are read one after the other while the places that they go to, of all taps and of a vector of
+// outputs, stay in a first-level cache.
+constexpr int64_t kStoredChannels = 16;
+
+// grad_weight from the sums that BackwardScratch::grad_weight holds: of a vector of outputs at once, as those of one lie
+// a cache line apart.
 template <typename T>
 void store_weight(T* grad_weight, const AccumulateType<T>* sums, const PacConv2dSizes& sizes, int threads) {
+  using A = AccumulateType<T>;
   using E = Operand<T>;
   const int64_t depth = sizes.depth(), taps = sizes.taps();
   const int64_t next_columns = BackwardScratch<E>::output_rows(sizes) * kBlockColumns<E>;
+  auto store_column = [=](int64_t output, int64_t channel, int64_t tap) {
+    const int64_t column = tap * sizes.channels + channel;
+    const A* values = sums + column / kBlockColumns<E> * next_columns + output / kBlockRows<E> * kBlockSums<E> +
+                      Blocks<E>::sum_place(output % kBlockRows<E>, column % kBlockColumns<E>);
+    T rounded[kLanes<A>];
+#pragma omp simd
+    for (int lane = 0; lane < kLanes<A>; ++lane) assign(rounded[lane], values[lane]);
+    T* places = grad_weight + output * depth + channel * taps + tap;
+    const int64_t lanes = std::min<int64_t>(kLanes<A>, sizes.out_channels - output);
+    for (int64_t lane = 0; lane < lanes; ++lane) places[lane * depth] = rounded[lane];
+  };
 #pragma omp parallel for num_threads(threads) if (sizes.out_channels * depth >= kParallelNumbers)
-  for (int64_t output = 0; output < sizes.out_channels; ++output) {
-    T* filters = grad_weight + output * depth;
-    const AccumulateType<T>* block = sums + output / kBlockRows<E> * kBlockSums<E>;
-    int64_t channel = 0, tap = 0;
-    for (int64_t first = 0; first < depth; first += kBlockColumns<E>, block += next_columns) {
-      const int64_t columns = std::min<int64_t>(kBlockColumns<E>, depth - first);
-      for (int64_t column = 0; column < columns; ++column) {
-        filters[channel * taps + tap] = T(block[Blocks<E>::sum_place(output % kBlockRows<E>, column)]);
-        if (++channel == sizes.channels) channel = 0, ++tap;
+  for (int64_t output = 0; output < sizes.out_channels; output += kLanes<A>) {
+    for (int64_t first = 0; first < sizes.channels; first += kStoredChannels) {
+      const int64_t last = std::min(sizes.channels, first + kStoredChannels);
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        for (int64_t channel = first; channel < last; ++channel) store_column(output, channel, tap);
       }
     }
   }

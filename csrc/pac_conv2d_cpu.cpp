@@ -134,10 +134,8 @@ void forward(const PacConv2dForward& arguments, const PacConv2dSizes& sizes, int
   Buffer<E> panels(
       sizes.shared ? 0 : round_up(sizes.out_channels, kPanelRows<E>) * panel_elements<E>(sizes.taps(), sizes.channels));
   if (!sizes.shared) {
-    pack_panels<E>(panels.data(), sizes.out_channels, sizes.taps(), sizes.channels, threads, [&](int64_t output) {
-      const T* filters = weight + output * sizes.depth();
-      return [filters, taps = sizes.taps()](int64_t tap, int64_t channel) { return A(filters[channel * taps + tap]); };
-    });
+    pack_panels<E>(panels.data(), sizes.out_channels, sizes.taps(), sizes.channels, 1, sizes.taps(), threads,
+                   [&](int64_t output) { return weight + output * sizes.depth(); });
   }
 
   const StripShape<E> shape = strip_shape<E>(sizes, threads);

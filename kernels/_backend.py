@@ -18,6 +18,8 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")
 ENVIRONMENT_VARIABLE = "RESTORATION_BACKEND"
 # Triton asks for its interpreter, which runs kernels in Python for tests and debugging, when it is imported.
 _ON_ANY_DEVICE = ("triton",) if os.environ.get("TRITON_INTERPRET") == "1" else ()
+# Those that a CPU's tensors may have; to ask others for the reason why not takes as long as a kernel on a small map.
+_FOR_CPU_TENSORS = (*_ON_ANY_DEVICE, "cpu", "reference")
 # torch.autocast leaves float64 alone.
 _AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -67,10 +69,12 @@ class Operator:
     def run(self, wish, **arguments):
         """Runs a checked call on the backend wished for (None: by context, environment, or the fastest that can)."""
         device = _device(arguments)
-        run = self._runs[self._choose(wish, device, arguments)]
-        if not _autocasts(device):
-            return run(**arguments)
+        name = self._choose(wish, device, arguments)
+        run = self._runs[name]
         # The public function has cast its arguments, by one rule for all backends; the reference must not cast again.
+        # Kernels cast nothing, and need not be told.
+        if name != "reference" or not _autocasts(device):
+            return run(**arguments)
         with torch.autocast(device.type, enabled=False):
             return run(**arguments)
 
@@ -83,22 +87,23 @@ class Operator:
             if self.why_not(wish, **arguments) is None:
                 return wish
             _checks.able(self.name, wish, source, {name: self.why_not(name, **arguments) for name in BACKENDS})
-        reasons = {}
-        for name in BACKENDS:
-            reasons[name] = self.why_not(name, **arguments)
-            if reasons[name] is None:
+        for name in _FOR_CPU_TENSORS if device.type == "cpu" else BACKENDS:
+            if self.why_not(name, **arguments) is None:
                 break
         if not torch.compiler.is_compiling():
-            self._report(name, device, reasons)
+            self._report(name, device, arguments)
         return name
 
-    def _report(self, chosen, device, reasons):
-        faster = BACKENDS[: BACKENDS.index(chosen)]
-        for name in faster:
-            _logger.debug("%s skips %s: %s", self.name, name, reasons[name])
-        if chosen == "reference" and device.type == "cuda" and not self._warned:
+    def _report(self, chosen, device, arguments):
+        warns = chosen == "reference" and device.type == "cuda" and not self._warned
+        if not (warns or _logger.isEnabledFor(logging.DEBUG)):
+            return
+        reasons = {name: self.why_not(name, **arguments) for name in BACKENDS[: BACKENDS.index(chosen)]}
+        for name, reason in reasons.items():
+            _logger.debug("%s skips %s: %s", self.name, name, reason)
+        if warns:
             self._warned = True
-            skipped = "; ".join(reasons[name] for name in faster)
+            skipped = "; ".join(reasons.values())
             warnings.warn(f"{self.name} runs CUDA tensors on the slow reference: {skipped}", stacklevel=5)
 
 
@@ -236,7 +241,10 @@ def autocast(tensors, dtype=None):
 
 
 def _device(arguments):
-    return next(value.device for value in arguments.values() if isinstance(value, torch.Tensor))
+    for value in arguments.values():  # that of the first tensor, mostly the first argument
+        if isinstance(value, torch.Tensor):
+            return value.device
+    raise AssertionError("an operator was called without tensors")
 
 
 def _autocasts(device):

@@ -28,10 +28,11 @@ def define(schema, allocate, launch):
 
     def run(*arguments):
         *arguments, backend = arguments
-        _check_usable(name, backend, arguments[0].device)
+        device = arguments[0].device
+        _check_usable(name, backend, device)
         _refuse_tangents(name, backend, arguments)
         outputs = allocate(*arguments)
-        _launch_on(arguments[0].device, launch, backend, outputs, arguments)
+        _launch_on(device, launch, backend, outputs, arguments, tensors)
         return _results(outputs)
 
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -39,7 +40,9 @@ def define(schema, allocate, launch):
     torch.library.register_fake(
         f"{_LIBRARY.ns}::{name}", lambda *arguments: _results(allocate(*arguments[:-1])), lib=_LIBRARY
     )
-    return getattr(getattr(torch.ops, _LIBRARY.ns), name).default
+    op = getattr(getattr(torch.ops, _LIBRARY.ns), name).default
+    tensors = _tensor_places(op)
+    return op
 
 
 def define_in_place(schema, launch):
@@ -54,8 +57,8 @@ def define_in_place(schema, launch):
     def run(output, *arguments):
         *arguments, backend = arguments
         _check_usable(name, backend, output.device)
-        _checks.apart(name, (names[0], output), dict(zip(names[1:], arguments, strict=False)))
-        _launch_on(output.device, launch, backend, output, arguments)
+        _checks.apart(name, (names[0], output), {names[place + 1]: arguments[place] for place in tensors})
+        _launch_on(output.device, launch, backend, output, arguments, tensors)
         if not output.is_inference():
             torch.autograd.graph.increment_version(output)  # what autograd has saved of it is no more what it was
 
@@ -64,7 +67,15 @@ def define_in_place(schema, launch):
     torch.library.register_fake(f"{_LIBRARY.ns}::{name}", lambda *arguments: None, lib=_LIBRARY)
     op = getattr(getattr(torch.ops, _LIBRARY.ns), name).default
     names = [argument.name for argument in op._schema.arguments]
+    tensors = [place - 1 for place in _tensor_places(op)[1:]]
     return op
+
+
+def _tensor_places(op):
+    """Which of an op's arguments are tensors, or may be: known once, so that no call has to look."""
+    maybe_tensor = torch._C.OptionalType(torch._C.TensorType.get())
+    arguments = enumerate(op._schema.arguments)
+    return [place for place, argument in arguments if argument.type.isSubtypeOf(maybe_tensor)]
 
 
 def _check_usable(name, backend, device):
@@ -84,10 +95,13 @@ def _refuse_tangents(name, backend, arguments):
         )
 
 
-def _launch_on(device, launch, backend, outputs, arguments):
-    contiguous = [value.contiguous() if isinstance(value, torch.Tensor) else value for value in arguments]
+def _launch_on(device, launch, backend, outputs, arguments, tensors):
+    """tensors: the places of tensors among the arguments."""
+    for place in tensors:
+        if arguments[place] is not None:
+            arguments[place] = arguments[place].contiguous()
     with _launch.on_device(device):
-        launch(backend, outputs, *contiguous)
+        launch(backend, outputs, *arguments)
 
 
 def differentiate(forward, backward, save, count, outputs=1):
@@ -151,8 +165,13 @@ def _eager(forward, gradients, setup_context):
         # A compiler knows the op, and what was registered for it.
         if torch.compiler.is_compiling():
             return forward(*arguments)
-        return function.apply(*arguments) if _needs_graph(arguments) else _below_autograd(forward, arguments)
+        if torch.is_grad_enabled():
+            for place in tensors:
+                if arguments[place] is not None and arguments[place].requires_grad:
+                    return function.apply(*arguments)
+        return _below_autograd(forward, arguments)
 
+    tensors = _tensor_places(forward)
     return call
 
 
@@ -160,12 +179,6 @@ def _below_autograd(op, arguments):
     """Calls an op where nothing is to be differentiated: to find that out, torch.library takes two calls of Python."""
     with torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)
-
-
-def _needs_graph(arguments):
-    return torch.is_grad_enabled() and any(
-        isinstance(value, torch.Tensor) and value.requires_grad for value in arguments
-    )
 
 
 def _keep_backend(ctx, inputs, output):

@@ -194,6 +194,8 @@ class _RoundedCopy:
             for module in self._copy.modules():
                 if isinstance(module, PixelAdaptiveFeatureExtraction):
                     module.to(torch.bfloat16)
+                    # As its maps are: else every convolution would bring its weights into their layout.
+                    module.value_and_guide.to(memory_format=torch.channels_last)
         torch._foreach_copy_(list(self._copy.parameters()), parameters)
         return self._copy
 
