@@ -208,6 +208,10 @@ def test_rounded_weights_are_those_of_now_and_nobody_elses():
             parameter.data.mul_(1.25)
     assert net.state_dict().keys() == plain.state_dict().keys()
     assert all(parameter.dtype == torch.float32 for parameter in net.parameters())
+    convolutions = [module for module in net._rounded._copy.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert convolutions
+    for convolution in convolutions:
+        assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_channels_last_streams_are_rebuilt_as_well():
