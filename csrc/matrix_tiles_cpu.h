@@ -34,9 +34,9 @@ void pack_panels(E* panels, int64_t rows, int64_t groups, int64_t steps, int64_t
     E* packed = panels + first * elements;
     std::memset(static_cast<void*>(packed), 0, elements * kPanelRows<E> * sizeof(E));
     for (int64_t row = 0; row < std::min<int64_t>(kPanelRows<E>, rows - first); ++row) {
+      const auto* numbers = start(first + row);
       int64_t element = 0;
-      for (int64_t group = 0; group < groups; ++group) {
-        const auto* numbers = start(first + row) + group * group_stride;
+      for (int64_t group = 0; group < groups; ++group, numbers += group_stride) {
         for (int64_t step = 0; step < steps; step += kSteps<E>, ++element) {
           E& place = packed[Blocks<E>::panel_place(row, element)];
           if constexpr (kSteps<E> == 2) {

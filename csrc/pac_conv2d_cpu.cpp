@@ -124,7 +124,6 @@ void filter_strip(const StripTiles<E>& tiles, const PacConv2dSizes& sizes, const
 
 template <typename T, typename R>
 void forward(const PacConv2dForward& arguments, const PacConv2dSizes& sizes, int threads) {
-  using A = AccumulateType<T>;
   using E = Operand<T>;
   const T* x = static_cast<const T*>(arguments.x);
   const T* guide = static_cast<const T*>(arguments.guide);

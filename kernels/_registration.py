@@ -96,7 +96,7 @@ def _refuse_tangents(name, backend, arguments):
 
 
 def _launch_on(device, launch, backend, outputs, arguments, tensors):
-    """tensors: the places of tensors among the arguments."""
+    """The tensors among the arguments, a list, whose places `tensors` tells, are replaced by contiguous ones."""
     for place in tensors:
         if arguments[place] is not None:
             arguments[place] = arguments[place].contiguous()
@@ -165,11 +165,7 @@ def _eager(forward, gradients, setup_context):
         # A compiler knows the op, and what was registered for it.
         if torch.compiler.is_compiling():
             return forward(*arguments)
-        if torch.is_grad_enabled():
-            for place in tensors:
-                if arguments[place] is not None and arguments[place].requires_grad:
-                    return function.apply(*arguments)
-        return _below_autograd(forward, arguments)
+        return function.apply(*arguments) if _needs_graph(arguments, tensors) else _below_autograd(forward, arguments)
 
     tensors = _tensor_places(forward)
     return call
@@ -179,6 +175,12 @@ def _below_autograd(op, arguments):
     """Calls an op where nothing is to be differentiated: to find that out, torch.library takes two calls of Python."""
     with torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)
+
+
+def _needs_graph(arguments, tensors):
+    return torch.is_grad_enabled() and any(
+        arguments[place] is not None and arguments[place].requires_grad for place in tensors
+    )
 
 
 def _keep_backend(ctx, inputs, output):
