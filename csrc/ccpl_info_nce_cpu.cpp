@@ -154,9 +154,7 @@ HOST_DEVICE A exponentiate(A* values, int64_t columns, A shift) {
     store(values + column, term);
     sums += term;
   }
-  A sum = 0;
-  for (int lane = 0; lane < kLanes<A>; ++lane) sum += sums[lane];
-  return sum;
+  return sum_of_lanes<A>(sums);
 }
 
 // Calls task(image, first row, scratch) for every block of rows; scratch holds `numbers` for each row of a block.

@@ -53,7 +53,8 @@ class Worker {
   double* grad_filter() const { return own_.grad_filter; }
   double* grad_bias() const { return own_.grad_bias; }
 
-  void clear() {
+  void clear(const StripTiles<E>& largest) {
+    own_.clear_grad_y(largest);
     std::memset(own_.grad_weight, 0, BackwardScratch<E>::weight_sums(sizes_) * sizeof(A));
     std::memset(own_.grad_filter, 0, BackwardScratch<E>::filter_sums(sizes_) * sizeof(double));
     std::memset(own_.grad_bias, 0, sizes_.out_channels * sizeof(double));
@@ -329,7 +330,7 @@ void backward(const PacConv2dBackward& arguments, const PacConv2dSizes& sizes, i
                         grad_guide.wanted() ? grad_guide.sums() : nullptr, memory);
   };
   ThreadBuffers<char> memory(workers, worker(nullptr).memory_used());
-  for (int number = 0; number < workers; ++number) worker(memory.of(number)).clear();
+  for (int number = 0; number < workers; ++number) worker(memory.of(number)).clear(shape.largest());
 
   // Rows that the taps of one output row reach over, in output rows: bands two apart then have no input row in common.
   const int64_t reach = ceil_divide((sizes.kernel_size - 1) * sizes.vertical.dilation, sizes.vertical.stride);

@@ -78,7 +78,6 @@ struct BackwardScratch {
   E* grad_y;        // [blocks, output_rows, kLanes]: alpha · grad_y, likewise
   E* grad_y_turned; // the same as turn_tiles leaves it; in its place where it serves nothing else
   E* grad_y_steps;  // [vectors, output_rows / kSteps, kLanes]: the same for sums over outputs; if it serves, grad_y
-  A* grad_y_row;    // [kSteps, places of a row]
   A* guide_slope;   // [K², places]: m_t(p)
   A* guide_row;     // gradient of one row of the guide under the centre tap
   A* grad_weight;   // in blocks as add_block_products makes them
@@ -108,7 +107,6 @@ struct BackwardScratch {
         grad_y_turned(kSteps<E> == 1 ? carver.take<E>(largest.blocks() * grad_y_stride(sizes)) : grad_y),
         grad_y_steps(kSteps<E> == 1 ? grad_y
                                     : carver.take<E>(largest.blocks() * kSteps<E> * grad_y_steps_stride(sizes))),
-        grad_y_row(carver.take<A>(kSteps<E> * largest.places_per_row())),
         guide_slope(carver.take<A>(sizes.taps() * largest.places())),
         guide_row(carver.take<A>(largest.places_per_row())),
         grad_weight(carver.take<A>(weight_sums(sizes))),

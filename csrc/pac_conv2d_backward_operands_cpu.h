@@ -20,6 +20,7 @@ class BackwardOperands : public BackwardScratch<Operand<T>> {
         x_(static_cast<const T*>(arguments.x)),
         values_(static_cast<const R*>(arguments.grad_y)),
         alpha_(A(arguments.alpha)),
+        plane_(sizes.out_pixels()),
         wants_weight_(arguments.grad_weight != nullptr),
         wants_bias_(arguments.grad_bias != nullptr) {}
 
@@ -29,30 +30,29 @@ class BackwardOperands : public BackwardScratch<Operand<T>> {
   int64_t grad_y_steps_stride() const { return Scratch::grad_y_steps_stride(sizes_); }
 
   void pack_grad_y(const StripTiles<E>& tiles) {
-    const int64_t places = tiles.places_per_row();
     for (int64_t row = 0; row < tiles.strip.rows; ++row) {
-      for (int64_t channel = 0; channel < Scratch::output_rows(sizes_); ++channel) {
-        A* values = this->grad_y_row + channel % kSteps<E> * places;
-        copy_grad_y(tiles, row, channel, values);
-        for (int64_t block = 0; block < tiles.blocks_per_row(); ++block) {
-          Vector<A> pixels[kSteps<E>];
-          for (int part = 0; part < kSteps<E>; ++part) {
-            pixels[part] = load(values + (block * kSteps<E> + part) * kLanes<A>);
-          }
-          store(this->grad_y + (row * tiles.blocks_per_row() + block) * grad_y_stride() + channel * kLanes<E>,
-                pack_pixels<E>(pixels));
+      const R* values = values_ + tiles.output_offset(sizes_, 0, row);
+      for (int64_t channel = 0; channel < packed_rows(); channel += kSteps<E>, values += kSteps<E> * plane_) {
+        for (int64_t step = 0; step < grad_y_channels(channel + kFetchedAhead); ++step) {
+          prefetch(values + (kFetchedAhead + step) * plane_, tiles.strip.columns);
         }
-        if constexpr (kSteps<E> == 2) {
-          if (channel % 2 == 1) pack_grad_y_steps(tiles, row, channel / 2);
-        }
+        pack_channels(tiles, row, channel, values);
       }
     }
     // With one filter for all, no matrix is multiplied.
     if (sizes_.shared || !wants_weight_) return;
     for (int64_t block = 0; block < tiles.blocks(); ++block) {
       const int64_t offset = block * grad_y_stride();
-      turn_tiles(this->grad_y + offset, Scratch::output_rows(sizes_), this->grad_y_turned + offset);
+      turn_tiles(this->grad_y + offset, packed_rows(), this->grad_y_turned + offset);
     }
+  }
+
+  // Zeros where no strip writes.
+  void clear_grad_y(const StripTiles<E>& largest) {
+    if (packed_rows() == Scratch::output_rows(sizes_)) return;
+    std::memset(static_cast<void*>(this->grad_y), 0, largest.blocks() * grad_y_stride() * sizeof(E));
+    std::memset(static_cast<void*>(this->grad_y_steps), 0,
+                largest.blocks() * kSteps<E> * grad_y_steps_stride() * sizeof(E));
   }
 
   // Scales what lies under the taps, row t·C + c: neighbouring rows are of different channels.
@@ -80,30 +80,48 @@ class BackwardOperands : public BackwardScratch<Operand<T>> {
   }
 
  private:
-  // One row of one channel of alpha · grad_y, zero beyond its pixels and channels.
-  void copy_grad_y(const StripTiles<E>& tiles, int64_t row, int64_t channel, A* copy) {
-    const int64_t pixels = channel < sizes_.out_channels ? tiles.strip.columns : 0;
-    const R* values = values_ + tiles.output_offset(sizes_, channel, row);
-    const A alpha = alpha_;
-    if (channel + 1 < sizes_.out_channels) prefetch(values + sizes_.out_pixels(), pixels);
-    A sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t place = 0; place < pixels; ++place) {
-      copy[place] = alpha * static_cast<A>(values[place]);
-      sum += copy[place];
-    }
-    for (int64_t place = pixels; place < tiles.places_per_row(); ++place) copy[place] = 0;
-    if (wants_bias_ && pixels > 0) this->grad_bias[channel] += sum;
+  // Channels asked for before they are packed.
+  static constexpr int64_t kFetchedAhead = 4;
+
+  // Rows of grad_y that are written: whole tiles of turn_tiles.
+  int64_t packed_rows() const { return round_up(sizes_.out_channels, kLanes<E>); }
+
+  // Of the kSteps channels from `channel` on, those that there are.
+  int64_t grad_y_channels(int64_t channel) const {
+    return std::clamp<int64_t>(sizes_.out_channels - channel, 0, kSteps<E>);
   }
 
-  // Two channels of a row, lane by lane.
-  void pack_grad_y_steps(const StripTiles<E>& tiles, int64_t row, int64_t element) {
-    const int64_t places = tiles.places_per_row(), vectors = places / kLanes<A>;
-    const A* values = this->grad_y_row;
-    E* packed = this->grad_y_steps + row * vectors * grad_y_steps_stride() + element * kLanes<E>;
-    for (int64_t vector = 0; vector < vectors; ++vector, values += kLanes<A>, packed += grad_y_steps_stride()) {
-      store(packed, pack_pairs<E>(load(values), load(values + places)));
+  // A row of kSteps channels of alpha · grad_y, zero beyond its pixels and channels.
+  HOST_DEVICE void pack_channels(const StripTiles<E>& tiles, int64_t row, int64_t channel, const R* values) {
+    const int64_t channels = grad_y_channels(channel), plane = plane_;
+    const int64_t first = row * tiles.blocks_per_row();
+    const A alpha = alpha_;
+    Vector<A> sums[kSteps<E>] = {};
+    for (int64_t block = 0; block < tiles.blocks_per_row(); ++block) {
+      Vector<A> numbers[kSteps<E>][kSteps<E>];
+#pragma GCC unroll 2
+      for (int step = 0; step < kSteps<E>; ++step) {
+#pragma GCC unroll 2
+        for (int part = 0; part < kSteps<E>; ++part) {
+          const int64_t place = (block * kSteps<E> + part) * kLanes<A>;
+          const int64_t count = step < channels ? std::max<int64_t>(tiles.strip.columns - place, 0) : 0;
+          numbers[step][part] = alpha * load_numbers(values + step * plane + place, count);
+          sums[step] += numbers[step][part];
+        }
+      }
+      E* packed = this->grad_y + (first + block) * grad_y_stride() + channel * kLanes<E>;
+#pragma GCC unroll 2
+      for (int step = 0; step < kSteps<E>; ++step) store(packed + step * kLanes<E>, pack_pixels<E>(numbers[step]));
+      if constexpr (kSteps<E> == 2) {
+        E* steps = this->grad_y_steps + (first + block) * 2 * grad_y_steps_stride() + channel / 2 * kLanes<E>;
+#pragma GCC unroll 2
+        for (int part = 0; part < 2; ++part) {
+          store(steps + part * grad_y_steps_stride(), pack_pairs<E>(numbers[0][part], numbers[1][part]));
+        }
+      }
     }
+    if (!wants_bias_) return;
+    for (int64_t step = 0; step < channels; ++step) this->grad_bias[channel + step] += sum_of_lanes<A>(sums[step]);
   }
 
   HOST_DEVICE void scale_row(const StripTiles<E>& tiles, const A* kernel, const A* values, E* column) const {
@@ -124,6 +142,7 @@ class BackwardOperands : public BackwardScratch<Operand<T>> {
   const T* x_;
   const R* values_;
   A alpha_;
+  int64_t plane_;  // of grad_y: to count its pixels takes divisions
   bool wants_weight_;
   bool wants_bias_;
 };

@@ -169,6 +169,23 @@ HOST_DEVICE void transpose(Vector<A>* vectors) {
   }
 }
 
+// Lane i of the result is lane i ^ kStep.
+template <int kStep, typename A, int... kLane>
+HOST_DEVICE Vector<A> swapped(const Vector<A>& vector, std::integer_sequence<int, kLane...>) {
+  return shuffle<A, (kLane ^ kStep)...>(vector, vector);
+}
+
+// Halves are added, then quarters, and so on: lane after lane, every addition would wait for the one before.
+template <typename A, int kStep = kLanes<A> / 2>
+HOST_DEVICE A sum_of_lanes(const Vector<A>& vector) {
+  if constexpr (kStep > 0) {
+    const Vector<A> other = swapped<kStep, A>(vector, std::make_integer_sequence<int, kLanes<A>>());
+    return sum_of_lanes<A, kStep / 2>(vector + other);
+  } else {
+    return vector[0];
+  }
+}
+
 // e^x of lanes that are at most 0, but for rounding, or NaN; off by less than 2 units in the last place, and exactly 0
 // where that is nearest.
 template <typename A>
