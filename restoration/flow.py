@@ -6,8 +6,8 @@ import copy
 import functools
 import logging
 import math
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
@@ -83,6 +83,7 @@ class ReversibleNetwork(nn.Module):
         self.stages = nn.ModuleList(blocks(architecture.blocks_per_stage, half * 4**stage) for stage in range(3))
         self.refinement = blocks(architecture.refinement_blocks, half * 4**2)
         self._rounded = _RoundedCopy()
+        self._known_couplings: dict[bool, list[list[Coupling]]] | None = None
 
     def _residual_precision(self, device: torch.device) -> AbstractContextManager[None]:
         if self.precision == "fp32":
@@ -122,15 +123,31 @@ class ReversibleNetwork(nn.Module):
             first, _ = run_chain(self._decoding((_DOWN, _DOWN)), halves)
         return first[:, :IMAGE_CHANNELS].clone()  # a view would keep all channels
 
+    @contextmanager
+    def unchanged_parameters(self) -> Iterator[None]:
+        """Context in which no parameter changes: passes find them, and round them, once."""
+        self._known_couplings = self._couplings_of_now()
+        try:
+            yield
+        finally:
+            self._known_couplings = None
+
     def _couplings(self, inverse: bool = False) -> list[list[Coupling]]:
         """Of the blocks of each stage, and of the refinement, in the order of encode."""
+        return (self._known_couplings or self._couplings_of_now())[inverse]
+
+    def _couplings_of_now(self) -> dict[bool, list[list[Coupling]]]:
+        """By whether they are inverse; blocks with the numbers that the parameters have now."""
         sections = nn.ModuleList([*self.stages, self.refinement])
         # Plain autograd differentiates the rounding of each parameter, too.
         copies = self._rounded.of(sections) if self.precision == "bf16" and self.reversible else sections
-        return [
-            [Coupling(block, inverse, source) for block, source in zip(*section, strict=True)]
-            for section in zip(copies, sections, strict=True)
-        ]
+        return {
+            inverse: [
+                [Coupling(block, inverse, source) for block, source in zip(*section, strict=True)]
+                for section in zip(copies, sections, strict=True)
+            ]
+            for inverse in (False, True)
+        }
 
     def _encoding(self, ending: Sequence[Step] | None = None) -> list[Step]:
         """ending: the steps after the refinement; None: one that joins the streams."""
@@ -176,7 +193,7 @@ def _warn_where_bf16_gains_nothing() -> None:
 
 
 class _RoundedCopy:
-    """A copy of blocks whose convolutions have their weights in bfloat16: rounded once a pass of the network.
+    """A copy of blocks whose convolutions have their weights in bfloat16: rounded once a pass of the network, or step.
 
     Autocast would do it in every block, forward and backward, and as often turn gradients into float32. The copy has
     the forward hooks that the blocks had when it was made.

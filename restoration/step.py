@@ -52,6 +52,10 @@ class TrainingStep(nn.Module):
         self.losses = losses
 
     def forward(self, degraded: Tensor, reference: Tensor, generator: torch.Generator) -> StepResult:
+        with self.network.unchanged_parameters():
+            return self._all_passes(degraded, reference, generator)
+
+    def _all_passes(self, degraded: Tensor, reference: Tensor, generator: torch.Generator) -> StepResult:
         with part("encode"):
             content, style = self._encode_both(degraded, reference)
         with part("transfer"):

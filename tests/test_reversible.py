@@ -203,6 +203,9 @@ def test_rounded_weights_are_those_of_now_and_nobody_elses():
     image = picture(8, 12)
     for _ in range(2):
         assert torch.equal(net.encode(image), plain.encode(image))
+        with net.unchanged_parameters():
+            code = net.encode(image)
+            assert torch.equal(net.decode(code), plain.decode(code))
         assert torch.equal(copy.deepcopy(net).encode(image), plain.encode(image))
         for parameter in (*net.parameters(), *plain.parameters()):
             parameter.data.mul_(1.25)

@@ -209,6 +209,19 @@ def test_bf16_is_of_network_and_loss_network():
         assert all(parameter.dtype == torch.float32 for parameter in step.parameters())
 
 
+def test_each_step_rounds_the_parameters_of_its_own_once(monkeypatch):
+    optimise = optimisation(precision="bf16")
+    rounded = optimise.module.network._rounded
+    copies = []
+    of = rounded.of
+    monkeypatch.setattr(rounded, "of", lambda blocks: copies.append(blocks) or of(blocks))
+    for number in range(2):
+        before = [parameter.detach().bfloat16() for parameter in optimise.module.network.parameters()]
+        optimise(number, *crops())
+        assert len(copies) == number + 1
+        assert unchanged(before, [parameter.bfloat16() for parameter in rounded._copy.parameters()])
+
+
 CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
 
 
