@@ -47,7 +47,7 @@ class BackwardOperands : public BackwardScratch<Operand<T>> {
     }
   }
 
-  // Zeros where no strip writes.
+  // Zeros in rows of grad_y that are never packed.
   void clear_grad_y(const StripTiles<E>& largest) {
     if (packed_rows() == Scratch::output_rows(sizes_)) return;
     std::memset(static_cast<void*>(this->grad_y), 0, largest.blocks() * grad_y_stride() * sizeof(E));
@@ -83,7 +83,7 @@ class BackwardOperands : public BackwardScratch<Operand<T>> {
   // Channels asked for before they are packed.
   static constexpr int64_t kFetchedAhead = 4;
 
-  // Rows of grad_y that are written: whole tiles of turn_tiles.
+  // Rows of grad_y that are packed: whole tiles of turn_tiles.
   int64_t packed_rows() const { return round_up(sizes_.out_channels, kLanes<E>); }
 
   // Of the kSteps channels from `channel` on, those that there are.
