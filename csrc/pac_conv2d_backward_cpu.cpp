@@ -12,6 +12,7 @@
 // even ones and odd ones. So grad_x and grad_guide do not depend on the thread count; grad_weight and grad_bias are
 // summed in each thread and then in order, to the same bits for the same number of threads.
 
+#include "pac_conv2d_backward_guide_cpu.h"
 #include "pac_conv2d_backward_operands_cpu.h"
 
 namespace restoration::CPU_ISA {
@@ -68,9 +69,11 @@ class Worker {
     if (wants_columns || wants_products) pack_kernel(tiles, sizes_, guide_, strip_);
     if (wants_columns) own_.pack_columns(tiles, strip_);
     if (wants_weight_) sizes_.shared ? add_filter_gradient(tiles) : add_weight_gradient(tiles);
-    if (grad_guide_ != nullptr) std::memset(own_.guide_slope, 0, sizes_.taps() * tiles.places() * sizeof(A));
+    if (grad_guide_ != nullptr) {
+      std::memset(own_.guide_slope, 0, sizes_.taps() * own_.slope_stride(tiles) * sizeof(A));
+    }
     if (wants_products) sizes_.shared ? filter_grad_y(tiles) : multiply_grad_y(tiles);
-    if (grad_guide_ != nullptr) add_guide_gradient(tiles);
+    if (grad_guide_ != nullptr) GuideGradient<T>(tiles, sizes_, strip_, own_).add(guide_, grad_guide_);
   }
 
  private:
@@ -146,7 +149,7 @@ class Worker {
     const A* kernel = strip_.kernel + tap * tiles.places() + first;
     A* slope = nullptr;
     if (grad_guide_ != nullptr && (sizes_.normalize || tap != sizes_.taps() / 2)) {
-      slope = own_.guide_slope + tap * tiles.places() + first;
+      slope = own_.guide_slope + tap * own_.slope_stride(tiles) + first;
     }
     InsideRange range{};
     A* plane = nullptr;
@@ -189,69 +192,6 @@ class Worker {
                             int64_t places) const {
     for (int64_t index = 0; index < count; ++index, sums += sizes_.pixels(), values += kTile<E>) {
       for (int64_t place = 0; place < places; ++place) sums[place * step] += factors[place] * values[place];
-    }
-  }
-
-  // plane(p+t) += value(p) for `count` places from `first` on in a row of the strip, where p+t is inside the image.
-  template <typename Value>
-  HOST_DEVICE void add_inside(const StripTiles<E>& tiles, int64_t row, int64_t tap, int64_t first, int64_t count,
-                              A* plane, Value value) {
-    const InsideRange range = inside(tiles, sizes_, row, tap);
-    const int64_t begin = std::max<int64_t>(range.begin - first, 0);
-    const int64_t end = std::min(range.end - first, count);
-    if (begin >= end) return;
-    const int64_t step = sizes_.horizontal.stride;
-    A* sums = plane + range.input_row * sizes_.horizontal.size + range.first_column + first * step;
-    if (step == 1) {
-#pragma omp simd
-      for (int64_t place = begin; place < end; ++place) sums[place] += value(place);
-    } else {
-      for (int64_t place = begin; place < end; ++place) sums[place * step] += value(place);
-    }
-  }
-
-  // k_t(p) is a share of the sum: a change of k_t changes the shares of all taps.
-  void centre_slope(const StripTiles<E>& tiles, int64_t row) {
-    const int64_t count = tiles.places_per_row(), stride = tiles.places();
-    A* total = own_.guide_row;
-    std::memset(total, 0, count * sizeof(A));
-    A* row_slope = own_.guide_slope + row * tiles.places_per_row();
-    const A* row_kernel = strip_.kernel + row * tiles.places_per_row();
-    for (int64_t tap = 0; tap < sizes_.taps(); ++tap) {
-      for (int64_t place = 0; place < count; ++place) total[place] += row_slope[tap * stride + place];
-    }
-    for (int64_t tap = 0; tap < sizes_.taps(); ++tap) {
-      for (int64_t place = 0; place < count; ++place) {
-        row_slope[tap * stride + place] -= row_kernel[tap * stride + place] * total[place];
-      }
-    }
-  }
-
-  void add_guide_gradient(const StripTiles<E>& tiles) {
-    const int64_t middle = sizes_.taps() / 2;
-    const int64_t pixels = tiles.strip.columns, count = tiles.places_per_row();
-    for (int64_t row = 0; row < tiles.strip.rows; ++row) {
-      if (sizes_.normalize) centre_slope(tiles, row);
-      for (int64_t channel = 0; channel < sizes_.guide_channels; ++channel) {
-        const int64_t offset = (tiles.strip.image * sizes_.guide_channels + channel) * sizes_.pixels();
-        const A* centre = centre_row(tiles, sizes_, guide_ + offset, row, strip_.centre);
-        std::memset(own_.guide_row, 0, count * sizeof(A));
-        for (int64_t tap_row = 0; tap_row < sizes_.kernel_size; ++tap_row) {
-          for_each_tap(tiles, sizes_, guide_ + offset, row, tap_row, strip_.source, [&](int64_t tap, const A* values) {
-            if (tap == middle) return;
-            const A* slope = own_.guide_slope + tap * tiles.places() + row * tiles.places_per_row();
-            A* own_row = own_.guide_row;
-            for (int64_t place = 0; place < count; place += kLanes<A>) {
-              store(own_row + place,
-                    load(own_row + place) - load(slope + place) * (load(centre + place) - load(values + place)));
-            }
-            add_inside(tiles, row, tap, 0, pixels, grad_guide_ + offset,
-                       [=](int64_t place) { return slope[place] * (centre[place] - values[place]); });
-          });
-        }
-        const A* own_row = own_.guide_row;
-        add_inside(tiles, row, middle, 0, pixels, grad_guide_ + offset, [=](int64_t place) { return own_row[place]; });
-      }
     }
   }
 

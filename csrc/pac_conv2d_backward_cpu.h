@@ -78,8 +78,8 @@ struct BackwardScratch {
   E* grad_y;        // [blocks, output_rows, kLanes]: alpha · grad_y, likewise
   E* grad_y_turned; // the same as turn_tiles leaves it; in its place where it serves nothing else
   E* grad_y_steps;  // [vectors, output_rows / kSteps, kLanes]: the same for sums over outputs; if it serves, grad_y
-  A* guide_slope;   // [K², places]: m_t(p)
-  A* guide_row;     // gradient of one row of the guide under the centre tap
+  A* guide_slope;   // [K², slope_stride]: m_t(p) of all places, then zeros
+  A* guide_rows;    // [kGuideBlock, places of a row]: gradient of one row of the guide under the centre tap
   A* grad_weight;   // in blocks as add_block_products makes them
   // One number each of a whole image: in float32 the last of its places would be added to a sum a million times theirs.
   double* grad_filter;  // [K²], with shared filters in place of grad_weight
@@ -93,6 +93,8 @@ struct BackwardScratch {
   static int64_t grad_y_steps_stride(const PacConv2dSizes& sizes) {
     return (output_rows(sizes) / kSteps<E> | 1) * kLanes<E>;
   }
+  // As far as a tap reaches to one side, where all taps of a row read one copy of it.
+  static int64_t slope_stride(const StripTiles<E>& tiles) { return tiles.places() + kTile<E>; }
   static int64_t bytes_per_place(const PacConv2dSizes& sizes) {
     return (column_rows(sizes) + 2 * output_rows(sizes)) / kSteps<E> * int64_t{sizeof(E)};
   }
@@ -107,8 +109,8 @@ struct BackwardScratch {
         grad_y_turned(kSteps<E> == 1 ? carver.take<E>(largest.blocks() * grad_y_stride(sizes)) : grad_y),
         grad_y_steps(kSteps<E> == 1 ? grad_y
                                     : carver.take<E>(largest.blocks() * kSteps<E> * grad_y_steps_stride(sizes))),
-        guide_slope(carver.take<A>(sizes.taps() * largest.places())),
-        guide_row(carver.take<A>(largest.places_per_row())),
+        guide_slope(carver.take<A>(sizes.taps() * slope_stride(largest))),
+        guide_rows(carver.take<A>(kGuideBlock * largest.places_per_row())),
         grad_weight(carver.take<A>(weight_sums(sizes))),
         grad_filter(carver.take<double>(filter_sums(sizes))),
         grad_bias(carver.take<double>(sizes.out_channels)) {}

@@ -250,15 +250,20 @@ HOST_DEVICE void add_squares(A* distance, const A* const* centres, const A* cons
   }
 }
 
+// Whether place p of a row is pixel p of that row of the image, for all pixels of a row.
+template <typename E>
+bool same_places(const StripTiles<E>& tiles, const PacConv2dSizes& sizes) {
+  const int64_t middle = sizes.kernel_size / 2;
+  return sizes.vertical.stride == 1 && sizes.vertical.position(0, middle) == 0 && sizes.horizontal.stride == 1 &&
+         sizes.horizontal.position(0, middle) == 0 && tiles.strip.columns == sizes.horizontal.size;
+}
+
 // Whether k_t(p) of a row of the strip is copied: it is k_-t(p+t), where places and pixels are the same and p + t lies in
 // this row or in one further down, which are done before.
 template <typename E>
 bool is_mirrored(const StripTiles<E>& tiles, const PacConv2dSizes& sizes, int64_t row, int64_t tap) {
-  const int64_t middle = sizes.kernel_size / 2;
-  const bool same_places = sizes.vertical.stride == 1 && sizes.vertical.position(0, middle) == 0 &&
-                           sizes.horizontal.stride == 1 && sizes.horizontal.position(0, middle) == 0;
-  return same_places && !sizes.normalize && tiles.strip.columns == sizes.horizontal.size && tap > sizes.taps() / 2 &&
-         row + (tap / sizes.kernel_size - middle) * sizes.vertical.dilation < tiles.strip.rows;
+  return same_places(tiles, sizes) && !sizes.normalize && tap > sizes.taps() / 2 &&
+         row + (tap / sizes.kernel_size - sizes.kernel_size / 2) * sizes.vertical.dilation < tiles.strip.rows;
 }
 
 // Copies it. Beyond the image's edge x is 0, and k need not be known.
