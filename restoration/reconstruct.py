@@ -122,12 +122,13 @@ def _pair_folders(degraded: Path, reference: Path, output: Path) -> list[Job]:
         if _name(path) not in references:
             raise UserError(f"{reference}: holds no reference named {path.stem}.* for {path}")
         jobs.append(Job(path, references[_name(path)], output / f"{path.stem}.png"))
+    others = [path for path in others if not (path.is_dir() and output.exists() and path.samefile(output))]
     if others:
         logger.warning(
-            "%s: passed over, as their names end in none of %s: %s",
+            "%s: passed over, as only its own files ending in %s are read: %s",
             degraded,
             ", ".join(READABLE_SUFFIXES),
-            ", ".join(path.name for path in others),
+            ", ".join(f"{path.name}/" if path.is_dir() else path.name for path in others),
         )
     if not jobs:
         raise UserError(f"{degraded}: holds no pictures ({', '.join(READABLE_SUFFIXES)})")
@@ -150,14 +151,15 @@ def _name(path: Path) -> str:
 
 
 def _pictures(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Its own pictures, and other files; those whose names start with a dot are of the system that copied it.
+    """Its own pictures, and what else it holds; names that start with a dot are of the system that copied it.
 
     Pictures by their names: a broken link that has one is among them, to be named where it cannot be read.
     """
     pictures, others = [], []
     for path in sorted(folder.iterdir()):
-        if not path.name.startswith(".") and not path.is_dir():
-            (pictures if path.suffix.lower() in READABLE_SUFFIXES else others).append(path)
+        if not path.name.startswith("."):
+            is_picture = path.suffix.lower() in READABLE_SUFFIXES and not path.is_dir()
+            (pictures if is_picture else others).append(path)
     return pictures, others
 
 

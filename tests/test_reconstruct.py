@@ -116,19 +116,27 @@ def folders_of(tmp_path, **names):
 def test_what_a_system_leaves_in_folders_is_passed_over(tmp_path, checkpoint, caplog):
     faded, kept = folders_of(tmp_path, faded=["a.png"], kept=["a.png"])
     (faded / "._a.png").write_bytes(b"of macOS")
-    (faded / "more.png").mkdir()
+    (faded / ".thumbnails").mkdir()
     assert [report.job.degraded.name for report in run(faded, kept, tmp_path / "out", checkpoint)] == ["a.png"]
     assert not caplog.text
 
 
-def test_files_that_no_suffix_shows_to_be_pictures_are_named(tmp_path, caplog):
+def test_what_else_a_folder_holds_is_named(tmp_path, caplog):
     faded, kept = folders_of(tmp_path, faded=["a.png", "b.jfif"], kept=["a.png", "b.png"])
+    (faded / "more.png").mkdir()
     for name in ("c.jp2", "notes.txt"):
         (faded / name).touch()
         (kept / name).touch()
     assert [job.degraded.name for job in plan(faded, kept, tmp_path / "out")] == ["a.png", "b.jfif"]
-    (record,) = caplog.records
-    assert record.getMessage().startswith(f"{faded}: passed over") and record.getMessage().endswith("c.jp2, notes.txt")
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert message.startswith(f"{faded}: passed over") and message.endswith(": c.jp2, more.png/, notes.txt")
+
+
+def test_results_inside_of_the_folder_of_faded_pictures_are_not_named(tmp_path, caplog):
+    faded, kept = folders_of(tmp_path, faded=["a.png"], kept=["a.png"])
+    (faded / "out").mkdir()
+    assert len(plan(faded, kept, faded / "out")) == 1
+    assert not caplog.text
 
 
 def test_a_broken_link_is_named_and_the_others_recoloured(tmp_path, checkpoint):
