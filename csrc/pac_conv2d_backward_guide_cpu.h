@@ -2,6 +2,8 @@
 // slopes m_t(p) that BackwardScratch holds: formula in pac_conv2d_backward_cpu.cpp.
 #pragma once
 
+#include <cstdlib>
+
 #include "pac_conv2d_backward_cpu.h"
 
 namespace restoration::CPU_ISA {
@@ -49,16 +51,16 @@ class GuideGradient {
 
  private:
   bool has_row(int64_t row) const { return row >= 0 && row < tiles_.strip.rows; }
-  // From a row of pixels to the one under a row of taps.
+  // From a row of pixels to the one under a row of taps, and from a column to the one under a tap.
   int64_t down(int64_t tap_row) const { return (tap_row - middle_) * sizes_.vertical.dilation; }
+  int64_t right(int64_t tap) const { return (tap % sizes_.kernel_size - middle_) * sizes_.horizontal.dilation; }
   A* slopes(int64_t tap, int64_t row) const {
     return own_.guide_slope + tap * BackwardScratch<E>::slope_stride(tiles_) + row * tiles_.places_per_row();
   }
-  // m_-t(p+t), where the strip has it: slopes of taps outside the image are 0, so that those of its left edge can stand
-  // for what is beyond the right edge of the row before, and the other way round.
+  // m_-t(p+t), where the strip has it. Where p+t is beyond the left or right edge of the image it is 0: what stands at
+  // the other edge of a neighbouring row, as `clear_slopes_outside` leaves it, or between two taps.
   A* opposite_slopes(int64_t tap, int64_t row) const {
-    const int64_t right = (tap % sizes_.kernel_size - middle_) * sizes_.horizontal.dilation;
-    return slopes(sizes_.taps() - 1 - tap, row + down(tap / sizes_.kernel_size)) + right;
+    return slopes(sizes_.taps() - 1 - tap, row + down(tap / sizes_.kernel_size)) + right(tap);
   }
 
   // k_t(p) is a share of the sum: a change of k_t changes the shares of all taps.
@@ -81,6 +83,7 @@ class GuideGradient {
 
   // Where places and pixels are the same: grad_g(q) -= sum over t of (m_t(q) + m_-t(q+t)) (g(q) - g(q+t)).
   void gather(const T* guide, A* grad_guide) {
+    clear_slopes_outside();
     join_slopes();
     const int64_t beside = middle_ * sizes_.vertical.dilation;
     for (int64_t row = -beside; row < tiles_.strip.rows + beside; ++row) {
@@ -92,6 +95,17 @@ class GuideGradient {
       }
       for (; channel < sizes_.guide_channels; ++channel) {
         gather_row<1>(guide + channel * sizes_.pixels(), row, grad_guide + channel * sizes_.pixels());
+      }
+    }
+  }
+
+  // Those of taps beyond the left and right edges, which are 0 but where k or u is NaN.
+  void clear_slopes_outside() {
+    for (int64_t tap = 0; tap < sizes_.taps(); ++tap) {
+      const int64_t outside = std::min(std::abs(right(tap)), tiles_.strip.columns);
+      const int64_t first = right(tap) < 0 ? 0 : tiles_.strip.columns - outside;
+      for (int64_t row = 0; row < tiles_.strip.rows; ++row) {
+        std::memset(slopes(tap, row) + first, 0, outside * sizeof(A));
       }
     }
   }

@@ -463,6 +463,24 @@ def test_spoiled_guide_stays_local(backend, spoiled):
 
 
 @compare.every_backend(OPERATOR)
+@pytest.mark.parametrize("column", [0, 63])
+def test_spoiled_guide_stays_at_its_edge(backend, column):
+    """NaN at an end of a row is not felt at the other end of its neighbours, where rows follow without a gap."""
+    sample = next(sample for sample in samples(OPERATOR) if sample.name == "same")
+    arguments = compare.arguments_for(backend, sample, torch.float32)
+    for name in ("x", "guide"):
+        arguments[name] = torch.randn(2, arguments[name].shape[1], 5, 64).to(arguments[name])
+    function = compare.public(OPERATOR, backend)
+    clean = compare.differentiate(function, arguments, ("x", "guide"))
+    arguments["guide"][:, 1, 2, column] = torch.nan
+    results = compare.differentiate(function, arguments, ("x", "guide"))
+    elsewhere = torch.ones(5, 64, dtype=torch.bool)
+    elsewhere[1:4, max(column - 1, 0) : column + 2] = False
+    for name, result in results.items():
+        torch.testing.assert_close(result[:, :, elsewhere], clean[name][:, :, elsewhere])
+
+
+@compare.every_backend(OPERATOR)
 def test_no_tap_inside_gives_the_bias(backend):
     x = torch.randn(1, 2, 1, 1, device=compare.device(backend))
     weight, bias = torch.randn(3, 2, 3, 3).to(x), torch.tensor([0.5, -1.0, 2.0]).to(x)
