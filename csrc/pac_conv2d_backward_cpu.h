@@ -93,7 +93,7 @@ struct BackwardScratch {
   static int64_t grad_y_steps_stride(const PacConv2dSizes& sizes) {
     return (output_rows(sizes) / kSteps<E> | 1) * kLanes<E>;
   }
-  // As far as a tap reaches to one side, where all taps of a row read one copy of it.
+  // Between taps: the zeros are as many as a tap reaches to one side, where all taps of a row read one copy of it.
   static int64_t slope_stride(const StripTiles<E>& tiles) { return tiles.places() + kTile<E>; }
   static int64_t bytes_per_place(const PacConv2dSizes& sizes) {
     return (column_rows(sizes) + 2 * output_rows(sizes)) / kSteps<E> * int64_t{sizeof(E)};

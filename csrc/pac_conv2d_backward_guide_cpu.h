@@ -125,25 +125,15 @@ class GuideGradient {
 
   template <int kChannels>
   void gather_row(const T* planes, int64_t row, A* grad_planes) {
-    const int64_t count = tiles_.places_per_row(), reach = StripScratch<E>::shared_reach(sizes_);
-    const int64_t source_size = StripScratch<E>::source_size(sizes_, tiles_);
-    A* grad_row = grad_planes + (tiles_.strip.first_row + row) * sizes_.horizontal.size;
+    const int64_t count = tiles_.places_per_row();
     const A* centres[kChannels];
-    for (int channel = 0; channel < kChannels; ++channel) {
-      centres[channel] =
-          centre_row(tiles_, sizes_, planes + channel * sizes_.pixels(), row, strip_.centre + channel * count);
-    }
+    const A* values[kChannels];
+    centre_rows<kChannels>(tiles_, sizes_, planes, row, strip_, centres);
     std::memset(own_.guide_rows, 0, kChannels * count * sizeof(A));
     for (int64_t tap_row = 0; tap_row < sizes_.kernel_size; ++tap_row) {
       const bool has_own = has_row(row), has_opposite = has_row(row + down(tap_row));
       if (!has_own && !has_opposite) continue;
-      const A* values[kChannels];
-      for (int channel = 0; channel < kChannels; ++channel) {
-        values[channel] = input_row(planes + channel * sizes_.pixels(), sizes_,
-                                    sizes_.vertical.position(tiles_.strip.first_row + row, tap_row),
-                                    sizes_.horizontal.position(0, 0), 1, count + reach,
-                                    strip_.source + channel * source_size);
-      }
+      rows_under<kChannels>(tiles_, sizes_, planes, row, tap_row * sizes_.kernel_size, strip_, values);
       const auto subtract = [&](int64_t first, int64_t last, bool from_own) {
         const int64_t tap = tap_row * sizes_.kernel_size + first, gap = sizes_.horizontal.dilation;
         const int64_t stride = BackwardScratch<E>::slope_stride(tiles_);
@@ -161,11 +151,10 @@ class GuideGradient {
         subtract(0, sizes_.kernel_size, tap_row > middle_ ? has_own : !has_opposite);
       }
     }
+    const InsideRange range = inside(tiles_, sizes_, row, sizes_.taps() / 2);
     for (int channel = 0; channel < kChannels; ++channel) {
       const A* sums = own_.guide_rows + channel * count;
-      A* grad = grad_row + channel * sizes_.pixels();
-#pragma omp simd
-      for (int64_t place = 0; place < tiles_.strip.columns; ++place) grad[place] += sums[place];
+      add_inside(range, grad_planes + channel * sizes_.pixels(), [=](int64_t place) { return sums[place]; });
     }
   }
 
@@ -183,19 +172,19 @@ class GuideGradient {
             if (tap == middle_tap) return;
             const A* slope = slopes(tap, row);
             subtract_differences<1>(own_row, count, &centre, &values, 0, slope, 0, 1);
-            add_inside(row, tap, grad_plane,
+            add_inside(inside(tiles_, sizes_, row, tap), grad_plane,
                        [=](int64_t place) { return slope[place] * (centre[place] - values[place]); });
           });
         }
-        add_inside(row, middle_tap, grad_plane, [=](int64_t place) { return own_row[place]; });
+        add_inside(inside(tiles_, sizes_, row, middle_tap), grad_plane,
+                   [=](int64_t place) { return own_row[place]; });
       }
     }
   }
 
   // plane(p+t) += value(p) for the places of a row where p+t is inside the image.
   template <typename Value>
-  HOST_DEVICE void add_inside(int64_t row, int64_t tap, A* plane, Value value) {
-    const InsideRange range = inside(tiles_, sizes_, row, tap);
+  HOST_DEVICE void add_inside(const InsideRange& range, A* plane, Value value) {
     const int64_t step = sizes_.horizontal.stride;
     A* sums = plane + range.input_row * sizes_.horizontal.size + range.first_column;
     if (step == 1) {

@@ -277,37 +277,47 @@ void mirror_kernel(const StripTiles<E>& tiles, const PacConv2dSizes& sizes, int6
            [=](int64_t place) { return opposite[place]; });
 }
 
+// rows [kChannels] of the guide under the centre tap, for a row of the strip; its first channel is in `planes`.
+template <int kChannels, typename E, typename T>
+void centre_rows(const StripTiles<E>& tiles, const PacConv2dSizes& sizes, const T* planes, int64_t row,
+                 const StripScratch<E>& scratch, const AccumulateType<E>** rows) {
+  for (int channel = 0; channel < kChannels; ++channel) {
+    rows[channel] = centre_row(tiles, sizes, planes + channel * sizes.pixels(), row,
+                               scratch.centre + channel * tiles.places_per_row());
+  }
+}
+
+// The same under a tap and, where all taps of a row read one copy of it, as far on as those behind it.
+template <int kChannels, typename E, typename T>
+void rows_under(const StripTiles<E>& tiles, const PacConv2dSizes& sizes, const T* planes, int64_t row, int64_t tap,
+                const StripScratch<E>& scratch, const AccumulateType<E>** rows) {
+  const int64_t input = sizes.vertical.position(tiles.strip.first_row + row, tap / sizes.kernel_size);
+  const int64_t first = sizes.horizontal.position(tiles.strip.first_column, tap % sizes.kernel_size);
+  const int64_t count = tiles.places_per_row() + StripScratch<E>::shared_reach(sizes);
+  const int64_t source_size = StripScratch<E>::source_size(sizes, tiles);
+  for (int channel = 0; channel < kChannels; ++channel) {
+    rows[channel] = input_row(planes + channel * sizes.pixels(), sizes, input, first, sizes.horizontal.stride, count,
+                              scratch.source + channel * source_size);
+  }
+}
+
 // Adds what kChannels channels of the guide, the first of them in `planes`, contribute to all distances of a row.
 template <int kChannels, typename E, typename T>
 void add_distances(const StripTiles<E>& tiles, const PacConv2dSizes& sizes, const T* planes, int64_t row,
                    const StripScratch<E>& scratch, AccumulateType<E>* distances) {
   using A = AccumulateType<E>;
-  const int64_t count = tiles.places_per_row();
-  const int64_t source_size = StripScratch<E>::source_size(sizes, tiles);
-  const int64_t first = sizes.horizontal.position(tiles.strip.first_column, 0);
-  const int64_t gap = sizes.horizontal.dilation;
   const bool shared = StripScratch<E>::shares_source(sizes);
   const A* centres[kChannels];
   const A* values[kChannels] = {};
-  for (int channel = 0; channel < kChannels; ++channel) {
-    centres[channel] = centre_row(tiles, sizes, planes + channel * sizes.pixels(), row,
-                                  scratch.centre + channel * tiles.places_per_row());
-  }
+  centre_rows<kChannels>(tiles, sizes, planes, row, scratch, centres);
   for (int64_t tap = 0; tap < sizes.taps(); ++tap) {
     if (is_mirrored(tiles, sizes, row, tap)) continue;
     const int64_t tap_column = tap % sizes.kernel_size;
-    if (!shared || tap_column == 0) {
-      const int64_t input = sizes.vertical.position(tiles.strip.first_row + row, tap / sizes.kernel_size);
-      for (int channel = 0; channel < kChannels; ++channel) {
-        values[channel] =
-            input_row(planes + channel * sizes.pixels(), sizes, input, first + (shared ? 0 : tap_column * gap),
-                      sizes.horizontal.stride, count + StripScratch<E>::shared_reach(sizes),
-                      scratch.source + channel * source_size);
-      }
-    }
+    if (!shared || tap_column == 0) rows_under<kChannels>(tiles, sizes, planes, row, tap, scratch, values);
     // The distance of the centre stays 0: its k is 1 by definition, also for Inf.
     if (tap == sizes.taps() / 2) continue;
-    add_squares<kChannels>(distances + tap * tiles.places(), centres, values, shared ? tap_column * gap : 0, count);
+    add_squares<kChannels>(distances + tap * tiles.places(), centres, values,
+                           shared ? tap_column * sizes.horizontal.dilation : 0, tiles.places_per_row());
   }
 }
 
