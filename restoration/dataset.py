@@ -28,6 +28,7 @@ from skimage.color import rgb2lab
 from restoration.config import LARGEST_CROP
 from restoration.data import INDEX_FILE, Painting, find_paintings, read_table
 from restoration.errors import UserError
+from restoration.files import lies_within
 from restoration.imaging import read_rgb
 
 logger = logging.getLogger(__name__)
@@ -279,8 +280,7 @@ def _check_name(source: Path, painting: Painting) -> None:
 def _check_folders(source: Path, out: Path, force: bool) -> None:
     if (source / INDEX_FILE).is_file():
         raise UserError(f"{source}: is a built data set already; cut crops from the paintings themselves")
-    inside, outside = out.resolve(), source.resolve()
-    if inside == outside or outside in inside.parents or inside in outside.parents:
+    if lies_within(out, source) or lies_within(source, out):
         raise UserError(f"{out}: the data set and its source {source} must not lie within one another")
     if not out.resolve().parent.is_dir():
         raise UserError(f"{out}: its folder {out.parent} does not exist")

@@ -12,7 +12,7 @@ import restoration
 from restoration.contact_sheet import contact_sheet
 from restoration.errors import UserError
 from restoration.evaluate import NETWORK, UNTOUCHED, Evaluation
-from restoration.files import check_can_be_written, make_folder, write_json, write_text_whole
+from restoration.files import check_can_be_written, lies_within, make_folder, write_json, write_text_whole
 from restoration.imaging import check_writable, write_image
 
 METRICS, TABLE, SHEET = "metrics.json", "table.md", "contact_sheet.png"
@@ -39,8 +39,10 @@ CAPTION = (
 Summary = dict[str, dict[str, dict[str, float | bool]]]
 
 
-def check_output(out: Path, *, force: bool = False) -> None:
-    """UserError where out cannot become, or already holds, an evaluation. Makes nothing."""
+def check_output(out: Path, data: Path | None = None, *, force: bool = False) -> None:
+    """UserError where out cannot become, or already holds, an evaluation, of paintings in data. Makes nothing."""
+    if data is not None and lies_within(out, data):
+        raise UserError(f"{out}: must lie outside of {data}, or its contact sheet would be evaluated as a painting")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: must be a folder")
     check_can_be_written(out)

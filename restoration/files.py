@@ -77,6 +77,11 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"{folder}: cannot be made ({error.strerror})") from error
 
 
+def lies_within(path: Path, folder: Path) -> bool:
+    """Whether path, which may be missing, is the folder or lies somewhere in it."""
+    return path.resolve().is_relative_to(folder.resolve())
+
+
 def check_can_be_written(folder: Path) -> None:
     """UserError where a folder, or what it would have to be made in, takes no files. Makes nothing."""
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.exists(place))

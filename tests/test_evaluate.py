@@ -264,6 +264,14 @@ def test_what_cannot_be_written_is_found_before_the_work(tmp_path, name):
         check_output(tmp_path, force=True)
 
 
+def test_a_report_does_not_lie_among_the_paintings(tmp_path):
+    (tmp_path / "data").mkdir()
+    for out in (tmp_path / "data", tmp_path / "data" / "ink" / "scores"):
+        with pytest.raises(UserError, match=f"{out}: must lie outside of {tmp_path / 'data'}"):
+            check_output(out, tmp_path / "data", force=True)
+    check_output(tmp_path / "data_scores", tmp_path / "data")
+
+
 def test_a_folder_without_the_right_to_write_is_found_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     with pytest.raises(UserError, match="cannot be written to"):
