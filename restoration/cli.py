@@ -123,7 +123,7 @@ def prefer_large_pages() -> None:
 def reconstruct(
     degraded: Annotated[Path, typer.Argument(help="The faded painting, or a folder of them.")],
     reference: Annotated[Path, typer.Argument(help="A well-kept painting of that style, or a folder, by equal names.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="File to write, or folder for folders.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write; for folders, a folder of PNG files.")],
     checkpoint: Checkpoint = None,
     device: Device = "auto",
     precision: Precision = "fp32",
@@ -207,7 +207,7 @@ def evaluate(
 
     if synthetic and vgg is not None:
         raise UserError(f"--vgg {vgg} is for Gram losses, which --synthetic does not measure: leave one of them out")
-    check_output(out, force=force)
+    check_output(out, data, force=force)
     target = choose_device(device)
     methods = choose_methods(load_network(checkpoint, precision).to(target), target, baselines=baselines)
     features = None if synthetic else metric_features(vgg).to(target)
@@ -215,8 +215,8 @@ def evaluate(
     apart = rows_apart(number)
     evaluations = evaluate(cases, methods, features, shown_every=apart)
     evaluated = list(track(evaluations, "evaluating", total=number, console=Console(stderr=True)))
+    write_report(evaluated, out, size=size)  # before anything is printed: nobody may be there to read it
     print(f"{markdown_table(summarise(evaluated))}\n\n{CAPTION}")
-    write_report(evaluated, out, size=size)
     print(f"written to {out}" + (f"; {SHEET} shows one of {apart} pairs" if apart > 1 else ""))
 
 

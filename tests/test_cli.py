@@ -249,6 +249,17 @@ def test_evaluate(workshop, tmp_path, capsys, monkeypatch):
     assert code == 2 and "exists already" in err
 
 
+def test_scores_are_kept_where_nobody_reads_the_table(workshop, tmp_path, capsys, monkeypatch):
+    def fail(*text, **options):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", fail)
+    arguments = ("--data", workshop / "paintings", "--checkpoint", workshop / "small.safetensors", "--size", 32)
+    with pytest.raises(BrokenPipeError):
+        call(capsys, monkeypatch, "evaluate", *arguments, "--count", 1, "--device", "cpu", "--out", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["summary"]
+
+
 def test_synthetic_evaluation_needs_no_data(workshop, tmp_path, capsys, monkeypatch):
     options = ("--checkpoint", workshop / "small.safetensors", "--size", 64, "--device", "cpu", "--precision", "bf16")
     code, out, _ = call(
