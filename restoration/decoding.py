@@ -9,13 +9,14 @@ import math
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
+from scipy.ndimage import distance_transform_edt
 
 from restoration.errors import UserError
 from restoration.metadata import descriptive_exif, descriptive_xmp, iptc, texts
@@ -25,18 +26,30 @@ logger = logging.getLogger(__name__)
 READABLE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".webp", ".bmp")
 # Pillow also opens formats that run outside programs (EPS); only these are let in.
 _READABLE_FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP")
+# A JPEG that holds several has one photograph, and previews or depths of it.
+_FORMATS_OF_PAGES = ("PNG", "TIFF", "WEBP")
+
+# Profiles with tables, and reports on a painting's condition, exceed the 1 MB that Pillow lets a chunk of a PNG have.
+# Against what unpacks without end it has a limit for all of them together, too.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 # Values of TIFF's tags, and the name under which a picture carries what they say of its grey.
-_NOT_COMPRESSED, _PLANES_APART, _WHITE_IS_ZERO, _SIGNED = 1, 2, 0, 2
+_NOT_COMPRESSED, _PLANES_APART, _WHITE_IS_ZERO, _SIGNED, _COPY_OR_MASK = 1, 2, 0, 2, 0b101
 _TIFF_RANGE = "range of a TIFF file's grey"
 _TIFF_BEGINNINGS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+# Of 8 bits, by Pillow's name of a PNG's grey of fewer.
+_STEP_OF_GREY = {"L;2": 85, "L;4": 17}
 
 _TURNED_ON_ITS_SIDE = (5, 6, 7, 8)  # of EXIF's orientations
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """An upright picture: RGB in sRGB, alpha of mode L, and notes as `imaging.Picture` has them."""
+    """An upright picture: RGB in sRGB, alpha of mode L, and notes as `imaging.Picture` has them.
+
+    Pixels that nobody sees, of alpha 0, have the colour of the nearest that can be seen.
+    """
 
     rgb: Image.Image
     alpha: Image.Image | None
@@ -54,7 +67,7 @@ def decode(path: Path) -> Decoded:
     upright, exif = _upright(image, path)
     rgb, alpha, icc_profile = _to_srgb(upright, path)
     return Decoded(
-        rgb,
+        rgb if alpha is None else _with_seen_colours(rgb, alpha),
         alpha,
         exif,
         xmp=_xmp(image, path),
@@ -92,6 +105,9 @@ def _open(path: Path) -> Image.Image:
             image = Image.open(file, formats=_READABLE_FORMATS)
             if image.format == "TIFF":
                 _check_tiff(image, path)
+            if image.format == "PNG":
+                _fit_transparent_colour(image)
+            pages = _pages(image, path) if image.format in _FORMATS_OF_PAGES else 1
             image.load()
         except UnidentifiedImageError:
             raise UserError(f"{path}: {_unidentified(file)}") from None
@@ -102,7 +118,30 @@ def _open(path: Path) -> Image.Image:
         # Pillow's decoders answer damaged bytes with nearly any exception: OSError, SyntaxError, struct.error and more.
         except Exception as error:
             raise UserError(f"{path}: is damaged or truncated ({reason(error)})") from error
+    if pages > 1:
+        logger.warning("%s: holds %d pictures, of which only the first is read", path, pages)
     return image
+
+
+def _pages(image: Image.Image, path: Path) -> int:
+    """Pictures that a file holds, up to one that is damaged; without reduced copies and masks, which are TIFF's."""
+    if image.format != "TIFF":
+        return getattr(image, "n_frames", 1)
+    count = 0
+    with suppress(Exception), Image.open(path, formats=("TIFF",)) as pages:  # this one stays where it is
+        for number in range(pages.n_frames):
+            pages.seek(number)
+            count += not pages.tag_v2.get(ExifTags.Base.NewSubfileType, 0) & _COPY_OR_MASK
+    return count
+
+
+def _fit_transparent_colour(image: Image.Image) -> None:
+    """Brings the colour that a PNG declares transparent to the depth that its pixels will have."""
+    colour, depth = image.info.get("transparency"), image.tile[0].args
+    if isinstance(colour, int) and depth in _STEP_OF_GREY:
+        image.info["transparency"] = colour * _STEP_OF_GREY[depth]
+    elif isinstance(colour, tuple) and depth == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
 
 
 def _unidentified(file: BinaryIO) -> str:
@@ -182,9 +221,11 @@ def _iptc(image: Image.Image, path: Path) -> bytes | None:
 
 def _to_srgb(image: Image.Image, path: Path) -> tuple[Image.Image, Image.Image | None, bytes | None]:
     """Split into RGB pixels in sRGB, alpha or None, and the sRGB profile to write or None."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        image = _grey_to_8_bits(image, path)
     alpha = None
+    if image.mode == "F" or image.mode.startswith("I"):
+        if (hidden := image.info.pop("transparency", None)) is not None:
+            alpha = Image.fromarray(np.where(np.asarray(image) == hidden, 0, 255).astype(np.uint8))
+        image = _grey_to_8_bits(image, path)
     if image.has_transparency_data:
         with_alpha = image.convert("RGBA")
         alpha = with_alpha.getchannel("A")
@@ -195,6 +236,12 @@ def _to_srgb(image: Image.Image, path: Path) -> tuple[Image.Image, Image.Image |
 
     profile_bytes = image.info.get("icc_profile")
     if not profile_bytes:
+        if _says_adobe_rgb(image):
+            logger.warning(
+                "%s: says that its colours are in Adobe RGB, but holds no profile; they are taken for sRGB, which is "
+                "too pale: save it with its profile",
+                path,
+            )
         return _to_rgb(image, path), alpha, None
     try:
         transform = _transform_to_srgb(profile_bytes, image.mode)
@@ -205,6 +252,27 @@ def _to_srgb(image: Image.Image, path: Path) -> tuple[Image.Image, Image.Image |
     except (OSError, ImageCms.PyCMSError) as error:
         logger.warning("%s: its colour profile is ignored (%s)", path, reason(error))
         return _to_rgb(image, path), alpha, None
+
+
+def _says_adobe_rgb(image: Image.Image) -> bool:
+    """As cameras do that embed no profile: those that keep to DCF 2.0 by R03, others by 2."""
+    with suppress(Exception):  # damaged EXIF raises nearly anything, and is warned of where it is kept
+        exif = image.getexif()
+        index = exif.get_ifd(ExifTags.IFD.Interop).get(ExifTags.Interop.InteropIndex)
+        return index == "R03" or exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.ColorSpace) == 2
+    return False
+
+
+def _with_seen_colours(rgb: Image.Image, alpha: Image.Image) -> Image.Image:
+    """The picture with the colours of the nearest visible pixel where it is wholly transparent.
+
+    What programs leave there, black or white or an old background, is no colour of the painting.
+    """
+    hidden = np.asarray(alpha) == 0
+    if not hidden.any() or hidden.all():
+        return rgb
+    rows, columns = distance_transform_edt(hidden, return_distances=False, return_indices=True)
+    return Image.fromarray(np.asarray(rgb)[rows, columns])
 
 
 @functools.cache

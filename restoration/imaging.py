@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import secrets
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,13 @@ _SAVE_OPTIONS = {
 # The formats' own limits (libjpeg's JPEG_MAX_DIMENSION, WebP's 14-bit sizes): a long handscroll exceeds them.
 _LONGEST_SIDE = {"JPEG": 65_500, "WEBP": 16_383}
 _FORMATS_WITH_IPTC = ("JPEG", "TIFF")
+# JPEG has whole dots an inch in 16 bits, PNG whole dots a metre in 31, TIFF fractions of numbers of 32 bits, WebP none.
+_DPI_LIMITS = {
+    "JPEG": (1, 65_535),
+    "PNG": (0.1, 2**31 * 0.025),
+    "TIFF": (1e-3, 2**32 - 1),
+    "WEBP": (math.inf, math.inf),
+}
 # Bytes of notes in a JPEG: a marker's 16-bit length counts itself, and what XMP and IPTC begin with.
 _LONGEST_JPEG_NOTES = {
     "exif": 65_533,
@@ -58,10 +66,11 @@ _LONGEST_JPEG_NOTES = {
 class Picture:
     """An upright picture and what its file said about it.
 
-    ``rgb`` is float32 [3, H, W] in [0, 1], sRGB; ``alpha`` is uint8 [H, W] or None; ``exif`` and ``xmp`` hold what
-    describes the painting and its photograph, without orientation and sizes; ``iptc`` the datasets of IPTC-IIM, which
-    JPEG and TIFF files may have; ``texts`` what a PNG says by keywords, and as "Comment" what a JPEG does;
-    ``icc_profile`` is None or an sRGB profile; ``dpi`` is dots an inch (x, y).
+    ``rgb`` is float32 [3, H, W] in [0, 1], sRGB; a wholly transparent pixel has the colour of the nearest that is not.
+    ``alpha`` is uint8 [H, W] or None; ``exif`` and ``xmp`` hold what describes the painting and its photograph,
+    without orientation and sizes; ``iptc`` the datasets of IPTC-IIM, which JPEG and TIFF files may have; ``texts`` what
+    a PNG says by keywords, and as "Comment" what a JPEG does; ``icc_profile`` is None or an sRGB profile; ``dpi`` is
+    dots an inch (x, y).
     """
 
     rgb: torch.Tensor
@@ -74,6 +83,12 @@ class Picture:
     dpi: tuple[float, float] | None = None
 
     @property
+    def visible(self) -> torch.Tensor | None:
+        """Bool [H, W]: pixels that can be seen at all; None where that is every one of them, or none."""
+        seen = None if self.alpha is None else self.alpha > 0
+        return seen if seen is not None and seen.any() and not seen.all() else None
+
+    @property
     def comment(self) -> bytes | None:
         """Of the texts the one that JPEG has a place for."""
         text = (self.texts or {}).get(COMMENT)
@@ -81,7 +96,7 @@ class Picture:
 
 
 def read_image(path: str | os.PathLike) -> Picture:
-    """Read a PNG, JPEG, TIFF, WebP or BMP file; of several frames the first.
+    """Read a PNG, JPEG, TIFF, WebP or BMP file; of several pages the first, and a warning.
 
     Grey, palette and CMYK pictures become RGB, an embedded ICC profile is applied, the EXIF orientation too.
     Raises UserError, naming the file, where it is missing, a folder, empty, not an image, damaged, truncated, has
@@ -136,8 +151,9 @@ def write_image(
     """Write ``rgb`` (float [3, H, W], clamped to [0, 1], rounded to 8 bits) in the format of the path's suffix.
 
     Alpha, EXIF, XMP, IPTC, texts, ICC profile and resolution are those of ``like``. WebP has no place for the
-    resolution; IPTC needs JPEG or TIFF, texts need PNG, but for JPEG's comment: a warning names what is left out. The
-    file appears whole or not at all, and replaces another only with ``force``. PNG, TIFF and WebP are lossless.
+    resolution, JPEG none for more than 65,535 dots an inch; IPTC needs JPEG or TIFF, texts need PNG, but for JPEG's
+    comment: a warning names what is left out. The file appears whole or not at all, and replaces another only with
+    ``force``. PNG, TIFF and WebP are lossless.
     Raises UserError where the file cannot be written, or where JPEG would lose transparency or notes; ValueError
     where rgb has another shape than [3, H, W], another size than the alpha of ``like``, or a value that is not finite.
     """
@@ -169,7 +185,7 @@ def write_image(
         _publish(temporary, path, force)
     except FileExistsError:
         raise UserError(f"{path}: exists already (--force overwrites)") from None
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, OverflowError, struct.error) as error:
         raise UserError(f"{path}: cannot be written ({reason(error)})") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -178,15 +194,25 @@ def write_image(
 def _warn_of_lost_notes(path: Path, image_format: str, picture: Picture) -> None:
     if picture.iptc is not None and image_format not in _FORMATS_WITH_IPTC:
         logger.warning("%s: %s has no place for IPTC data, which .jpg and .tif would keep", path, image_format)
+    if _dpi_in(image_format, picture) != picture.dpi:
+        logger.warning("%s: %s has no place for a resolution of %g x %g dots an inch", path, image_format, *picture.dpi)
     kept = {"PNG": picture.texts, "JPEG": (COMMENT,)}.get(image_format, ())
     if lost := [keyword for keyword in picture.texts or () if keyword not in kept]:
         logger.warning("%s: %s has no place for %s, which .png would keep", path, image_format, ", ".join(lost))
 
 
+def _dpi_in(image_format: str, picture: Picture) -> tuple[float, float] | None:
+    """The picture's resolution where the format can hold it, else None."""
+    least, largest = _DPI_LIMITS[image_format]
+    fits = picture.dpi is not None and all(least <= value <= largest for value in picture.dpi)
+    return picture.dpi if fits else None
+
+
 def _notes_options(picture: Picture, image_format: str) -> dict[str, object]:
     """What Pillow's save takes to put the picture's notes into a file of that format."""
-    names = ("exif", "xmp", "icc_profile", "dpi")
-    options = {name: getattr(picture, name) for name in names if getattr(picture, name) is not None}
+    names = ("exif", "xmp", "icc_profile")
+    notes = {name: getattr(picture, name) for name in names} | {"dpi": _dpi_in(image_format, picture)}
+    options = {name: value for name, value in notes.items() if value is not None}
     if image_format == "PNG":
         options["pnginfo"] = PngImagePlugin.PngInfo()
         if "xmp" in options:

@@ -17,6 +17,15 @@ _KEPT_TAGS = (
     ExifTags.Base.DateTime,
     ExifTags.Base.Artist,
     ExifTags.Base.Copyright,
+    ExifTags.Base.DocumentName,
+    ExifTags.Base.PageName,
+    ExifTags.Base.XPTitle,
+    ExifTags.Base.XPComment,
+    ExifTags.Base.XPAuthor,
+    ExifTags.Base.XPKeywords,
+    ExifTags.Base.XPSubject,
+    ExifTags.Base.Rating,
+    ExifTags.Base.RatingPercent,
 )
 _STALE_PHOTOGRAPH_TAGS = (
     ExifTags.Base.ColorSpace,
@@ -42,7 +51,7 @@ _STALE_XMP = re.compile(
 # The keyword of a PNG's comment: PNG specification, section 11.3.3.1. A JPEG has one text, which goes by it as well.
 COMMENT = "Comment"
 # XMP's packet, ImageMagick's copies of other notes and of the old file's dates ("exif:Orientation", "date:modify").
-_NOT_A_TEXT = re.compile(r"Raw profile type |[\w-]+:")
+_NOT_A_TEXT = re.compile(r"Raw profile type |XML:com\.adobe\.xmp|(?:8bim|date|exif|icc|iptc|jpeg|png|tiff|xmp):")
 
 # A JPEG has IPTC's notes as one of Photoshop's resources, of this number, in a segment of this marker. Adobe Photoshop
 # File Formats Specification, section Image Resource Blocks.

@@ -207,11 +207,18 @@ class Recolourer:
         for job in jobs:
             began = time.monotonic()
             try:
-                degraded, reference = read_image(job.degraded), read_image(job.reference).rgb
+                degraded, reference = read_image(job.degraded), read_image(job.reference)
                 if self._progress is not None:
-                    self._progress.begin(job, degraded.rgb, reference)
+                    self._progress.begin(job, degraded.rgb, reference.rgb)
                 with _naming(job.degraded):
-                    result, notes = recolour(self._network, degraded.rgb, reference, self._device, self._strength)
+                    result, notes = recolour(
+                        self._network,
+                        degraded.rgb,
+                        reference.rgb,
+                        self._device,
+                        self._strength,
+                        visible=(degraded.visible, reference.visible),
+                    )
             except UserError as error:
                 if on_failure is None:
                     raise
@@ -219,7 +226,7 @@ class Recolourer:
                 continue
             write_image(job.output, result, degraded, force=force)
             seconds = time.monotonic() - began
-            pictures = (picture.to(self._device) for picture in (degraded.rgb, reference, result))
+            pictures = (picture.to(self._device) for picture in (degraded.rgb, reference.rgb, result))
             yield Report(job, measure(*pictures, self._features), seconds, notes)
 
 
@@ -262,17 +269,25 @@ MARGIN = 16
 
 @torch.no_grad()
 def recolour(
-    network: ReversibleNetwork, degraded: Tensor, reference: Tensor, device: torch.device, strength: float = 1.0
+    network: ReversibleNetwork,
+    degraded: Tensor,
+    reference: Tensor,
+    device: torch.device,
+    strength: float = 1.0,
+    *,
+    visible: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, tuple[str, ...]]:
     """degraded [3,H,W] after reference [3,h,w], in [0,1], on the CPU; any sizes. Returns the same kind, and notes.
 
+    visible: the pixels [H,W] and [h,w], bool, whose colours count; None: all.
     UserError where memory does not suffice, UnsuitableWeightsError where these weights cannot treat the picture.
     """
     try:
         # One code at a time: each takes 128 bytes a pixel.
-        style = _moments_inside(network.encode_halves(_with_margin(reference).to(device)), reference)
+        own, wanted = visible
+        style = _moments_inside(network.encode_halves(_with_margin(reference).to(device)), reference, wanted)
         code = network.encode_halves(_with_margin(degraded).to(device))
-        ridges = transfer_parts_(code, _moments_inside(code, degraded), style, strength)
+        ridges = transfer_parts_(code, _moments_inside(code, degraded, own), style, strength)
         check_stream_range(*code)
         result = _inside(network.decode_halves(code), degraded)[0]
     except (RuntimeError, MemoryError) as error:
@@ -352,8 +367,9 @@ def _inside(padded: Tensor, image: Tensor) -> Tensor:
     return padded[..., MARGIN : MARGIN + height, MARGIN : MARGIN + width]
 
 
-def _moments_inside(code: list[Tensor], image: Tensor) -> Moments:
-    """Of the picture without its margin, unless it has too few pixels for a covariance."""
+def _moments_inside(code: list[Tensor], image: Tensor, visible: Tensor | None) -> Moments:
+    """Of the visible part of the picture without its margin, unless it has too few pixels for a covariance."""
     channels = sum(half.shape[1] for half in code)
-    inside = code if image[0].numel() <= channels else [_inside(half, image) for half in code]
-    return moments_of_parts(inside)
+    if (image[0].numel() if visible is None else int(visible.sum())) <= channels:
+        return moments_of_parts(code)
+    return moments_of_parts([_inside(half, image) for half in code], visible)

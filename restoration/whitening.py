@@ -46,15 +46,18 @@ def moments(z: Tensor, mask: Tensor | None = None) -> Moments:
 
     Differentiable once, and only z is kept for it.
     """
-    weights = None if mask is None else mask.expand(z.shape[0], *z.shape[2:])[:, None].double()
-    return Moments(*_Moments.apply(z, weights))
+    return Moments(*_Moments.apply(z, _weights(z, mask)))
 
 
 @torch.no_grad()
-def moments_of_parts(parts: Sequence[Tensor]) -> Moments:
+def moments_of_parts(parts: Sequence[Tensor], mask: Tensor | None = None) -> Moments:
     """`moments` of z whose channels lie in several tensors [B,·,H,W], without gradients, and without joining them."""
-    mean, covariance, _ = _measure(parts, None)
+    mean, covariance, _ = _measure(parts, _weights(parts[0], mask))
     return Moments(mean[..., 0], covariance)
+
+
+def _weights(z: Tensor, mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.to(z.device).expand(z.shape[0], *z.shape[2:])[:, None].double()
 
 
 class _Moments(torch.autograd.Function):

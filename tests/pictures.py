@@ -89,16 +89,22 @@ def save_with_iptc(path, datasets, declared=TiffTags.UNDEFINED):
     path.write_bytes(path.read_bytes().replace(*entries))
 
 
-def png_of_16_bits(values):
-    """A 16-bit RGB PNG, which Pillow reads but cannot write; values are uint16 [H, W, 3]."""
-    height, width, _ = values.shape
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+def png_of_16_bits(values, transparent=None):
+    """A PNG of RGB or grey of 16 bits, which Pillow reads but cannot write; values are uint16 [H, W, 3] or [H, W]."""
+    rows = [row.astype(">u2").tobytes() for row in values]
+    return raw_png(values.shape[1], rows, 16, kind=2 if values.ndim == 3 else 0, transparent=transparent)
+
+
+def raw_png(width, rows, bits, kind, transparent=None):
+    """rows: bytes of each; kind: 0 for grey, 2 for RGB; transparent: the numbers of a colour that is to be so."""
 
     def chunk(name, content):
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
-    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    header = struct.pack(">IIBBBBB", width, len(rows), bits, kind, 0, 0, 0)
+    colour = b"" if transparent is None else chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent))
+    pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + colour + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
 def write_tiff(path, tags, strips):

@@ -19,11 +19,12 @@ from pictures import (
     linear_profile,
     png_of_16_bits,
     random_pixels,
+    raw_png,
     save_with_xmp,
     srgb_profile,
     write_tiff,
 )
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from restoration.imaging import read_image, read_rgb, to_uint8
 
@@ -110,7 +111,79 @@ def test_alpha_is_read(tmp_path, mode):
     image.save(tmp_path / "picture.png")
     picture = read_image(tmp_path / "picture.png")
     assert np.array_equal(picture.alpha.numpy(), np.asarray(image.getchannel("A")))
-    assert np.array_equal(as_bytes(picture.rgb), np.asarray(image.convert("RGBA"))[..., :3])
+    seen = picture.alpha.numpy() > 0
+    assert np.array_equal(as_bytes(picture.rgb)[seen], np.asarray(image.convert("RGBA"))[..., :3][seen])
+
+
+def test_what_nobody_sees_has_the_colour_of_the_nearest_that_is_seen(tmp_path):
+    values = random_pixels(channels=4)
+    values[..., 3] = 0
+    values[2:4, 3, 3], values[2:4, 5, 3] = 1, 255
+    Image.fromarray(values).save(tmp_path / "cut.png")
+    rgb, seen = as_bytes(read_image(tmp_path / "cut.png").rgb), values[..., :3]
+    assert np.array_equal(rgb[2:4, 3:6:2], seen[2:4, 3:6:2])
+    assert np.array_equal(rgb[0, :4], np.broadcast_to(seen[2, 3], (4, 3))) and np.array_equal(rgb[-1, -1], seen[3, 5])
+    assert np.array_equal(np.asarray(read_rgb(tmp_path / "cut.png")), rgb)
+    values[..., 3] = 0
+    Image.fromarray(values).save(tmp_path / "nothing.png")
+    assert np.array_equal(as_bytes(read_image(tmp_path / "nothing.png").rgb), values[..., :3])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_transparent_grey_of_any_depth(tmp_path, bits):
+    shades = np.tile(np.arange(2**bits, dtype=np.uint8), (3, 8))
+    packed = [np.packbits(np.unpackbits(row[:, None], axis=1)[:, 8 - bits :]).tobytes() for row in shades]
+    chosen = 2**bits - 1
+    (tmp_path / "grey.png").write_bytes(raw_png(shades.shape[1], packed, bits, kind=0, transparent=[chosen]))
+    assert np.array_equal(read_image(tmp_path / "grey.png").alpha, np.where(shades == chosen, 0, 255))
+
+
+@pytest.mark.parametrize("colours", [(), (3,)], ids=["grey", "RGB"])
+def test_a_transparent_colour_of_16_bits(tmp_path, colours):
+    values = np.full((4, 6, *colours), 44 * 257, np.uint16)
+    values[1] = 300  # whose lower byte is 44
+    (tmp_path / "deep.png").write_bytes(png_of_16_bits(values, transparent=[300] * max(1, *colours, 0)))
+    assert np.array_equal(read_image(tmp_path / "deep.png").alpha[:, 0], [255, 0, 255, 255])
+
+
+@pytest.mark.parametrize("suffix", LOSSLESS)
+def test_further_pages_are_told_of(tmp_path, caplog, suffix):
+    pages = [Image.fromarray(random_pixels(seed=seed)) for seed in range(3)]
+    pages[0].save(tmp_path / f"album.{suffix}", save_all=True, append_images=pages[1:], lossless=True)
+    assert np.array_equal(as_bytes(read_image(tmp_path / f"album.{suffix}").rgb), np.asarray(pages[0]))
+    assert f"album.{suffix}: holds 3 pictures, of which only the first is read" in caplog.text
+
+
+def test_a_reduced_copy_is_no_page(tmp_path, caplog):
+    page, copy = Image.fromarray(random_pixels()), Image.fromarray(random_pixels(3, 4))
+    copy.encoderinfo = {"tiffinfo": {254: 1}}
+    page.save(tmp_path / "scan.tif", save_all=True, append_images=[copy])
+    with Image.open(tmp_path / "scan.tif") as image:
+        assert image.n_frames == 2
+        image.seek(1)
+        assert image.tag_v2[254] == 1
+    read_image(tmp_path / "scan.tif")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("declared", [{1: "R03"}, 2])
+def test_adobe_rgb_without_its_profile_is_told_of(tmp_path, caplog, declared):
+    exif = Image.Exif()
+    exif.get_ifd(ExifTags.IFD.Exif).update({0xA005: declared, 0xA001: 65_535} if declared != 2 else {0xA001: 2})
+    Image.fromarray(random_pixels()).save(tmp_path / "camera.jpg", exif=exif)
+    read_image(tmp_path / "camera.jpg")
+    assert "camera.jpg: says that its colours are in Adobe RGB, but holds no profile" in caplog.text
+    caplog.clear()
+    Image.fromarray(random_pixels()).save(tmp_path / "camera.jpg", exif=exif, icc_profile=srgb_profile())
+    read_image(tmp_path / "camera.jpg")
+    assert not caplog.records
+
+
+def test_a_png_may_hold_long_notes(tmp_path):
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("Condition report", "as before\n" * 200_000, zip=True)
+    Image.fromarray(random_pixels()).save(tmp_path / "long.png", pnginfo=texts)
+    assert len(read_image(tmp_path / "long.png").texts["Condition report"]) == 2_000_000
 
 
 def test_palette_transparency_becomes_alpha(tmp_path):
@@ -214,7 +287,8 @@ def test_grey_keeps_its_profile_beside_alpha(tmp_path, mode):
         grey.save(path, icc_profile=grey_profile(), transparency=200)
     picture, opaque = read_image(path), read_image(tmp_path / "opaque.png")
     assert not np.array_equal(as_bytes(opaque.rgb)[..., 0], values)
-    assert torch.equal(picture.rgb, opaque.rgb)
+    seen = picture.alpha > 0
+    assert torch.equal(picture.rgb[:, seen], opaque.rgb[:, seen])
     assert np.array_equal(picture.alpha, np.full((8, 8), 77) if mode == "LA" else np.where(values == 200, 0, 255))
 
 

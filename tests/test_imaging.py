@@ -35,6 +35,9 @@ def notes(orientation):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     exif[ExifTags.Base.Artist] = "Wang Ximeng"
+    exif[ExifTags.Base.DocumentName] = "Inv. 1234"
+    exif[ExifTags.Base.XPTitle] = "Lotus\0".encode("utf-16-le")
+    exif[ExifTags.Base.Rating] = 5
     exif[ExifTags.IFD.Exif] = {
         ExifTags.Base.DateTimeOriginal: "1113:01:01 00:00:00",
         ExifTags.Base.ExifImageWidth: 13,
@@ -94,6 +97,9 @@ def test_descriptive_notes_survive(tmp_path, source, target):
     with Image.open(tmp_path / f"new.{target}") as image:
         exif = image.getexif()
         assert exif[ExifTags.Base.Artist] == "Wang Ximeng"
+        assert exif[ExifTags.Base.DocumentName] == "Inv. 1234"
+        assert bytes(exif[ExifTags.Base.XPTitle]) == "Lotus\0".encode("utf-16-le")
+        assert exif[ExifTags.Base.Rating] == 5
         assert exif.get_ifd(ExifTags.IFD.Exif) == {ExifTags.Base.DateTimeOriginal: "1113:01:01 00:00:00"}
         assert exif.get_ifd(ExifTags.IFD.GPSInfo) == {ExifTags.GPS.GPSLatitudeRef: "N"}
         assert ExifTags.Base.Orientation not in exif
@@ -151,6 +157,8 @@ TEXTS = {
     "Author": "王希孟",
     "Comment": "of a scroll\n" * 9,
     "Source": PngImagePlugin.iTXt("絹", "zh", "來源"),
+    "Inventory: no": "7",
+    "museum:inv": "77",
 }
 
 
@@ -233,11 +241,32 @@ def test_resolution_survives(tmp_path, suffix):
         assert [float(value) for value in image.info["dpi"]] == pytest.approx([600, 300], rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("suffix", "dpi", "kept"),
+    [
+        ("jpg", 100_000.0, False),
+        ("jpg", 0.3, False),
+        ("png", 100_000.0, True),
+        ("png", 2e8, False),
+        ("tif", 2e8, True),
+        ("tif", 0.3, True),
+        ("tif", 1e12, False),
+        ("webp", 300.0, False),
+    ],
+)
+def test_a_resolution_that_the_format_cannot_hold_is_left_out(tmp_path, caplog, suffix, dpi, kept):
+    rgb = torch.zeros(3, 2, 2)
+    write_image(tmp_path / f"new.{suffix}", rgb, Picture(rgb, dpi=(dpi, 300.0)))
+    again = read_image(tmp_path / f"new.{suffix}").dpi
+    assert again == (pytest.approx((dpi, 300), rel=1e-3) if kept else None)
+    assert ("has no place for a resolution" in caplog.text) == (not kept)
+
+
 @pytest.mark.parametrize("suffix", LOSSLESS)
 @pytest.mark.parametrize("alpha", [False, True])
 def test_lossless_formats_give_back_every_byte(tmp_path, suffix, alpha):
     pixels = random_pixels(channels=4)
-    transparency = torch.from_numpy(pixels[..., 3].copy()) if alpha else None
+    transparency = torch.from_numpy(pixels[..., 3].copy()).clamp_min(1) if alpha else None
     rgb = from_pillow(Image.fromarray(pixels[..., :3].copy()))
     write_image(tmp_path / f"new.{suffix}", rgb, Picture(rgb, transparency))
     again = read_image(tmp_path / f"new.{suffix}")

@@ -54,6 +54,37 @@ def test_one_file(tmp_path, checkpoint):
     assert 0 < report.metrics.ssim <= 1 and report.seconds > 0
 
 
+def test_what_nobody_sees_decides_nothing(tmp_path, checkpoint):
+    kept = save_picture(tmp_path / "kept.png", 24, 30, seed=1)
+    degraded = save_picture(tmp_path / "faded.png", 20, 30)
+    plain = np.asarray(Image.open(kept))
+    results = {}
+    for name, background in (("black", 0), ("white", 255)):
+        for path in (kept, degraded):
+            framed = Image.new("RGBA", (130, 120), (background,) * 3 + (0,))
+            framed.paste(Image.open(path), (50, 50))
+            framed.save(tmp_path / f"{name}_{path.name}")
+        run(tmp_path / f"{name}_faded.png", tmp_path / f"{name}_kept.png", tmp_path / f"{name}.png", checkpoint)
+        results[name] = np.asarray(Image.open(tmp_path / f"{name}.png"))[50:70, 50:80, :3]
+    assert np.array_equal(results["black"], results["white"])
+    # Colours carried on from the edges would count eight times as much as the painting's.
+    assert np.abs(results["black"].mean((0, 1)) - plain.mean((0, 1))).max() < 12
+
+
+def test_only_visible_pixels_count(monkeypatch):
+    """With a frame of another colour, that of the picture alone, but for what convolutions see past its edge."""
+    torch.manual_seed(0)
+    network, degraded, inner = small_network(), torch.rand(3, 24, 24), 0.5 + 0.1 * torch.rand(3, 40, 40)
+    framed, seen = torch.zeros(3, 80, 80), torch.zeros(80, 80, dtype=torch.bool)
+    framed[0], framed[:, 20:60, 20:60] = 1.0, inner
+    seen[20:60, 20:60] = True
+    alone, masked, all_of_it = (
+        recolour(network, degraded, reference, CPU, visible=(None, visible))[0].mean((1, 2))
+        for reference, visible in ((inner, None), (framed, seen), (framed, None))
+    )
+    assert (masked - alone).abs().max() < 0.02 < 0.1 < (all_of_it - alone).abs().max()
+
+
 def test_alpha_and_orientation_are_kept(tmp_path, checkpoint):
     degraded = save_picture(tmp_path / "faded.png", 20, 30, mode="RGBA")
     rotated = tmp_path / "rotated.jpg"
