@@ -7,6 +7,7 @@ bound to a name until the call that uses its address has returned.
 import contextlib
 import functools
 import mmap
+import os
 
 import torch
 
@@ -15,6 +16,19 @@ from . import _backend
 # The C library gives memory of this size and more back to the system, so that a new tensor's is always fresh from it.
 _ALWAYS_FRESH_BYTES = 32 << 20
 _LARGE_PAGE_BYTES = 2 << 20
+
+# A fork copies only the calling thread, and a parallel region of the child would wait for OpenMP's others for ever. The
+# extension minds forks too, but only those after its first kernel: torch may have started the threads before.
+_forked = False
+
+
+def _note_fork():
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
 
 
 def run(kernel, backend, tensors, sizes, dtype):
@@ -30,7 +44,8 @@ def run(kernel, backend, tensors, sizes, dtype):
     function = getattr(_backend.extension()[0], f"{kernel}_{backend}")
     addresses = {name: address(tensor) for name, tensor in tensors.items()}
     if backend == "cpu":
-        function(**addresses, **sizes, dtype=dtype_code(dtype), threads=torch.get_num_threads())
+        threads = 1 if _forked else torch.get_num_threads()
+        function(**addresses, **sizes, dtype=dtype_code(dtype), threads=threads)
     else:
         function(**addresses, **sizes, dtype=dtype_code(dtype), stream=torch.cuda.current_stream().cuda_stream)
 

@@ -1,6 +1,7 @@
 """The border to the compiled kernels. The CUDA kernels are reached without a GPU, through the runner of simt_build."""
 
 import errno
+import os
 import subprocess
 import sys
 
@@ -73,6 +74,26 @@ for precision in ("tf32", "ieee"):
     assert _launch.convolves_in_tf32() is (precision == "tf32")
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(EXTENSION is None or not hasattr(os, "fork"), reason=str(REASON or "no fork"))
+def test_child_forked_before_the_first_kernel():
+    """Once torch has used its threads: they are gone in the child, whose first kernel must not wait for them."""
+    code = """
+import multiprocessing, torch
+from restoration_kernels import pac_conv2d
+torch.set_num_threads(2)
+torch.randn(2000, 1000).exp()
+x = torch.randn(1, 16, 64, 64)
+child = multiprocessing.get_context("fork").Process(target=pac_conv2d, args=(x, x, torch.randn(1, 16, 3, 3)))
+child.start()
+child.join(30)
+waits = child.is_alive()
+child.kill()
+print(waits, child.exitcode)
+"""
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)
+    assert run.stdout == "False 0\n"
 
 
 def test_what_32_bits_cannot_count_is_left_to_others():
