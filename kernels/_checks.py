@@ -15,6 +15,10 @@ _MODES = torch._C._TorchDispatchModeKey
 _MODES_WITHOUT_NUMBERS = (_MODES.FAKE, _MODES.PROXY, _MODES.FUNCTIONAL)
 # Bins along a side of the image: kernels visit those over a pixel one by one, and count them times a side in 64 bits.
 _MOST_BINS = 2**20
+# Places are drawn as the rest of 62 random bits: so few that none is favoured by more than one part in 2^22.
+_MOST_PLACES = 2**40
+# Kernels divide by eps, and the inverse of the least float64 numbers is infinite.
+_LEAST_EPS = 1e-300
 # float32's powers of two: multiples of others cannot be computed in it.
 _LEAST_QUANTUM, _LARGEST_QUANTUM = 2.0**-126, 2.0**127
 
@@ -64,7 +68,9 @@ def pac_conv2d(operator, x, guide, weight, bias, stride, padding, dilation, norm
     _number(operator, "alpha", alpha)
     if quantum is not None:
         _number(operator, "quantum", quantum, positive=True)
-        if not _LEAST_QUANTUM <= quantum <= _LARGEST_QUANTUM or math.frexp(quantum)[0] != 0.5:
+        power = _LEAST_QUANTUM <= quantum <= _LARGEST_QUANTUM and math.frexp(quantum)[0] == 0.5
+        # An integer beyond 2^53 is rounded by frexp.
+        if not power or float(quantum) != quantum:
             _fail(operator, "quantum", "be a power of two from 2^-126 to 2^127", quantum)
     return geometry
 
@@ -135,6 +141,8 @@ def sample_neighbors(height, width, num_anchors, generator):
     operator = "sample_neighbors"
     _integer(operator, "height", height, 3)
     _integer(operator, "width", width, 3)
+    if height * width > _MOST_PLACES:
+        _fail(operator, "height and width", "have at most 2^40 places", f"{height} x {width}")
     _anchors(operator, "num_anchors", num_anchors, height, width)
     _generator(operator, generator)
 
@@ -194,6 +202,21 @@ def ccpl_loss(features, targets, num_anchors, temperature, projections, generato
         _anchors(operator, f"num_anchors[{layer}]" if each else "num_anchors", count, H, W)
     _generator(operator, generator)
     return num_anchors, projections
+
+
+def ccpl_projection(layer, rows, projected):
+    """Checks what the projection of a layer made of rows [B, S, C]."""
+    error = ValueError
+    if not isinstance(projected, torch.Tensor) or not _is_dense(projected):
+        got, error = _kind(projected), TypeError
+    elif projected.dtype not in _DTYPES:
+        got = projected.dtype
+    elif projected.ndim != 3 or projected.shape[:2] != rows.shape[:2] or projected.shape[2] == 0:
+        got = _shape(projected)
+    else:
+        return
+    must = f"return a floating-point tensor of shape {_named((*rows.shape[:2], 'D'))}"
+    _fail("ccpl_loss", f"projections[{layer}]", must, got, error)
 
 
 def ccpl_loss_module(channels, num_anchors, temperature, project):
@@ -265,7 +288,7 @@ def _fail(operator, argument, must, got, error=ValueError):
 
 def _tensor(operator, argument, value, shape, *, like=None, device_of=None, dtypes=_DTYPES):
     """Checks kind, shape, dtype and device; returns the sizes. A name in shape stands for any size but 0, B for any."""
-    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+    if not isinstance(value, torch.Tensor) or not _is_dense(value):
         _fail(operator, argument, f"be a dense tensor of shape {_named(shape)}", _kind(value), TypeError)
     sizes = tuple(value.shape)
     if len(sizes) != len(shape):
@@ -336,6 +359,8 @@ def _generator(operator, generator):
 
 def _window(operator, eps, radius):
     _number(operator, "eps", eps, positive=True)
+    if eps < _LEAST_EPS:
+        _fail(operator, "eps", f"be at least {_LEAST_EPS}", eps)
     _integer(operator, "radius", radius, 1, 3)
 
 
@@ -369,6 +394,10 @@ def _sequence(operator, argument, value, length=None):
 
 def _is_integer(value):
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def _is_dense(tensor):
+    return tensor.layout == torch.strided and not tensor.is_nested
 
 
 def _has_addresses(tensor):
@@ -408,4 +437,6 @@ def _shape(value):
 def _kind(value):
     if not isinstance(value, torch.Tensor):
         return type(value).__name__
-    return "a tensor" if value.layout == torch.strided else f"a tensor of layout {value.layout}"
+    if value.layout != torch.strided:
+        return f"a tensor of layout {value.layout}"
+    return "a nested tensor" if value.is_nested else "a tensor"

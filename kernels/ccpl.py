@@ -29,10 +29,10 @@ def sample_neighbors(
     """Draws places of a map, without repetition, together with the eight places around each.
 
     Args:
-        height, width: size of the map, at least 3 x 3.
+        height, width: size of the map, at least 3 x 3 and at most 2^40 places.
         num_anchors: how many, N: at most the (height - 2)·(width - 2) places that have eight neighbours.
         generator: source of the random numbers, on any device; None is torch's own on device. The same state gives
-            the same places.
+            the same places. torch.compile can put none into a graph: with fullgraph=True it must be None.
         device: of the result; None is the generator's, or torch's default device.
 
     Returns:
@@ -73,7 +73,7 @@ def _draw_without_repetition(spare, count, generator):
     spare + i is. spare [maps, 1]: places less draws; a row of fewer draws than count [maps, count] ends with others."""
     index = torch.arange(count, device=spare.device)
     last = index + spare
-    # One part in 2^62 / places favours the first places.
+    # One part in 2^62 / places favours the first places: of those that are let in, one in 2^22.
     # torch.compile knows no random numbers of a varying count with a generator, None included.
     source = {} if generator is None else {"generator": generator}
     drawn = torch.randint(2**62, last.shape, device=spare.device, **source) % (last + 1)
@@ -102,9 +102,9 @@ def neighbor_difference(features: Tensor, anchors: Tensor, neighbors: Tensor, *,
 
     Returns:
         [B, 8N, C] in the dtype of features. Gradients: features, as one dense tensor in their layout, NCHW or
-        channels-last. Places may repeat; where they do, their gradients are added up in an order that is fixed on the
-        CPU, for half precision, and under torch.use_deterministic_algorithms(True). The reference can be differentiated
-        twice.
+        channels-last (the reference: in whichever autograd makes). Places may repeat; where they do, their gradients
+        are added up in an order that is fixed on the CPU, for half precision, and under
+        torch.use_deterministic_algorithms(True). The reference can be differentiated twice.
 
     Raises:
         TypeError, ValueError: an argument is not as said here.
@@ -165,14 +165,15 @@ def ccpl_loss(
         targets: list like features; they and their projections are constants.
         num_anchors: N for every layer, or a list with one number for each. Each at most (H - 2)·(W - 2).
         temperature: τ, positive.
-        projections: one module for each layer, [B, 8N, C] -> [B, 8N, D], applied to both sides; None leaves them out.
-        generator: source of the anchors, see :func:`sample_neighbors`.
+        projections: one module for each layer, [B, 8N, C] -> [B, 8N, D] of any floating dtype, applied to both sides;
+            None leaves them out.
+        generator: source of the anchors, see :func:`sample_neighbors`; None inside of torch.compile(fullgraph=True).
         backend: "cuda", "triton", "cpu" or "reference"; None leaves the choice to :func:`use_backend`.
 
     Returns:
-        A scalar, at least 0, of float32, or float64 where the features are that. Gradients: features and projections.
-        In a flat region, where differences are zero, the gradient to a projected difference stays finite: no longer
-        than 2/(τ·eps) = 2.9e5 at τ = 0.07, divided by the number of rows B·8N.
+        A scalar, at least 0, of float32, or float64 where the features are that; 0 for an empty batch. Gradients:
+        features and projections. In a flat region, where differences are zero, the gradient to a projected difference
+        stays finite: no longer than 2/(τ·eps) = 2.9e5 at τ = 0.07, divided by the number of rows B·8N.
 
     Raises:
         TypeError, ValueError: an argument is not as said here.
@@ -185,22 +186,30 @@ def ccpl_loss(
     counts, projections = _checks.ccpl_loss(features, targets, num_anchors, temperature, projections, generator)
     places = _sample_maps([maps.shape[2:] for maps in features], counts, generator, features[0].device)
     return sum(
-        layer_loss(maps, target, *drawn, projection, temperature, backend)
-        for maps, target, drawn, projection in zip(features, targets, places, projections, strict=True)
+        layer_loss(maps, target, *drawn, projection, temperature, backend, layer)
+        for layer, (maps, target, drawn, projection) in enumerate(
+            zip(features, targets, places, projections, strict=True)
+        )
     )
 
 
-def layer_loss(features, target, anchors, neighbors, projection, temperature, backend):
+def layer_loss(features, target, anchors, neighbors, projection, temperature, backend, layer=0):
     """What one layer adds to :func:`ccpl_loss`, at given places."""
 
     def directions(maps):
         # Straight to the operator: places just drawn need no check, for which a GPU would have to be waited for.
         differences = _NEIGHBOR_DIFFERENCE.run(backend, features=maps, anchors=anchors, neighbors=neighbors)
-        return _unit_length(differences if projection is None else projection(differences))
+        if projection is None:
+            return _unit_length(differences)
+        projected = projection(differences)
+        _checks.ccpl_projection(layer, differences, projected)
+        return _unit_length(projected)
 
     with torch.no_grad():
         key = directions(target)
-    return info_nce(directions(features), key, temperature, backend=backend).mean()
+    losses = info_nce(directions(features), key, temperature, backend=backend)
+    # The mean of no losses would be NaN.
+    return losses.mean() if len(losses) else losses.sum()
 
 
 def _unit_length(vectors):
@@ -247,7 +256,10 @@ class CCPLoss(nn.Module):
         generator: torch.Generator | None = None,
         backend: str | None = None,
     ) -> Tensor:
-        """The loss of lists of [B, C, H, W], with C the channels given at the start."""
+        """The loss of lists of [B, C, H, W], with C the channels given at the start.
+
+        Inside of torch.compile(fullgraph=True) generator must be None, see :func:`sample_neighbors`.
+        """
         return ccpl_loss(
             features,
             targets,

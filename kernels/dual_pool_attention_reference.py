@@ -10,7 +10,7 @@ def dual_pool_attention_reference(x, weight, *, pool_size=50):
     columns = _pooling_weights(x.shape[3], pool_size, x)
     means = (x @ columns) @ rows
     attention = torch.sigmoid(F.conv1d(means[:, None], weight[None, None], padding=weight.shape[0] // 2))[:, 0]
-    return x * attention[:, :, None, None]
+    return (x * attention[:, :, None, None]).contiguous()
 
 
 def _pooling_weights(size, pool_size, like):

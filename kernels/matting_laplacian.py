@@ -34,7 +34,8 @@ def matting_laplacian_energy(
     Args:
         image: [B, C, H, W] with any number of channels; values in [0, 1] give energies of at most C·n/4.
         guide: [B, 3, H, W], the colours, of the dtype and device of image. eps is meant for values in [0, 1].
-        eps: weight of the slopes a_w, positive; the smaller, the freer the fit where the guide is flat.
+        eps: weight of the slopes a_w, a finite number of at least 1e-300; the smaller, the freer the fit where the
+            guide is flat.
         radius: 1, 2 or 3.
         backend: "cuda", "triton", "cpu" or "reference"; None leaves the choice to :func:`use_backend`.
 

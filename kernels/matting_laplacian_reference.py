@@ -21,7 +21,8 @@ def matting_laplacian_energy_reference(image, guide, *, eps=1e-7, radius=1):
 def matting_laplacian_apply_reference(image, guide, *, eps=1e-7, radius=1):
     """(M V)_i = sum over the windows that contain i of r_w[i], like image."""
     if _has_no_window(image, radius):
-        return image * 0
+        # Not image * 0, which is NaN where the image is NaN or Inf.
+        return torch.zeros_like(image) + image[:, :, :0].sum(2, keepdim=True)
     side = 2 * radius + 1
     residuals = _window_residuals(image, guide, eps, radius)[:, :, : side * side]
     return F.fold(residuals.flatten(1, 2), image.shape[2:], side).to(image.dtype)

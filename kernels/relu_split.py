@@ -24,8 +24,8 @@ def relu_split(x: Tensor, channels: int, *, backend: str | None = None) -> tuple
 
     Returns:
         [B, channels, H, W] and [B, C - channels, H, W] of the dtype of x, each contiguous; NaN stays NaN. Gradients:
-        x, laid out in torch.channels_last, for which the first output is kept; only the reference can be
-        differentiated twice.
+        x, laid out in torch.channels_last, for which the first output is kept; only the reference, whose gradient is
+        laid out as autograd makes it, can be differentiated twice.
 
     Raises:
         TypeError, ValueError: an argument is not as said here.

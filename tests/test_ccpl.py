@@ -399,6 +399,18 @@ def test_ccpl_gradients():
     assert all(parameter.grad is not None for parameter in loss_function.parameters())
 
 
+@compare.every_backend("info_nce")
+def test_ccpl_of_an_empty_batch_is_zero(backend):
+    features = torch.zeros(0, 4, 5, 5, device=compare.device(backend), requires_grad=True)
+    compare.skip_unless_able(backend, "info_nce", {"query": features})
+    module = CCPLoss((4,), num_anchors=2).to(features.device)
+    loss = module([features], [features], backend=backend)
+    assert loss.item() == 0
+    loss.backward()
+    assert features.grad.shape == features.shape
+    assert all(parameter.grad.eq(0).all() for parameter in module.parameters())
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 @compare.every_backend("info_nce")
 def test_ccpl_gradient_is_bounded_in_flat_regions(backend, dtype):
@@ -440,6 +452,8 @@ ANCHORS, NEIGHBORS = sample_neighbors(4, 5, 2)
         ((2, 9, 1), "height must be an integer of at least 3, got 2"),
         ((4, 2.0, 1), "width must be an integer of at least 3, got 2.0"),
         ((4, 5, 0), "num_anchors must be an integer of at least 1, got 0"),
+        ((2**21, 2**20, 1), r"height and width must have at most 2\^40 places, got 2097152 x 1048576"),
+        ((2**63, 3, 1), r"height and width must have at most 2\^40 places, got 9223372036854775808 x 3"),
         ((4, 5, 7), "num_anchors must be at most the 6 interior places of 4 x 5, got 7"),
     ],
 )
@@ -526,6 +540,24 @@ def test_rejects_layers(arguments, options, message):
     with pytest.raises((TypeError, ValueError), match=f"^{message}$"):
         ccpl_loss(*arguments, generator=generator, **options)
     assert torch.equal(generator.get_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("projection", "error", "got"),
+    [
+        (lambda rows: None, TypeError, "NoneType"),
+        (lambda rows: rows.to_sparse(), TypeError, "a tensor of layout torch.sparse_coo"),
+        (lambda rows: rows.long(), ValueError, "torch.int64"),
+        (lambda rows: rows[..., :0], ValueError, r"shape \[1, 8, 0\]"),
+        (lambda rows: rows[0], ValueError, r"shape \[8, 2\]"),
+        (lambda rows: rows[:, 1:], ValueError, r"shape \[1, 7, 2\]"),
+    ],
+    ids=["none", "sparse", "integers", "no width", "no batch", "fewer rows"],
+)
+def test_rejects_what_projections_return(projection, error, got):
+    must = r"return a floating-point tensor of shape \[1, 8, D\]"
+    with pytest.raises(error, match=rf"^ccpl_loss: projections\[1\] must {must}, got {got}$"):
+        ccpl_loss([FEATURES] * 2, [FEATURES] * 2, 1, projections=[None, projection])
 
 
 @pytest.mark.parametrize(

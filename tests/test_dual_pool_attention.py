@@ -82,6 +82,13 @@ def test_layouts(backend, sample, layout):
 
 
 @compare.one_case(OPERATOR)
+def test_result_is_contiguous(backend, sample):
+    arguments = compare.arguments_for(backend, sample, torch.float32)
+    arguments["x"] = arguments["x"].contiguous(memory_format=torch.channels_last)
+    assert dual_pool_attention(**arguments, backend=backend).is_contiguous()
+
+
+@compare.one_case(OPERATOR)
 def test_edge_shapes(backend, sample):
     compare.check_empty_batch(backend, sample, batched=("x",))
     # Rows much longer than columns, more channels than a filter reaches, a filter longer than the channels are many.
@@ -144,6 +151,17 @@ WEIGHT = torch.randn(3)
 def test_rejects(arguments, error, message, backend):
     with pytest.raises(error, match=f"^dual_pool_attention: {message}$"):
         dual_pool_attention(*arguments, backend=backend)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(
+    ("layout", "got"), [(torch.strided, "a nested tensor"), (torch.jagged, "a tensor of layout torch.jagged")]
+)
+def test_rejects_nested_tensors(layout, got):
+    x = torch.nested.nested_tensor([*X], layout=layout)
+    message = rf"x must be a dense tensor of shape \[B, C, H, W\], got {got}"
+    with pytest.raises(TypeError, match=f"^dual_pool_attention: {message}$"):
+        dual_pool_attention(x, WEIGHT)
 
 
 @pytest.mark.parametrize("pool_size", [0, 2.0, True, None, 2**20 + 1, 2**63])

@@ -131,6 +131,16 @@ def test_edge_shapes(backend, sample):
             assert not result.any(), f"{name}: an image smaller than a window has no energy"
 
 
+@compare.every_backend(OPERATORS[1])
+def test_apply_without_a_window_is_zero(backend):
+    """Whatever the image holds."""
+    image, guide = prepare(
+        backend, OPERATORS[1], torch.tensor([[[[torch.nan, torch.inf, 1.0]]]]), torch.rand(1, 3, 1, 3)
+    )
+    results = compare.differentiate(compare.public(OPERATORS[1], backend), {"image": image, "guide": guide}, ("image",))
+    assert all(torch.equal(result, torch.zeros_like(image)) for result in results.values())
+
+
 @compare.one_case(*OPERATORS)
 def test_only_requested_grads(backend, sample):
     compare.check_only_requested_grads(backend, sample)
@@ -302,6 +312,7 @@ GUIDE = torch.rand(2, 3, 5, 6)
         ({"image": IMAGE.byte()}, r"image must have dtype .*, got torch.uint8"),
         ({"eps": 0.0}, r"eps must be a finite positive number, got 0.0"),
         ({"eps": torch.nan}, r"eps must be a finite positive number, got nan"),
+        ({"eps": 5e-309}, r"eps must be at least 1e-300, got 5e-309"),
         ({"radius": 4}, r"radius must be an integer from 1 to 3, got 4"),
         ({"radius": 1.0}, r"radius must be an integer from 1 to 3, got 1.0"),
     ],

@@ -561,6 +561,7 @@ SQUARE = torch.randn(1, 3, 3, 3)  # of the shape that one filter gives it
         ({"normalize": "no"}, r"normalize must be True or False, got 'no'"),
         ({"quantum": 0.3}, r"quantum must be a power of two from 2\^-126 to 2\^127, got 0.3"),
         ({"quantum": 2.0**-127}, r"quantum must be a power of two from 2\^-126 to 2\^127, got 5.8.*e-39"),
+        ({"quantum": 2**53 + 1}, r"quantum must be a power of two from 2\^-126 to 2\^127, got 9007199254740993"),
         ({"quantum": -0.5}, r"quantum must be a finite positive number, got -0.5"),
     ],
     ids=lambda case: ",".join(case) if isinstance(case, dict) else "",
