@@ -25,7 +25,7 @@ from restoration.data import Pair, find_paintings
 from restoration.errors import UserError
 from restoration.evaluate import NETWORK, check_readable, check_size, choose_methods, evaluate, pair_cases
 from restoration.evaluation_report import aligned_table, summarise
-from restoration.files import make_folder, read_json, sole_writer, write_json, write_text_whole
+from restoration.files import content_hash, make_folder, read_json, sole_writer, write_json, write_text_whole
 from restoration.journal import TrainingDivergedError
 from restoration.runs import newest_checkpoint
 from restoration.train import check_precision, train
@@ -130,21 +130,13 @@ def _fingerprints(data: Path, styles: list[str] | None) -> dict[str, str]:
     found: dict[str, list[tuple[str, str, str]]] = {}
     for painting in find_paintings(data, styles=styles, split="train"):
         name = painting.path.relative_to(data).as_posix()
-        found.setdefault(painting.style, []).append((name, painting.painting_id, _content_hash(painting.path)))
+        found.setdefault(painting.style, []).append((name, painting.painting_id, content_hash(painting.path)))
     return {style: hashlib.sha256(json.dumps(sorted(found[style])).encode()).hexdigest() for style in sorted(found)}
 
 
 def _are_fingerprints(found: dict) -> bool:
     hashes = found.values()
     return bool(hashes) and all(isinstance(each, str) and len(each) == HASH_DIGITS for each in hashes)
-
-
-def _content_hash(path: Path) -> str:
-    """Empty where the file cannot be read, which training leaves out."""
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
-        return ""
 
 
 def _steps_done(folder: Path, config: TrainingConfig, paintings: dict[str, str]) -> int:
@@ -180,9 +172,9 @@ def _evaluated(folder: Path, pairs: list[Pair], features: VGG19Features, size: i
     checkpoint = newest_checkpoint(folder)
     subject = {
         "version": restoration.__version__,
-        "checkpoint": _content_hash(checkpoint),
+        "checkpoint": content_hash(checkpoint),
         "size": size,
-        "pairs": [[pair.style, _content_hash(pair.degraded), _content_hash(pair.reference)] for pair in pairs],
+        "pairs": [[pair.style, content_hash(pair.degraded), content_hash(pair.reference)] for pair in pairs],
     }
     scores = folder / SCORES_FILE
     stored = read_json(scores)

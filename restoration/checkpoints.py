@@ -72,7 +72,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator of its own)
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: not a readable safetensors file (pickled checkpoints are never loaded)") from error
+        raise UserError(
+            f"{path}: not a readable safetensors file: truncated, damaged or of another kind (pickled checkpoints are "
+            "never loaded)"
+        ) from error
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of this program (format {metadata.get('format')!r})")
     # Files of the first versions have none.

@@ -343,9 +343,12 @@ def ablate(
     from restoration.ablate import ablate as run_ablation
     from restoration.ablate import report
     from restoration.data import evaluation_pairs
+    from restoration.distributed import joined
     from restoration.reconstruct import choose_device
     from restoration.vgg import metric_features
 
+    with joined() as world:
+        world.refuse_company("ablate")
     target = choose_device(device)
     overridden = ("iterations", "crop", "batch", "blocks", "learning_rate", "precision")
     settings = {name: given[name] for name in overridden if given[name] is not None}

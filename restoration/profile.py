@@ -15,7 +15,7 @@ from restoration.loader import load_batches
 from restoration.memory import PeakMemory
 from restoration.parts import measuring, part
 from restoration.step import Optimisation
-from restoration.train import build_step, check_precision, loss_network, training_pairs
+from restoration.train import build_step, check_precision, loss_network, memory_told_in_one_line, training_pairs
 
 
 def report(seconds: dict[str, float], steps: int, peak: float | None) -> str:
@@ -52,11 +52,12 @@ def profile_training(
     memory = PeakMemory(device)
     torch.manual_seed(config.seed)
     optimise = Optimisation(build_step(config, features).to(device), replace(config, capture=False), device)
-    _step(0, batches, optimise)
-    with measuring(device) as stopwatch:
-        for step in range(1, steps + 1):
-            with part("everything else"):
-                _step(step, batches, optimise)
+    with memory_told_in_one_line():
+        _step(0, batches, optimise)
+        with measuring(device) as stopwatch:
+            for step in range(1, steps + 1):
+                with part("everything else"):
+                    _step(step, batches, optimise)
     return report(stopwatch.seconds, steps, memory.mebibytes())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from dataclasses import fields, replace
@@ -19,8 +20,9 @@ from restoration.checkpoints import (
     save_network,
 )
 from restoration.config import SHAPING, TrainingConfig, checked, option
+from restoration.data import Painting
 from restoration.errors import UserError
-from restoration.files import check_can_be_written, read_json
+from restoration.files import check_can_be_written, content_hash, read_json
 from restoration.step import TrainingStep
 
 LOSSES_PREFIX = "losses."
@@ -62,6 +64,31 @@ def check_unchanged(run: Path, checkpoint_path: Path | None) -> None:
         raise UserError(
             f"{run}: another run has changed its checkpoints meanwhile; start once more, or give another --out"
         )
+
+
+def inputs_of(
+    data: Path, paintings: list[Painting], styles: list[str] | None, vgg: Path | None
+) -> dict[str, str | list[str] | None]:
+    """What a run is trained on and with, beside its settings: for its checkpoints.
+
+    Of the paintings a hash of names, styles, works and sizes in bytes, wherever data lies: to read all of them, of a
+    built data set, would take minutes.
+    """
+    lines = sorted(
+        f"{one.style}\0{one.painting_id}\0{one.path.relative_to(data)}\0{one.path.stat().st_size}" for one in paintings
+    )
+    return {
+        "styles": styles,
+        "vgg": None if vgg is None else str(vgg.resolve()),
+        "paintings": hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest(),
+        "vgg_contents": None if vgg is None else content_hash(vgg),
+    }
+
+
+def changed_inputs(before: dict, now: dict) -> list[str]:
+    """What is other than it was. What an older program has saved tells neither."""
+    names = {"paintings": "the paintings", "vgg_contents": "the VGG weights"}
+    return [name for key, name in names.items() if before.get(key) not in (None, now[key])]
 
 
 def save_weights(run: Path, config: TrainingConfig, step_module: TrainingStep, step: int) -> None:
@@ -140,7 +167,12 @@ def resumed_config(run: Path, overrides: dict[str, object]) -> TrainingConfig:
     if path is None:
         raise UserError(f"{run}: holds no checkpoint to resume from")
     known = {field.name for field in fields(TrainingConfig)}
-    stored = load_checkpoint(path).description["training"]
+    try:
+        stored = load_checkpoint(path).description["training"]
+    except UserError as error:
+        *older, _ = checkpoints_of(run)
+        way_on = f"once it is removed, --resume goes on from {older[-1].name}" if older else "there is no older one"
+        raise UserError(f"{error}; {way_on}") from error
     before = TrainingConfig(**{name: value for name, value in stored.items() if name in known})
     config = checked(replace(before, **{name: value for name, value in overrides.items() if value is not None}))
     for name in SHAPING:

@@ -31,8 +31,11 @@ from restoration.losses import ReconstructionLoss
 from restoration.memory import is_out_of_memory
 from restoration.runs import (
     SETTINGS_NAME,
+    changed_inputs,
     check_unchanged,
     checkpoint_to_resume,
+    checkpoints_of,
+    inputs_of,
     remove_old_checkpoints,
     restore,
     save_training,
@@ -86,8 +89,11 @@ def train(
         weights = world.decide(lambda: load_checkpoint(initial_weights).part(NETWORK_PREFIX))
     start = 0 if checkpoint is None else int(checkpoint.description["step"])
     batches = world.together(lambda: _batches(run, config, start, world))
-    inputs = {"styles": styles, "vgg": None if vgg is None else str(vgg.resolve())}
     paintings = world.decide(lambda: find_paintings(data, styles=styles, split="train"))
+    inputs = world.decide(lambda: inputs_of(data, paintings, styles, vgg))
+    if checkpoint is not None:
+        for name in changed_inputs(before, inputs):
+            world.tell(f"{name} are not those that {checkpoint_path.name} was trained with: the run goes on with these")
     dataset = world.decide(lambda: training_pairs(paintings, config, vgg))
     torch.manual_seed(config.seed)
     features = world.together(lambda: loss_network(vgg, dataset.paintings))
@@ -180,7 +186,20 @@ def _run_steps(
     world: World,
 ) -> Path:
     journal, smoothed = Journal(world), {}
-    saved, due, unproven = None, False, math.inf
+    saved, due, unproven, done = None, False, math.inf, start
+
+    def loaded() -> Iterator[dict]:
+        """The batches. Where a picture or a process has gone, and no more can come, what was trained is saved."""
+        try:
+            yield from batches
+        except (UserError, RuntimeError):
+            journal.read()
+            # Several processes would have to agree first, and the others wait for this one's part of a step.
+            if world.size == 1 and done > start and not journal.skipped_in_a_row:
+                path = save_training(run, config, step_module, optimise.optimizer, inputs, done)
+                world.tell(f"saved {path}, from which --resume goes on")
+            raise
+
     began = time.monotonic()
     # purge_step: of a run that was killed, TensorBoard forgets the steps after the checkpoint.
     writing = world.speaker(lambda: SummaryWriter(str(run), purge_step=start))
@@ -191,7 +210,7 @@ def _run_steps(
         world.speaker(_progress_bar) as progress,
     ):
         bar = progress.add_task("training", total=config.iterations, completed=start, status="")
-        for step, batch in enumerate(batches, start):
+        for step, batch in enumerate(loaded(), start):
             outcome = optimise(step, batch["degraded"], batch["reference"])
             journal.add(step, outcome, [*batch["degraded_file"], *batch["reference_file"]])
             done = step + 1
@@ -240,13 +259,25 @@ def _told_in_one_line(run: Path) -> Iterator[None]:
 
     threading.excepthook = pass_over
     try:
-        yield
+        with memory_told_in_one_line():
+            yield
     except InterruptedError:
         raise
     except TrainingDivergedError as error:
         raise TrainingDivergedError(f"{error}; {where_to_go_on(run, error.first)}", error.first) from error
     except OSError as error:
-        raise UserError(f"{run}: training cannot go on ({error.strerror}); checkpoints are kept") from error
+        kept = "checkpoints are kept" if checkpoints_of(run) else "no checkpoint was made"
+        # What fails to be written has no name: it can be what is printed, too.
+        raise UserError(f"{run}, or this output: training cannot go on ({error.strerror}); {kept}") from error
+    finally:
+        threading.excepthook = previous
+
+
+@contextmanager
+def memory_told_in_one_line() -> Iterator[None]:
+    """The end of memory, that of a process that loads pictures too, becomes a UserError that says what to do."""
+    try:
+        yield
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             raise UserError("memory does not suffice for a step; take a smaller --crop or --batch") from error
@@ -256,8 +287,6 @@ def _told_in_one_line(run: Path) -> Iterator[None]:
             f"a process that loads pictures has ended ({error}); where memory or /dev/shm is short, take fewer "
             "--workers or less --cache-mb"
         ) from error
-    finally:
-        threading.excepthook = previous
 
 
 def _progress_bar() -> Progress:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from restoration.checkpoints import load_checkpoint, save_checkpoint, save_network
 from restoration.cli import main
+from restoration.distributed import World
 from restoration.errors import UserError
 from restoration.flow import Architecture, ReversibleNetwork
 from restoration.reconstruct import recolour
@@ -328,6 +329,15 @@ def test_options_reach_what_they_are_for(workshop, tmp_path, capsys, monkeypatch
     code, _, err = call(capsys, monkeypatch, *(str(text).format(**names) for text in (*command, *given)))
     assert code == 2 and err.endswith("error: seen\n")
     assert {name: called[name] for name in passed} == passed
+
+
+def test_an_ablation_is_refused_to_several_processes(workshop, tmp_path, capsys, monkeypatch):
+    several = contextlib.nullcontext(World(rank=0, size=2))
+    monkeypatch.setattr("restoration.distributed.joined", lambda: several)
+    arguments = ("--data", workshop / "paintings", "--out", tmp_path / "out")
+    code, _, err = call(capsys, monkeypatch, "ablate", *arguments)
+    assert code == 2 and "ablate takes one process, got 2: leave torchrun out" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_dataset_and_train(workshop, tmp_path, capsys, monkeypatch):

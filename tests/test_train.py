@@ -23,6 +23,7 @@ from restoration.data import find_paintings
 from restoration.errors import UserError
 from restoration.files import sole_writer
 from restoration.journal import SKIPPED_IN_A_ROW, TrainingDivergedError
+from restoration.loader import load_batches
 from restoration.losses import LossWeights
 from restoration.parts import Stopwatch, measuring, part
 from restoration.profile import profile_training
@@ -131,6 +132,51 @@ def test_a_run_goes_on_with_its_styles_and_loss_network_and_without_its_settings
     (run / "config.json").unlink()
     train(paintings, run, config(iterations=2), device=CPU, resume=True)
     assert seen == [(vgg, {"ink"})] * 2
+
+
+def test_a_run_that_goes_on_with_other_paintings_or_weights_says_so(paintings, tmp_path, monkeypatch, capsys):
+    run, vgg = tmp_path / "run", tmp_path / "vgg.pth"
+    shutil.copytree(paintings, tmp_path / "moved")
+    vgg.write_text("weights")
+    monkeypatch.setattr("restoration.train.loss_network", lambda *_: loss_features())
+    train(paintings, run, config(iterations=1), device=CPU, vgg=vgg)
+    train(tmp_path / "moved", run, config(iterations=2), device=CPU, resume=True)
+    assert "trained with" not in capsys.readouterr().out
+    (tmp_path / "moved" / "ink" / "0.png").unlink()
+    vgg.write_text("others")
+    train(tmp_path / "moved", run, config(iterations=3), device=CPU, resume=True)
+    said = capsys.readouterr().out
+    for name in ("the paintings", "the VGG weights"):
+        assert f"{name} are not those that checkpoint-0000002.safetensors was trained with" in said
+
+
+@pytest.mark.parametrize(
+    "error", [UserError("0.png: no such file"), RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")]
+)
+def test_where_no_more_pictures_come_what_was_trained_is_saved(paintings, tmp_path, monkeypatch, capsys, error):
+    whole = train(paintings, tmp_path / "whole", config(iterations=3), device=CPU)
+
+    def load_some(*arguments):
+        yield from itertools.islice(load_batches(*arguments), 3)
+        raise error
+
+    monkeypatch.setattr("restoration.train.load_batches", load_some)
+    with pytest.raises(UserError):
+        train(paintings, tmp_path / "run", config(iterations=9, checkpoint_every=9), device=CPU)
+    (saved,) = checkpoints_of(tmp_path / "run")
+    assert f"saved {saved}, from which --resume goes on" in capsys.readouterr().out
+    expected, found = tensors(whole), tensors(saved)
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+def test_a_damaged_checkpoint_names_the_one_before_it(paintings, tmp_path):
+    newest = train(paintings, tmp_path, config(), device=CPU)
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"truncated.*once it is removed, --resume goes on from checkpoint-0000002"):
+        resumed_config(tmp_path, {})
+    checkpoints_of(tmp_path)[0].unlink()
+    with pytest.raises(UserError, match="there is no older one"):
+        resumed_config(tmp_path, {})
 
 
 def test_pairs_are_as_the_settings_say_and_damaged_files_told(paintings, tmp_path, capsys):
@@ -346,6 +392,8 @@ def test_what_the_system_puts_an_end_to_is_one_line(paintings, tmp_path, monkeyp
     monkeypatch.setattr(Optimisation, "__call__", fail)
     with pytest.raises(UserError, match=told):
         train(paintings, tmp_path / "run", config(), device=CPU)
+    with pytest.raises(UserError, match=told):
+        profile_training(paintings, config(), device=CPU, steps=1)
     monkeypatch.setattr(Optimisation, "__call__", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(paintings, tmp_path / "other", config(), device=CPU)
