@@ -122,12 +122,17 @@ def _checked(
 ) -> tuple[Tensor, Tensor]:
     expected = (outputs, inputs, 3, 3)
     for value in (weight, bias):
-        if value is not None and not (isinstance(value, Tensor) and value.float().isfinite().all()):
-            raise UserError(f"{path}: {name} must hold finite numbers alone")
+        if value is not None and not _is_plain(value):
+            raise UserError(f"{path}: {name} must hold finite numbers alone, real ones in dense tensors")
     if weight is None or bias is None or tuple(weight.shape) != expected or tuple(bias.shape) != (outputs,):
         found = None if weight is None else tuple(weight.shape)
         raise UserError(f"{path}: {name} must have weights {expected} and a bias, got {found}: not VGG19")
     return weight.float(), bias.float()
+
+
+def _is_plain(value: object) -> bool:
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point()
+    return dense and bool(value.float().isfinite().all())
 
 
 class VGG19Features(nn.Module):

@@ -173,9 +173,14 @@ def test_rejects(tmp_path):
     tensors = torchvision_file(spoiled)
     torch.save({**tensors, "features.0.bias": tensors["features.0.bias"] * torch.nan}, spoiled)
     torch.save({**tensors, "features.0.weight": "weights"}, worded)
+    sparse, complex_ = tmp_path / "sparse.pth", tmp_path / "complex.pth"
+    torch.save({**tensors, "features.0.weight": tensors["features.0.weight"].to_sparse()}, sparse)
+    torch.save({**tensors, "features.0.weight": tensors["features.0.weight"] * 1j}, complex_)
     for path, message in (
         (spoiled, "block1_conv1 must hold finite numbers alone"),
         (worded, "block1_conv1 must hold finite numbers alone"),
+        (sparse, "block1_conv1 must hold finite numbers alone, real ones in dense tensors"),
+        (complex_, "block1_conv1 must hold finite numbers alone, real ones in dense tensors"),
         (tmp_path / "missing.pth", "no such file"),
         (tmp_path, "is a folder, must be a file of VGG19 weights"),
         (unsafe, "not a file of tensors"),
