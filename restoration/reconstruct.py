@@ -226,8 +226,17 @@ class Recolourer:
                 continue
             write_image(job.output, result, degraded, force=force)
             seconds = time.monotonic() - began
-            pictures = (picture.to(self._device) for picture in (degraded.rgb, reference.rgb, result))
+            seen = ((degraded.rgb, degraded.visible), (reference.rgb, reference.visible), (result, degraded.visible))
+            pictures = (_bounding_box(*picture).to(self._device) for picture in seen)
             yield Report(job, measure(*pictures, self._features), seconds, notes)
+
+
+def _bounding_box(image: Tensor, visible: Tensor | None) -> Tensor:
+    """The least rectangle of image [3,H,W] that has all visible pixels: scores would count what lies around it, too."""
+    if visible is None:
+        return image
+    rows, columns = (visible.any(dim).nonzero() for dim in (1, 0))
+    return image[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
 class _Progress:

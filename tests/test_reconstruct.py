@@ -59,12 +59,16 @@ def test_what_nobody_sees_decides_nothing(tmp_path, checkpoint):
     degraded = save_picture(tmp_path / "faded.png", 20, 30)
     plain = np.asarray(Image.open(kept))
     results = {}
+    (alone,) = run(degraded, kept, tmp_path / "alone.png", checkpoint)
     for name, background in (("black", 0), ("white", 255)):
         for path in (kept, degraded):
             framed = Image.new("RGBA", (130, 120), (background,) * 3 + (0,))
             framed.paste(Image.open(path), (50, 50))
             framed.save(tmp_path / f"{name}_{path.name}")
-        run(tmp_path / f"{name}_faded.png", tmp_path / f"{name}_kept.png", tmp_path / f"{name}.png", checkpoint)
+        paths = (tmp_path / f"{name}_{path.name}" for path in (degraded, kept))
+        (report,) = run(*paths, tmp_path / f"{name}.png", checkpoint)
+        assert report.metrics.ssim == pytest.approx(alone.metrics.ssim, rel=0.02)
+        assert report.metrics.relative_gram == pytest.approx(alone.metrics.relative_gram, rel=0.02)
         results[name] = np.asarray(Image.open(tmp_path / f"{name}.png"))[50:70, 50:80, :3]
     assert np.array_equal(results["black"], results["white"])
     # Colours carried on from the edges would count eight times as much as the painting's.
