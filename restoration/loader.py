@@ -76,9 +76,10 @@ def load_batches(
 
 
 def _obey_the_parent_alone(worker: int) -> None:
-    # Ctrl-C, torchrun and job managers signal every process of a job: the parent then ends its step and saves, which a
-    # worker that has died would break off. Where the parent itself ends, PyTorch has its workers end, too.
+    # Ctrl-C, a closing terminal, torchrun and job managers signal every process of a job: the parent then ends its step
+    # and saves, which a worker that has died would break off. Where the parent ends, PyTorch has its workers end, too.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # which tells who sent a signal; macOS has none
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_at_the_word_of_the_parent, daemon=True).start()

@@ -301,14 +301,17 @@ def _progress_bar() -> Progress:
 
 @dataclass
 class StopRequest:
-    """The first SIGINT or SIGTERM that came, 0 while none has."""
+    """The first SIGINT, SIGTERM or SIGHUP that came, 0 while none has."""
 
     signal: int = 0
 
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Turns Ctrl-C and SIGTERM into a request that the loop sees after its step; one AGAIN later acts at once."""
+    """Turns signals to leave into a request that the loop sees after its step; one AGAIN later acts at once.
+
+    They are Ctrl-C, SIGTERM, and that of a terminal that closes, unless nohup has it ignored.
+    """
     request = StopRequest()
     previous = {}
     came = math.inf
@@ -322,7 +325,8 @@ def stop_requests() -> Iterator[StopRequest]:
         came = min(came, time.monotonic())
         request.signal = number
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    hangup = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+    for number in (signal.SIGINT, signal.SIGTERM, *hangup):
         previous[number] = signal.getsignal(number)
         signal.signal(number, remember)
     try:

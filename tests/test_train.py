@@ -399,7 +399,7 @@ def test_what_the_system_puts_an_end_to_is_one_line(paintings, tmp_path, monkeyp
         train(paintings, tmp_path / "other", config(), device=CPU)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_that_comes_again_later_acts_at_once_and_those_after_training_as_before(number, monkeypatch):
     acted = []
 
@@ -422,7 +422,17 @@ def test_a_signal_that_comes_again_later_acts_at_once_and_those_after_training_a
         signal.signal(number, before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_nohup_is_obeyed():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_requests() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.signal == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_save_before_leaving(paintings, tmp_path, number):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "restoration", "train", "--data", paintings, "--out", run, "--preset", "small"]
