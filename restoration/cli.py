@@ -123,12 +123,15 @@ def prefer_large_pages() -> None:
 def reconstruct(
     degraded: Annotated[Path, typer.Argument(help="The faded painting, or a folder of them.")],
     reference: Annotated[Path, typer.Argument(help="A well-kept painting of that style, or a folder, by equal names.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="File to write; for folders, a folder of PNG files.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write, or folder for folders.")],
     checkpoint: Checkpoint = None,
     device: Device = "auto",
     precision: Precision = "fp32",
     strength: Annotated[float, typer.Option(help="Share of the change to make, 0 to 1.")] = 1.0,
     vgg: Vgg = None,
+    image_format: Annotated[
+        str | None, typer.Option("--format", help="Of a folder's results: png, tif, jpg or webp; default: png.")
+    ] = None,
     force: Force = False,
     skip_existing: Annotated[
         bool, typer.Option("--skip-existing", help="Leave out pictures whose output is there: go on with a folder.")
@@ -161,7 +164,15 @@ def reconstruct(
             progress.say(_error_line(error), sys.stderr)
 
         def choose_jobs() -> tuple[list[Job], int]:
-            jobs = plan(degraded, reference, output, force=force, skip_existing=skip_existing, on_failure=note_failure)
+            jobs = plan(
+                degraded,
+                reference,
+                output,
+                image_format=image_format,
+                force=force,
+                skip_existing=skip_existing,
+                on_failure=note_failure,
+            )
             return jobs, len(jobs) + len(failures)
 
         jobs, asked = world.decide(choose_jobs)

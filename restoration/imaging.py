@@ -142,7 +142,12 @@ def check_writable(path: str | os.PathLike, *, force: bool = False, like: Pictur
     if not force and os.path.lexists(path):
         raise UserError(f"{path}: exists already (--force overwrites)")
     if like is not None:
-        _check_format_holds(path, like.rgb.shape[-2:], like)
+        check_format_holds(path, like)
+
+
+def check_format_holds(path: str | os.PathLike, like: Picture) -> None:
+    """Raise the UserError that ``write_image`` would raise where the suffix's format cannot hold what ``like`` has."""
+    _check_format_holds(Path(path), like.rgb.shape[-2:], like)
 
 
 def write_image(

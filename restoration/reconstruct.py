@@ -20,13 +20,15 @@ from restoration.decoding import READABLE_SUFFIXES
 from restoration.errors import UnsuitableWeightsError, UserError
 from restoration.files import make_folder
 from restoration.flow import ReversibleNetwork, check_stream_range
-from restoration.imaging import check_writable, read_image, read_rgb, write_image
+from restoration.imaging import check_format_holds, check_writable, read_image, read_rgb, write_image
 from restoration.memory import is_out_of_memory
 from restoration.metrics import Metrics, measure
 from restoration.vgg import metric_features
 from restoration.whitening import RIDGE_LADDER, Moments, moments_of_parts, transfer_parts_
 
 logger = logging.getLogger(__name__)
+
+FORMATS = ("png", "tif", "jpg", "webp")  # of a folder's results
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ def plan(
     reference: Path,
     output: Path,
     *,
+    image_format: str | None = None,
     force: bool = False,
     skip_existing: bool = False,
     on_failure: Callable[[UserError], None] | None = None,
@@ -80,15 +83,23 @@ def plan(
     """The jobs that two files, or two folders, ask for. UserError, before any work, where one cannot be done.
 
     Folders pair by file name without suffix; every picture of the degraded folder needs a partner. The output is then
-    a folder (made if missing) of PNG files of the same names. skip_existing: less the jobs whose output is there.
-    on_failure, if any, is told of each of several pictures that cannot be read, and its job is left out.
+    a folder (made if missing) of files of the same names, of image_format, one of FORMATS; None: the first of them.
+    skip_existing: less the jobs whose output is there. on_failure, if any, is told of each of several pictures that
+    cannot be read, or that the format cannot hold, and its job is left out.
     """
     if force and skip_existing:
         raise UserError("--force overwrites what --skip-existing leaves alone: take one of them")
     folders = degraded.is_dir()
     if folders != reference.is_dir() and degraded.exists() and reference.exists():
         raise UserError(f"{degraded} and {reference}: must be two files or two folders")
-    jobs = _pair_folders(degraded, reference, output) if folders else [Job(degraded, reference, output)]
+    if image_format is not None and not folders:
+        raise UserError(
+            f"--format {image_format} is of a folder's results; a file's own name tells its format: {output}"
+        )
+    if image_format not in (None, *FORMATS):
+        raise UserError(f"--format must be one of {', '.join(FORMATS)}, got {image_format!r}")
+    suffix = f".{image_format or FORMATS[0]}"
+    jobs = _pair_folders(degraded, reference, output, suffix) if folders else [Job(degraded, reference, output)]
     if skip_existing:
         # An output that is there is whole: `write_image` publishes nothing less.
         jobs = [job for job in jobs if not job.output.is_file()]
@@ -97,6 +108,8 @@ def plan(
         try:
             picture = read_image(job.degraded)
             read_rgb(job.reference)
+            if folders:
+                check_format_holds(job.output, picture)
         except UserError as error:
             if on_failure is None or len(jobs) == 1:
                 raise
@@ -108,7 +121,7 @@ def plan(
     return ready
 
 
-def _pair_folders(degraded: Path, reference: Path, output: Path) -> list[Job]:
+def _pair_folders(degraded: Path, reference: Path, output: Path, suffix: str) -> list[Job]:
     if not reference.exists():
         raise UserError(f"{reference}: no such folder of references")
     references: dict[str, Path] = {}
@@ -121,7 +134,7 @@ def _pair_folders(degraded: Path, reference: Path, output: Path) -> list[Job]:
     for path in pictures:
         if _name(path) not in references:
             raise UserError(f"{reference}: holds no reference named {path.stem}.* for {path}")
-        jobs.append(Job(path, references[_name(path)], output / f"{path.stem}.png"))
+        jobs.append(Job(path, references[_name(path)], output / f"{path.stem}{suffix}"))
     others = [path for path in others if not (path.is_dir() and output.exists() and path.samefile(output))]
     if others:
         logger.warning(

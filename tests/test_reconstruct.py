@@ -13,7 +13,7 @@ from restoration.errors import UserError
 from restoration.flow import Architecture, ReversibleNetwork
 from restoration.imaging import read_image
 from restoration.metrics import newly_clipped
-from restoration.reconstruct import KNEE, MARGIN, Recolourer, choose_device, fit_range, plan, recolour
+from restoration.reconstruct import FORMATS, KNEE, MARGIN, Recolourer, choose_device, fit_range, plan, recolour
 
 CPU = torch.device("cpu")
 
@@ -146,6 +146,30 @@ def folders_of(tmp_path, **names):
         for name in files:
             save_picture(tmp_path / folder / name, 20, 20)
     return [tmp_path / folder for folder in names]
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_results_of_a_folder_have_the_format_asked_for(tmp_path, checkpoint, image_format):
+    """What it cannot hold is told of before any work, where the folder is still to be made, too."""
+    faded, kept = folders_of(tmp_path, faded=["a.png", "b.png"], kept=["a.png", "b.png"])
+    save_picture(faded / "b.png", 20, 20, mode="RGBA")
+    failures = []
+    jobs = plan(faded, kept, tmp_path / "out", image_format=image_format, on_failure=failures.append)
+    list(Recolourer(CPU, checkpoint=checkpoint).recolour_files(jobs))
+    told = [] if image_format != "jpg" else [f"{tmp_path}/out/b.jpg: JPEG would lose the picture's transparency"]
+    assert [str(error).partition(";")[0] for error in failures] == told
+    names = ["a", "b"] if image_format != "jpg" else ["a"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"{name}.{image_format}" for name in names]
+    (faded / "b.png").unlink()
+    assert plan(faded, kept, tmp_path / "out", image_format=image_format, skip_existing=True) == []
+
+
+def test_formats_that_do_nothing_are_refused(tmp_path):
+    faded, kept = folders_of(tmp_path, faded=["a.png"], kept=["a.png"])
+    with pytest.raises(UserError, match="--format must be one of png, tif, jpg, webp, got 'gif'"):
+        plan(faded, kept, tmp_path / "out", image_format="gif")
+    with pytest.raises(UserError, match="--format tif is of a folder's results; a file's own name tells its format"):
+        plan(faded / "a.png", kept / "a.png", tmp_path / "out.png", image_format="tif")
 
 
 def test_what_a_system_leaves_in_folders_is_passed_over(tmp_path, checkpoint, caplog):
