@@ -142,12 +142,7 @@ def check_writable(path: str | os.PathLike, *, force: bool = False, like: Pictur
     if not force and os.path.lexists(path):
         raise UserError(f"{path}: exists already (--force overwrites)")
     if like is not None:
-        check_format_holds(path, like)
-
-
-def check_format_holds(path: str | os.PathLike, like: Picture) -> None:
-    """Raise the UserError that ``write_image`` would raise where the suffix's format cannot hold what ``like`` has."""
-    _check_format_holds(Path(path), like.rgb.shape[-2:], like)
+        check_format_holds(path, like.rgb.shape[-2:], like)
 
 
 def write_image(
@@ -166,7 +161,7 @@ def write_image(
     _check_pixels(rgb, like)
     alpha = None if like is None else like.alpha
     check_writable(path, force=force)
-    _check_format_holds(path, rgb.shape[-2:], like)
+    check_format_holds(path, rgb.shape[-2:], like)
 
     image = to_pillow(rgb)
     image_format = _WRITABLE_FORMATS[path.suffix.lower()]
@@ -281,7 +276,8 @@ def _check_pixels(rgb: torch.Tensor, like: Picture | None) -> None:
         raise ValueError(f"rgb must have the size of like.alpha, {list(like.alpha.shape)}, got {list(rgb.shape[-2:])}")
 
 
-def _check_format_holds(path: Path, size: Sequence[int], like: Picture | None) -> None:
+def check_format_holds(path: Path, size: Sequence[int], like: Picture | None) -> None:
+    """Raise the UserError that ``write_image`` would raise where the suffix's format cannot hold such a picture."""
     image_format = _WRITABLE_FORMATS[path.suffix.lower()]
     longest = _LONGEST_SIDE.get(image_format, math.inf)
     if max(size) > longest:

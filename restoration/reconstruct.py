@@ -92,14 +92,10 @@ def plan(
     folders = degraded.is_dir()
     if folders != reference.is_dir() and degraded.exists() and reference.exists():
         raise UserError(f"{degraded} and {reference}: must be two files or two folders")
-    if image_format is not None and not folders:
-        raise UserError(
-            f"--format {image_format} is of a folder's results; a file's own name tells its format: {output}"
-        )
-    if image_format not in (None, *FORMATS):
-        raise UserError(f"--format must be one of {', '.join(FORMATS)}, got {image_format!r}")
-    suffix = f".{image_format or FORMATS[0]}"
-    jobs = _pair_folders(degraded, reference, output, suffix) if folders else [Job(degraded, reference, output)]
+    _check_format(image_format, output, folders)
+    jobs = [Job(degraded, reference, output)]
+    if folders:
+        jobs = _pair_folders(degraded, reference, output, f".{image_format or FORMATS[0]}")
     if skip_existing:
         # An output that is there is whole: `write_image` publishes nothing less.
         jobs = [job for job in jobs if not job.output.is_file()]
@@ -109,7 +105,7 @@ def plan(
             picture = read_image(job.degraded)
             read_rgb(job.reference)
             if folders:
-                check_format_holds(job.output, picture)
+                check_format_holds(job.output, picture.rgb.shape[-2:], picture)
         except UserError as error:
             if on_failure is None or len(jobs) == 1:
                 raise
@@ -119,6 +115,17 @@ def plan(
             check_writable(job.output, force=force, like=picture)
         ready.append(job)
     return ready
+
+
+def _check_format(image_format: str | None, output: Path, folders: bool) -> None:
+    if image_format is None:
+        return
+    if not folders:
+        raise UserError(
+            f"--format {image_format} is of a folder's results; a file's own name tells its format: {output}"
+        )
+    if image_format not in FORMATS:
+        raise UserError(f"--format must be one of {', '.join(FORMATS)}, got {image_format!r}")
 
 
 def _pair_folders(degraded: Path, reference: Path, output: Path, suffix: str) -> list[Job]:
