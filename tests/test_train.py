@@ -444,6 +444,7 @@ def test_signals_save_before_leaving(paintings, tmp_path, number):
         text=True,
         env=os.environ,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # these tests may run under nohup
     )
     deadline = time.monotonic() + 120
     while newest_checkpoint(run) is None and time.monotonic() < deadline:
