@@ -18,17 +18,9 @@ _ALWAYS_FRESH_BYTES = 32 << 20
 _LARGE_PAGE_BYTES = 2 << 20
 
 # A fork copies only the calling thread, and a parallel region of the child would wait for OpenMP's others for ever. The
-# extension minds forks too, but only those after its first kernel: torch may have started the threads before.
-_forked = False
-
-
-def _note_fork():
-    global _forked
-    _forked = True
-
-
+# extension minds forks once it is loaded: before the first one, as torch may have started the threads already.
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_note_fork)
+    os.register_at_fork(before=_backend.extension)
 
 
 def run(kernel, backend, tensors, sizes, dtype):
@@ -44,8 +36,7 @@ def run(kernel, backend, tensors, sizes, dtype):
     function = getattr(_backend.extension()[0], f"{kernel}_{backend}")
     addresses = {name: address(tensor) for name, tensor in tensors.items()}
     if backend == "cpu":
-        threads = 1 if _forked else torch.get_num_threads()
-        function(**addresses, **sizes, dtype=dtype_code(dtype), threads=threads)
+        function(**addresses, **sizes, dtype=dtype_code(dtype), threads=torch.get_num_threads())
     else:
         function(**addresses, **sizes, dtype=dtype_code(dtype), stream=torch.cuda.current_stream().cuda_stream)
 
