@@ -188,17 +188,11 @@ def _run_steps(
     journal, smoothed = Journal(world), {}
     saved, due, unproven, done = None, False, math.inf, start
 
-    def loaded() -> Iterator[dict]:
-        """The batches. Where a picture or a process has gone, and no more can come, what was trained is saved."""
-        try:
-            yield from batches
-        except (UserError, RuntimeError):
-            journal.read()
-            # Several processes would have to agree first, and the others wait for this one's part of a step.
-            if world.size == 1 and done > start and not journal.skipped_in_a_row:
-                path = save_training(run, config, step_module, optimise.optimizer, inputs, done)
-                world.tell(f"saved {path}, from which --resume goes on")
-            raise
+    def save_what_was_trained() -> None:
+        journal.read()
+        if done > start and not journal.skipped_in_a_row:
+            path = save_training(run, config, step_module, optimise.optimizer, inputs, done)
+            world.tell(f"saved {path}, from which --resume goes on")
 
     began = time.monotonic()
     # purge_step: of a run that was killed, TensorBoard forgets the steps after the checkpoint.
@@ -210,7 +204,7 @@ def _run_steps(
         world.speaker(_progress_bar) as progress,
     ):
         bar = progress.add_task("training", total=config.iterations, completed=start, status="")
-        for step, batch in enumerate(loaded(), start):
+        for step, batch in enumerate(until_they_end(batches, world, save_what_was_trained), start):
             outcome = optimise(step, batch["degraded"], batch["reference"])
             journal.add(step, outcome, [*batch["degraded_file"], *batch["reference_file"]])
             done = step + 1
@@ -245,6 +239,17 @@ def _run_steps(
     if (trouble := journal.summary()) is not None:
         world.tell(trouble)
     return saved
+
+
+def until_they_end(batches: Iterator[dict], world: World, save: Callable[[], None]) -> Iterator[dict]:
+    """The batches. Where a picture or a process has gone, and no more can come, the one process of world saves."""
+    try:
+        yield from batches
+    except (UserError, RuntimeError):
+        # Several would have to agree first, and the others wait for this one's part of a step.
+        if world.size == 1:
+            save()
+        raise
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from restoration.checkpoints import load_checkpoint, load_network, save_checkpoint
 from restoration.config import TrainingConfig, make_config
 from restoration.data import find_paintings
+from restoration.distributed import World
 from restoration.errors import UserError
 from restoration.files import sole_writer
 from restoration.journal import SKIPPED_IN_A_ROW, TrainingDivergedError
@@ -29,7 +30,7 @@ from restoration.parts import Stopwatch, measuring, part
 from restoration.profile import profile_training
 from restoration.runs import checkpoints_of, newest_checkpoint, resumed_config
 from restoration.step import Optimisation, TrainingStep, learning_rate
-from restoration.train import build_step, statistics_of, stop_requests, train, training_pairs
+from restoration.train import build_step, statistics_of, stop_requests, train, training_pairs, until_they_end
 from restoration.vgg import loss_features
 
 CPU = torch.device("cpu")
@@ -167,6 +168,18 @@ def test_where_no_more_pictures_come_what_was_trained_is_saved(paintings, tmp_pa
     assert f"saved {saved}, from which --resume goes on" in capsys.readouterr().out
     expected, found = tensors(whole), tensors(saved)
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+def test_of_several_processes_none_saves_alone():
+    def load_none():
+        yield {}
+        raise UserError("0.png: no such file")
+
+    saved = []
+    for size in (1, 2):
+        with pytest.raises(UserError, match="no such file"):
+            list(until_they_end(load_none(), World(size=size), lambda size=size: saved.append(size)))
+    assert saved == [1]
 
 
 def test_a_damaged_checkpoint_names_the_one_before_it(paintings, tmp_path):
