@@ -228,6 +228,7 @@ class Recolourer:
             began = time.monotonic()
             try:
                 degraded, reference = read_image(job.degraded), read_image(job.reference)
+                visible = degraded.visible, reference.visible
                 if self._progress is not None:
                     self._progress.begin(job, degraded.rgb, reference.rgb)
                 with _naming(job.degraded):
@@ -237,7 +238,7 @@ class Recolourer:
                         reference.rgb,
                         self._device,
                         self._strength,
-                        visible=(degraded.visible, reference.visible),
+                        visible=visible,
                     )
             except UserError as error:
                 if on_failure is None:
@@ -246,7 +247,7 @@ class Recolourer:
                 continue
             write_image(job.output, result, degraded, force=force)
             seconds = time.monotonic() - began
-            seen = ((degraded.rgb, degraded.visible), (reference.rgb, reference.visible), (result, degraded.visible))
+            seen = zip((degraded.rgb, reference.rgb, result), (*visible, visible[0]), strict=True)
             pictures = (_bounding_box(*picture).to(self._device) for picture in seen)
             yield Report(job, measure(*pictures, self._features), seconds, notes)
 
