@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import io
 import logging
 import math
 import os
@@ -15,10 +13,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from scipy.ndimage import distance_transform_edt
 
-from restoration.errors import UserError
+from restoration.colour import assume_declared_profile, to_srgb
+from restoration.errors import UserError, reason
 from restoration.metadata import descriptive_exif, descriptive_xmp, iptc, texts
 
 logger = logging.getLogger(__name__)
@@ -65,7 +64,8 @@ def decode(path: Path) -> Decoded:
     """To be called within `reading`; with it, raises UserError as `imaging.read_image` says."""
     image = _open(path)
     upright, exif = _upright(image, path)
-    rgb, alpha, icc_profile = _to_srgb(upright, path)
+    colours, alpha = _without_alpha(upright, path)
+    rgb, icc_profile = to_srgb(colours, path)
     return Decoded(
         rgb if alpha is None else _with_seen_colours(rgb, alpha),
         alpha,
@@ -109,6 +109,7 @@ def _open(path: Path) -> Image.Image:
                 _fit_transparent_colour(image)
             pages = _pages(image, path) if image.format in _FORMATS_OF_PAGES else 1
             image.load()
+            assume_declared_profile(image, path)
         except UnidentifiedImageError:
             raise UserError(f"{path}: {_unidentified(file)}") from None
         except Image.DecompressionBombError as error:
@@ -219,8 +220,8 @@ def _iptc(image: Image.Image, path: Path) -> bytes | None:
     return None
 
 
-def _to_srgb(image: Image.Image, path: Path) -> tuple[Image.Image, Image.Image | None, bytes | None]:
-    """Split into RGB pixels in sRGB, alpha or None, and the sRGB profile to write or None."""
+def _without_alpha(image: Image.Image, path: Path) -> tuple[Image.Image, Image.Image | None]:
+    """The colours, of 8 bits and in a mode that profiles know, and the alpha or None."""
     alpha = None
     if image.mode == "F" or image.mode.startswith("I"):
         if (hidden := image.info.pop("transparency", None)) is not None:
@@ -234,33 +235,7 @@ def _to_srgb(image: Image.Image, path: Path) -> tuple[Image.Image, Image.Image |
     elif image.mode in ("P", "1"):
         image = image.convert("RGB")
 
-    profile_bytes = image.info.get("icc_profile")
-    if not profile_bytes:
-        if _says_adobe_rgb(image):
-            logger.warning(
-                "%s: says that its colours are in Adobe RGB, but holds no profile; they are taken for sRGB, which is "
-                "too pale: save it with its profile",
-                path,
-            )
-        return _to_rgb(image, path), alpha, None
-    try:
-        transform = _transform_to_srgb(profile_bytes, image.mode)
-        if transform is None:
-            return image, alpha, profile_bytes
-        return ImageCms.applyTransform(image, transform), alpha, _srgb().tobytes()
-    # OSError: not a profile; PyCMSError: one for another kind of picture, such as grey within an RGB file.
-    except (OSError, ImageCms.PyCMSError) as error:
-        logger.warning("%s: its colour profile is ignored (%s)", path, reason(error))
-        return _to_rgb(image, path), alpha, None
-
-
-def _says_adobe_rgb(image: Image.Image) -> bool:
-    """As cameras do that embed no profile: those that keep to DCF 2.0 by R03, others by 2."""
-    with suppress(Exception):  # damaged EXIF raises nearly anything, and is warned of where it is kept
-        exif = image.getexif()
-        index = exif.get_ifd(ExifTags.IFD.Interop).get(ExifTags.Interop.InteropIndex)
-        return index == "R03" or exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.ColorSpace) == 2
-    return False
+    return image, alpha
 
 
 def _with_seen_colours(rgb: Image.Image, alpha: Image.Image) -> Image.Image:
@@ -273,33 +248,6 @@ def _with_seen_colours(rgb: Image.Image, alpha: Image.Image) -> Image.Image:
         return rgb
     rows, columns = distance_transform_edt(hidden, return_distances=False, return_indices=True)
     return Image.fromarray(np.asarray(rgb)[rows, columns])
-
-
-@functools.cache
-def _srgb() -> ImageCms.ImageCmsProfile:
-    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
-
-
-@functools.lru_cache(maxsize=16)  # pictures of a collection share their profile, and crops are read again and again
-def _transform_to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """None where pixels are in sRGB already, and stay as they are to the last bit.
-
-    That is where no colour moves by more than a step of 8 bits: names tell little, some of linear light say sRGB, too.
-    """
-    transform = ImageCms.buildTransform(ImageCms.ImageCmsProfile(io.BytesIO(profile)), _srgb(), mode, "RGB")
-    if mode != "RGB":
-        return transform
-    steps = np.linspace(0, 255, 18).round().astype(np.uint8)
-    colours = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(-1, len(steps), 3)
-    moved = np.asarray(ImageCms.applyTransform(Image.fromarray(colours), transform))
-    return None if np.abs(moved.astype(int) - colours).max() <= 1 else transform
-
-
-def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
-    try:
-        return image.convert("RGB")
-    except ValueError:
-        raise UserError(f"{path}: colour mode {image.mode} cannot be read; save it as RGB") from None
 
 
 def _grey_to_8_bits(image: Image.Image, path: Path) -> Image.Image:
@@ -319,8 +267,3 @@ def _resolution(image: Image.Image) -> tuple[float, float] | None:
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         return None
     return (x, y) if all(math.isfinite(value) and value > 0 for value in (x, y)) else None
-
-
-def reason(error: Exception) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(text.split())

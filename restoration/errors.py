@@ -15,3 +15,9 @@ class ReportedError(UserError):
 
 class LostPeerError(UserError):
     """Another process of the same job has ended early, and connections to it are broken."""
+
+
+def reason(error: Exception) -> str:
+    """What an exception of the system or of a library says, in one line."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.split())

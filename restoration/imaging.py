@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, PngImagePlugin
 
-from restoration.decoding import decode, reading, reason
-from restoration.errors import UserError
+from restoration.decoding import decode, reading
+from restoration.errors import UserError, reason
 from restoration.files import write_through
 from restoration.metadata import COMMENT, JPEG_BYTES_BESIDE_IPTC, descriptive_exif, jpeg_with_iptc
 

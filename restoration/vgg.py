@@ -127,6 +127,8 @@ def _checked(
     if weight is None or bias is None or tuple(weight.shape) != expected or tuple(bias.shape) != (outputs,):
         found = None if weight is None else tuple(weight.shape)
         raise UserError(f"{path}: {name} must have weights {expected} and a bias, got {found}: not VGG19")
+    if not weight.any():
+        raise UserError(f"{path}: {name} has weights of zero alone: not a trained VGG19")
     return weight.float(), bias.float()
 
 

@@ -166,17 +166,33 @@ def test_a_reduced_copy_is_no_page(tmp_path, caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
 @pytest.mark.parametrize("declared", [{1: "R03"}, 2])
-def test_adobe_rgb_without_its_profile_is_told_of(tmp_path, caplog, declared):
-    exif = Image.Exif()
-    exif.get_ifd(ExifTags.IFD.Exif).update({0xA005: declared, 0xA001: 65_535} if declared != 2 else {0xA001: 2})
-    Image.fromarray(random_pixels()).save(tmp_path / "camera.jpg", exif=exif)
-    read_image(tmp_path / "camera.jpg")
-    assert "camera.jpg: says that its colours are in Adobe RGB, but holds no profile" in caplog.text
+def test_colours_are_of_adobe_rgb_where_exif_alone_says_so(tmp_path, caplog, declared, suffix):
+    exif, options = Image.Exif(), {"quality": 100, "subsampling": "4:4:4", "lossless": True}
+    exif[ExifTags.Base.Make] = "a camera"  # Pillow leaves out EXIF data without a tag of its own
+    photograph = {0xA005: declared, 0xA001: 65_535} if declared != 2 else {0xA001: 2}
+    exif.get_ifd(ExifTags.IFD.Exif).update(photograph)
+    options["tiffinfo"] = {ExifTags.IFD.Exif: photograph}
+    camera, with_profile = tmp_path / f"camera.{suffix}", tmp_path / f"profile.{suffix}"
+    colours = np.repeat(random_pixels(), 8, axis=0).repeat(8, axis=1)  # which JPEG keeps to a step or two
+    Image.fromarray(colours).save(camera, exif=exif, **options)
+    picture = read_image(camera)
+    expected = _srgb_of_adobe_rgb(np.asarray(Image.open(camera)) / 255).clip(0, 1)
+    assert np.abs(picture.rgb.permute(1, 2, 0).numpy() - expected).max() < 2 / 255
+    assert ImageCms.getProfileDescription(io.BytesIO(picture.icc_profile)).startswith("sRGB")
+    assert f"camera.{suffix}: holds no profile; its colours are taken for Adobe RGB" in caplog.text
     caplog.clear()
-    Image.fromarray(random_pixels()).save(tmp_path / "camera.jpg", exif=exif, icc_profile=srgb_profile())
-    read_image(tmp_path / "camera.jpg")
+    Image.fromarray(colours).save(with_profile, exif=exif, icc_profile=srgb_profile(), **options)
+    assert np.array_equal(as_bytes(read_image(with_profile).rgb), np.asarray(Image.open(with_profile)))
     assert not caplog.records
+
+
+def _srgb_of_adobe_rgb(values):
+    """By the definitions of both, whose white points are the same; [..., 3]."""
+    matrix = [[1.39836, -0.39836, 0.0], [0.0, 1.0, 0.0], [0.0, -0.04293, 1.04293]]
+    linear = (values ** (563 / 256)) @ np.array(matrix).T
+    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * np.abs(linear) ** (1 / 2.4) - 0.055)
 
 
 def test_a_png_may_hold_long_notes(tmp_path):

@@ -176,7 +176,10 @@ def test_rejects(tmp_path):
     sparse, complex_ = tmp_path / "sparse.pth", tmp_path / "complex.pth"
     torch.save({**tensors, "features.0.weight": tensors["features.0.weight"].to_sparse()}, sparse)
     torch.save({**tensors, "features.0.weight": tensors["features.0.weight"] * 1j}, complex_)
+    blank = tmp_path / "blank.pth"
+    torch.save({**tensors, "features.2.weight": torch.zeros(64, 64, 3, 3)}, blank)
     for path, message in (
+        (blank, "block1_conv2 has weights of zero alone"),
         (spoiled, "block1_conv1 must hold finite numbers alone"),
         (worded, "block1_conv1 must hold finite numbers alone"),
         (sparse, "block1_conv1 must hold finite numbers alone, real ones in dense tensors"),
