@@ -26,7 +26,7 @@ struct NeighborDifferenceSizes {
   HOST_DEVICE bool holds(int64_t place) const { return place >= 0 && place < places; }
 };
 
-// Throws std::invalid_argument; defined once, in bindings.cpp.
+// Throws std::invalid_argument; defined in ccpl_bindings.h.
 [[noreturn]] void refuse_place(int64_t place, const NeighborDifferenceSizes&);
 
 // places [9N], int64: of each entry. y [B,8N,C], of the dtype of x.

@@ -1,7 +1,7 @@
 // Dual pooling attention (Sun 2025, Fig. 3): y[b,c] = x[b,c] · scale[b,c], scale = sigmoid(conv1d over c of mean),
 // mean[b,c] = sum over pixels of rows[h] · columns[w] · x[b,c,h,w]: adaptive average pooling to pool_size², then its
 // mean. Here: the mathematics that the CPU and the CUDA kernels share, the arguments, and the entry points. This
-// operator is the template that new ones copy: <op>.h, <op>_cpu.cpp, <op>_cuda.cu, one bind function in bindings.cpp.
+// operator is the template that new ones copy: <op>.h, <op>_cpu.cpp, <op>_cuda.cu, <op>_bindings.h.
 #pragma once
 
 #include <cmath>
