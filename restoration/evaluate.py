@@ -26,7 +26,7 @@ from restoration.metrics import (
     structural_similarity_index,
     tint_difference,
 )
-from restoration.reconstruct import recolour
+from restoration.recolouring import recolour
 from restoration.samples import SAMPLE_SEEDS, SMALLEST_SIDE, draw_painting, fade
 from restoration.vgg import VGG19Features
 

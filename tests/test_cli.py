@@ -20,7 +20,7 @@ from restoration.cli import main
 from restoration.distributed import World
 from restoration.errors import UserError
 from restoration.flow import Architecture, ReversibleNetwork
-from restoration.reconstruct import recolour
+from restoration.recolouring import recolour
 
 
 @pytest.fixture(scope="module")
