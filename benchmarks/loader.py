@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from restoration.data import PairDataset, find_paintings
+from restoration.collection import find_paintings
+from restoration.data import PairDataset
 from restoration.loader import load_batches
 
 BATCH = 2  # the paper's

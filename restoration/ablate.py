@@ -20,8 +20,8 @@ from scipy.stats import t as students_t
 
 import restoration
 from restoration.checkpoints import load_checkpoint, load_network
+from restoration.collection import Pair, find_paintings
 from restoration.config import TrainingConfig, make_config
-from restoration.data import Pair, find_paintings
 from restoration.errors import UserError
 from restoration.evaluate import NETWORK, check_readable, check_size, choose_methods, evaluate, pair_cases
 from restoration.evaluation_report import aligned_table, summarise

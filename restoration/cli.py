@@ -353,7 +353,7 @@ def ablate(
 
     from restoration.ablate import ablate as run_ablation
     from restoration.ablate import report
-    from restoration.data import evaluation_pairs
+    from restoration.collection import evaluation_pairs
     from restoration.distributed import joined
     from restoration.reconstruct import choose_device
     from restoration.vgg import metric_features

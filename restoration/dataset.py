@@ -25,8 +25,8 @@ import numpy as np
 from PIL import Image
 from skimage.color import rgb2lab
 
+from restoration.collection import INDEX_FILE, Painting, find_paintings, read_table
 from restoration.config import LARGEST_CROP
-from restoration.data import INDEX_FILE, Painting, find_paintings, read_table
 from restoration.errors import UserError
 from restoration.files import lies_within
 from restoration.imaging import read_rgb

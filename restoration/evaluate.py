@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from restoration.baselines import BASELINES, untouched
-from restoration.data import Pair, evaluation_pairs
+from restoration.collection import Pair, evaluation_pairs
 from restoration.errors import UnsuitableWeightsError, UserError
 from restoration.flow import ReversibleNetwork
 from restoration.imaging import from_pillow, read_image, read_rgb, to_pillow

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from restoration.collection import find_paintings
 from restoration.config import TrainingConfig
-from restoration.data import find_paintings
 from restoration.distributed import ALONE
 from restoration.loader import load_batches
 from restoration.memory import PeakMemory

@@ -19,8 +19,8 @@ from restoration.checkpoints import (
     save_checkpoint,
     save_network,
 )
+from restoration.collection import Painting
 from restoration.config import SHAPING, TrainingConfig, checked, option
-from restoration.data import Painting
 from restoration.errors import UserError
 from restoration.files import check_can_be_written, content_hash, read_json
 from restoration.step import TrainingStep

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from restoration.checkpoints import NETWORK_PREFIX, load_checkpoint, load_parameters
+from restoration.collection import Painting, find_paintings
 from restoration.config import TrainingConfig
-from restoration.data import Painting, PairDataset, find_paintings, small_picture
+from restoration.data import PairDataset, small_picture
 from restoration.distributed import ALONE, World
 from restoration.errors import UserError
 from restoration.files import sole_writer, write_json

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import simt_build
 import torch
+from pictures import paint
 from PIL import Image
 
 from restoration_kernels import _backend
@@ -78,3 +79,13 @@ def paintings(tmp_path_factory):
             coarse = Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8))
             coarse.resize((80, 60), Image.Resampling.BICUBIC).save(root / style / f"{number}.png")
     return root
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two styles without tables: blue 1..2, ink 1..4."""
+    for number in (1, 2):
+        paint(tmp_path / f"blue/{number}.png", seed=number)
+    for number in (1, 2, 3, 4):
+        paint(tmp_path / f"ink/{number}.png", seed=10 + number)
+    return tmp_path

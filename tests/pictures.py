@@ -1,5 +1,6 @@
 """Pictures to read and write in tests, and what is asked of them."""
 
+import csv
 import functools
 import struct
 import zlib
@@ -19,6 +20,19 @@ FORMATS = (*LOSSLESS, "jpg")
 def random_pixels(height=9, width=13, channels=3, seed=0):
     shape = (height, width, channels) if channels > 1 else (height, width)
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def paint(path, size=(40, 30), seed=0):
+    """A picture of random pixels, (width, height) = size."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def write_table(path, columns, *lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([columns, *lines])
 
 
 def as_bytes(rgb):

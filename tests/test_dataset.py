@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pictures import assert_refuses, write_table
 from PIL import Image, ImageDraw
 from skimage.color import lab2rgb
 
-from restoration.data import PairDataset, evaluation_pairs, find_paintings
+from restoration.collection import evaluation_pairs, find_paintings
+from restoration.data import PairDataset
 from restoration.dataset import INDEX_COLUMNS, build_dataset, is_uniform, windows
 from restoration.errors import UserError
 
@@ -36,11 +38,6 @@ def files(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def write_table(path, columns, *lines):
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([columns, *lines])
-
-
 @pytest.fixture
 def source(tmp_path):
     """Ten ink paintings and two blue ones, each of the size of one crop."""
@@ -54,13 +51,6 @@ def source(tmp_path):
 @pytest.fixture
 def out(tmp_path):
     return tmp_path / "out"
-
-
-def assert_refuses(*arguments, saying, **options):
-    with pytest.raises(UserError) as caught:
-        build(*arguments, **options)
-    assert saying in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -269,14 +259,14 @@ def test_force_deletes_nothing_of_somebody_else(source, out, make):
     build(source, out)
     own = out / "train" / "run"
     make(own)
-    assert_refuses(source, out, force=True, saying=f"{own}: was not made with the data set")
+    assert_refuses(build, source, out, force=True, saying=f"{own}: was not made with the data set")
     assert own.exists()
 
 
 def test_force_replaces_a_former_data_set_only(source, out):
     build(source, out)
     (source / "ink/0.png").unlink()
-    assert_refuses(source, out, saying=f"{out}: holds a data set already (--force replaces it)")
+    assert_refuses(build, source, out, saying=f"{out}: holds a data set already (--force replaces it)")
     build(source, out, force=True)
     assert len(index(out)) == len(files(out)) - 1 == 11
     assert sorted(os.listdir(out.parent)) == ["out", "source"]
@@ -308,7 +298,7 @@ def test_interrupted_build_leaves_no_half_data_set(source, out, force, interrupt
 def test_a_name_that_the_index_cannot_hold_is_refused_before_any_work(source, out):
     (source / "ink/1.png").rename(source / "ink" / os.fsdecode(b"a\xe9.png"))
     saying = "ink/a\\xe9.png: must have a name in UTF-8, as index.csv is; rename it"
-    assert_refuses(source, out, progress=lambda *_: pytest.fail("paintings were cut"), saying=saying)
+    assert_refuses(build, source, out, progress=lambda *_: pytest.fail("paintings were cut"), saying=saying)
 
 
 def test_a_source_below_a_folder_of_any_name(source, out):
@@ -323,29 +313,29 @@ def test_a_painting_that_memory_cannot_enlarge_is_named(source, out, monkeypatch
 
     monkeypatch.setattr(Image.Image, "resize", refuse)
     assert_refuses(
-        source, out, crop=500, saying="for --crop 500 it does not fit this computer's memory; take a smaller"
+        build, source, out, crop=500, saying="for --crop 500 it does not fit this computer's memory; take a smaller"
     )
     assert not out.exists()
 
 
 def test_rejects_folders(source, out, tmp_path):
-    assert_refuses(tmp_path / "missing", out, saying="missing: is not a folder of paintings")
-    assert_refuses(source, out, styles=["oil"], saying="unknown style 'oil'; known styles: blue, ink")
-    assert_refuses(source, source, saying="must not lie within one another")
-    assert_refuses(source, source / "crops", saying="must not lie within one another")
-    assert_refuses(source, tmp_path, force=True, saying="must not lie within one another")
-    assert_refuses(source, tmp_path / "a/b", saying=f"its folder {tmp_path / 'a'} does not exist")
+    assert_refuses(build, tmp_path / "missing", out, saying="missing: is not a folder of paintings")
+    assert_refuses(build, source, out, styles=["oil"], saying="unknown style 'oil'; known styles: blue, ink")
+    assert_refuses(build, source, source, saying="must not lie within one another")
+    assert_refuses(build, source, source / "crops", saying="must not lie within one another")
+    assert_refuses(build, source, tmp_path, force=True, saying="must not lie within one another")
+    assert_refuses(build, source, tmp_path / "a/b", saying=f"its folder {tmp_path / 'a'} does not exist")
     (tmp_path / "file").touch()
-    assert_refuses(source, tmp_path / "file", saying="file: is a file")
-    assert_refuses(source, tmp_path / "file/out", saying="file does not exist")
+    assert_refuses(build, source, tmp_path / "file", saying="file: is a file")
+    assert_refuses(build, source, tmp_path / "file/out", saying="file does not exist")
     for name, content in (("other/a.txt", "mine"), ("index/index.csv", "name,price\na,1\n")):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(content)
-    assert_refuses(source, tmp_path / "other", force=True, saying="other: holds other files")
-    assert_refuses(source, tmp_path / "index", force=True, saying="index.csv: needs the columns file, style")
+    assert_refuses(build, source, tmp_path / "other", force=True, saying="other: holds other files")
+    assert_refuses(build, source, tmp_path / "index", force=True, saying="index.csv: needs the columns file, style")
     assert (tmp_path / "other/a.txt").read_text() == "mine"
     build(source, out)
-    assert_refuses(out, tmp_path / "again", saying=f"{out}: is a built data set already")
+    assert_refuses(build, out, tmp_path / "again", saying=f"{out}: is a built data set already")
     assert not (tmp_path / "again").exists()
 
 
@@ -361,14 +351,14 @@ def test_rejects_folders(source, out, tmp_path):
     ],
 )
 def test_rejects_options(source, out, options, saying):
-    assert_refuses(source, out, **options, saying=saying)
+    assert_refuses(build, source, out, **options, saying=saying)
     assert not out.exists()
 
 
 def test_rejects_a_share_beside_a_split(source, out):
     write_table(source / "MANIFEST.csv", ["file", "painting_id"], ["ink/1.png", "p0"])
     write_table(source / "SPLIT.csv", ["painting_id", "split"], ["p0", "test"])
-    assert_refuses(source, out, test_share=0.3, saying="SPLIT.csv says which works are held out")
+    assert_refuses(build, source, out, test_share=0.3, saying="SPLIT.csv says which works are held out")
 
 
 def test_rejects_when_nothing_is_left(tmp_path, out):
@@ -377,7 +367,7 @@ def test_rejects_when_nothing_is_left(tmp_path, out):
     Image.new("RGB", (32, 32), (200, 190, 170)).save(tmp_path / "source/ink/2.png")
     paint(tmp_path / "source/ink/3.png", (16, 16))
     saying = "source: no crop is left (1 too uniform; 1 images too small, 1 damaged)"
-    assert_refuses(tmp_path / "source", out, small="skip", saying=saying)
+    assert_refuses(build, tmp_path / "source", out, small="skip", saying=saying)
     assert not out.exists()
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from restoration import files
 from restoration.baselines import BASELINES, untouched
-from restoration.data import Pair
+from restoration.collection import Pair
 from restoration.errors import UserError
 from restoration.evaluate import (
     NETWORK,

@@ -6,22 +6,13 @@ import subprocess
 import pytest
 import torch
 from PIL import Image
-from test_data import paint
 
-from restoration.data import PairDataset, find_paintings
+from restoration.collection import find_paintings
+from restoration.data import PairDataset
 from restoration.errors import UserError
 from restoration.loader import load_batches
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def folders(tmp_path):
-    """Two styles of three pictures of 40 x 30 pixels."""
-    for number in (1, 2, 3):
-        paint(tmp_path / f"blue/{number}.png", seed=number)
-        paint(tmp_path / f"ink/{number}.png", seed=10 + number)
-    return tmp_path
 
 
 def test_resuming_with_other_workers_gives_the_same_batches(folders):

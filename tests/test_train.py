@@ -18,8 +18,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from restoration.checkpoints import load_checkpoint, load_network, save_checkpoint
+from restoration.collection import find_paintings
 from restoration.config import TrainingConfig, make_config
-from restoration.data import find_paintings
 from restoration.distributed import World
 from restoration.errors import UserError
 from restoration.files import sole_writer
