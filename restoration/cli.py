@@ -142,9 +142,10 @@ def reconstruct(
     Of a folder, pictures that cannot be treated are named, and the others are recoloured all the same; the exit code
     is then 2. Started by torchrun, several processes share the files of a folder.
     """
+    from restoration.device import choose_device
     from restoration.distributed import joined
     from restoration.progress import PictureProgress
-    from restoration.reconstruct import Job, Recolourer, choose_device, plan
+    from restoration.reconstruct import Job, Recolourer, plan
 
     with joined() as world, PictureProgress(shown=world.size == 1) as progress:
         recolourer = world.together(
@@ -211,9 +212,9 @@ def evaluate(
     from rich.progress import track
 
     from restoration.checkpoints import load_network
+    from restoration.device import choose_device
     from restoration.evaluate import choose_cases, choose_methods, evaluate, rows_apart
     from restoration.evaluation_report import CAPTION, SHEET, check_output, markdown_table, summarise, write_report
-    from restoration.reconstruct import choose_device
     from restoration.vgg import metric_features
 
     if synthetic and vgg is not None:
@@ -281,8 +282,8 @@ def train(
     given = dict(locals())
 
     from restoration.config import OVERRIDABLE, TrainingConfig, make_config
+    from restoration.device import choose_device
     from restoration.distributed import joined
-    from restoration.reconstruct import choose_device
     from restoration.runs import resumed_config
     from restoration.train import train as run_training
 
@@ -354,8 +355,8 @@ def ablate(
     from restoration.ablate import ablate as run_ablation
     from restoration.ablate import report
     from restoration.collection import evaluation_pairs
+    from restoration.device import choose_device
     from restoration.distributed import joined
-    from restoration.reconstruct import choose_device
     from restoration.vgg import metric_features
 
     with joined() as world:
@@ -427,7 +428,7 @@ def demo(
 ) -> None:
     """Draw a painting, fade it, and recolour it after another one that the program drew."""
     from restoration.demo import make_demo
-    from restoration.reconstruct import choose_device
+    from restoration.device import choose_device
 
     report = make_demo(out, palette=palette, checkpoint=checkpoint, device=choose_device(device), force=force)
     metrics = report.metrics

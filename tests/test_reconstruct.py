@@ -9,7 +9,7 @@ from restoration.checkpoints import save_network
 from restoration.errors import UserError
 from restoration.flow import Architecture, ReversibleNetwork
 from restoration.imaging import read_image
-from restoration.reconstruct import FORMATS, Recolourer, choose_device, plan
+from restoration.reconstruct import FORMATS, Recolourer, plan
 
 CPU = torch.device("cpu")
 
@@ -270,17 +270,6 @@ def test_progress_of_each_picture_is_told(tmp_path, checkpoint, precision):
     for name in names:
         shares = [share for told_name, share in told if told_name == name]
         assert shares[0] == 0 and shares[-1] == 1 and shares == sorted(set(shares))
-
-
-def test_devices(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    assert choose_device("cpu") == CPU and not torch.backends.cudnn.allow_tf32
-    with pytest.raises(UserError, match="cpu, cuda or auto, got 'tpu'"):
-        choose_device("tpu")
-    if not torch.cuda.is_available():
-        assert choose_device("auto") == CPU
-        with pytest.raises(UserError, match="no CUDA device"):
-            choose_device("cuda")
 
 
 def test_bfloat16_gives_hardly_another_picture(tmp_path):
