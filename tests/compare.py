@@ -81,6 +81,11 @@ def device(backend):
     return "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
 
 
+def seeded(seed):
+    """A generator of random numbers on the CPU."""
+    return torch.Generator().manual_seed(seed)
+
+
 def skip_unless_able(backend, operator, arguments):
     """Skips, for the predicate's reason, if the backend cannot run this call."""
     reason = OPERATORS[operator].why_not(backend, **arguments)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import simt_build
 import torch
-from pictures import paint
 from PIL import Image
 
 from restoration_kernels import _backend
@@ -84,6 +83,8 @@ def paintings(tmp_path_factory):
 @pytest.fixture
 def folders(tmp_path):
     """Two styles without tables: blue 1..2, ink 1..4."""
+    from pictures import paint  # it needs the package restoration, without which the kernels' tests run, too
+
     for number in (1, 2):
         paint(tmp_path / f"blue/{number}.png", seed=number)
     for number in (1, 2, 3, 4):

@@ -1,8 +1,4 @@
-import collections
-import itertools
 import math
-from pathlib import Path
-from unittest import mock
 
 import compare
 import pytest
@@ -10,9 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
-from benchmarks import bench_ccpl, peak_memory
 from restoration_kernels import CCPLoss, _backend, ccpl_loss, info_nce, neighbor_difference, sample_neighbors
-from restoration_kernels._samples import Sample, _info_nce
 from restoration_kernels.ccpl import UNIT_LENGTH_EPS
 
 OPERATORS = ("neighbor_difference", "info_nce")
@@ -148,177 +142,6 @@ def test_autocast_widens_rows(backend, sample):
     assert torch.equal(output, info_nce(query, key, backend=backend))
 
 
-@pytest.mark.parametrize(("height", "width", "num_anchors"), [(7, 10, 1), (7, 10, 20), (7, 10, 40), (34, 34, 1024)])
-def test_sample_neighbors(height, width, num_anchors):
-    places = sample_neighbors(height, width, num_anchors, generator=_seeds(0)[0])
-    assert_places(*places, height, width, num_anchors)
-
-
-def test_places_of_several_maps_are_drawn_at_once(monkeypatch):
-    sizes, counts, seen = [(7, 10), (3, 3), (30, 20)], [40, 1, 9], []
-
-    def note(features, target, anchors, neighbors, *_):
-        seen.append((anchors, neighbors))
-        return 0.0
-
-    monkeypatch.setattr("restoration_kernels.ccpl.layer_loss", note)
-    maps = [torch.zeros(1, 1, *size) for size in sizes]
-    with mock.patch("torch.randint", wraps=torch.randint) as randint:
-        ccpl_loss(maps, maps, counts)
-    randint.assert_called_once()
-    for places, size, count in zip(seen, sizes, counts, strict=True):
-        assert_places(*places, *size, count)
-
-
-def assert_places(anchors, neighbors, height, width, num_anchors):
-    """Different places off the border, each with those around it."""
-    assert anchors.dtype == neighbors.dtype == torch.int64
-    assert len(set(anchors.tolist())) == num_anchors
-    for anchor, around in zip(anchors.tolist(), neighbors.tolist(), strict=True):
-        row, column = divmod(anchor, width)
-        assert 0 < row < height - 1 and 0 < column < width - 1
-        steps = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if (i, j) != (0, 0)]
-        assert around == [(row + i) * width + column + j for i, j in steps]
-
-
-def test_sample_neighbors_repeats_with_its_generator():
-    first, again, later = (sample_neighbors(30, 30, 64, generator=generator)[0] for generator in _seeds(1, 1, 2))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, later)
-
-
-def _seeds(*seeds):
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-def test_sample_neighbors_favours_no_set_of_places(monkeypatch):
-    """All that the generator can give, four draws on a map of six inner places, makes each of the 15 sets 24 times."""
-    sets = collections.Counter()
-    for draws in itertools.product(range(3), range(4), range(5), range(6)):
-        monkeypatch.setattr(torch, "randint", lambda *_, draws=draws, **__: torch.tensor(draws))
-        sets[frozenset(sample_neighbors(4, 5, 4)[0].tolist())] += 1
-    assert len(sets) == math.comb(6, 4)
-    assert set(sets.values()) == {24}
-
-
-def test_sample_neighbors_favours_no_place():
-    """12 places, thousands of draws: every place is an anchor equally often, within five standard deviations."""
-    generator, draws = torch.Generator().manual_seed(0), 1000
-    anchors = torch.cat([sample_neighbors(5, 6, 4, generator=generator)[0] for _ in range(draws)])
-    counts = torch.unique(anchors, return_counts=True)[1]
-    assert len(counts) == 12
-    assert (counts - draws / 3).abs().max() < 5 * math.sqrt(draws * 1 / 3 * 2 / 3)
-
-
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_sample_neighbors_waits_for_no_device(device):
-    """No number comes back to the host and no shape depends on one: fake tensors have none, and raise."""
-    with FakeTensorMode():
-        anchors, neighbors = sample_neighbors(7, 10, 20, device=device)
-    assert anchors.device.type == neighbors.device.type == device
-    assert (anchors.shape, neighbors.shape) == ((20,), (20, 8))
-
-
-def test_sample_neighbors_costs_nothing_on_a_large_map():
-    # A permutation of all places would take 320 GB.
-    assert sample_neighbors(200_000, 200_000, 64)[0].max() > 200_000
-
-
-@compare.every_backend("info_nce")
-def test_info_nce_identity_far_apart(backend):
-    """Orthogonal rows: the others weigh exp(-1/τ) each. Logits of ten thousand neither overflow nor vanish."""
-    rows = torch.eye(4, dtype=torch.float64, device=compare.device(backend))[None]
-    compare.skip_unless_able(backend, "info_nce", {"query": rows, "key": rows})
-    loss = info_nce(rows, rows, TEMPERATURE, backend=backend)
-    torch.testing.assert_close(loss, torch.full_like(loss, math.log1p(3 * math.exp(-1 / TEMPERATURE))))
-    assert torch.equal(info_nce(700 * rows, rows, TEMPERATURE, backend=backend), torch.zeros_like(loss))
-    backwards = info_nce(700 * rows, rows.flip(1), TEMPERATURE, backend=backend)
-    torch.testing.assert_close(backwards, torch.full_like(loss, 10_000))
-
-
-@compare.every_backend("info_nce")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_info_nce_identity_found_exactly(backend, dtype):
-    """Far from all other rows: no digit of large logits may be left over, and a loss is never negative."""
-    rows = torch.eye(32, dtype=dtype, device=compare.device(backend))[None]
-    compare.skip_unless_able(backend, "info_nce", {"query": rows, "key": rows})
-    # A temperature whose inverse is rounded, and multiples of it whose products are.
-    query = rows * torch.linspace(600, 700, 32, device=rows.device)[:, None].to(dtype)
-    assert torch.equal(info_nce(query, rows, TEMPERATURE, backend=backend).cpu(), torch.zeros(1, 32))
-
-
-def run_info_nce(backend, query, key, temperature):
-    """Loss and gradient to the query, of the sum of all losses."""
-    arguments = {name: rows.to(compare.device(backend)) for name, rows in (("query", query), ("key", key))}
-    compare.skip_unless_able(backend, "info_nce", {**arguments, "temperature": temperature})
-    query = arguments["query"].requires_grad_()
-    loss = info_nce(query, arguments["key"], temperature, backend=backend)
-    return loss.detach().cpu(), torch.autograd.grad(loss.sum(), query)[0].cpu()
-
-
-@compare.every_backend("info_nce")
-@pytest.mark.parametrize("temperature", [0.07, 0.01])
-@pytest.mark.parametrize("shape", [(2, 97, 16), (1, 130, 512)], ids=str)
-def test_info_nce_identity_cross_entropy(backend, temperature, shape):
-    """That of all logits at once, with the diagonal as target."""
-    query, key = F.normalize(torch.randn(2, *shape, dtype=torch.float64, generator=_seeds(0)[0]), dim=-1)
-    loss, gradient = run_info_nce(backend, query, key, temperature)
-    query.requires_grad_()
-    logits = query @ key.mT / temperature
-    target = torch.arange(shape[1]).expand(shape[0], -1)
-    expected = F.cross_entropy(logits.mT, target, reduction="none")
-    torch.testing.assert_close(loss, expected.detach(), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), query)[0], rtol=1e-6, atol=1e-6)
-    assert gradient.norm(dim=-1).max() <= 2 / temperature
-
-
-def test_info_nce_rounds_like_the_reference():
-    """Thousands of keys, added up one after the other, would round twice as much as the judge allows."""
-    sample = Sample("info_nce", "3000_rows", "odd", _info_nce(1, 3000, 64))
-    compare.check_values("cpu", sample, torch.float32, None, ("query",))
-
-
-@pytest.mark.slow
-def test_info_nce_of_many_rows_takes_little_memory():
-    """Where every copy of the logits would take 4 GB."""
-    name = "info_nce/forward+backward/32768_rows/cpu"
-    peak = peak_memory.measure_files({Path(bench_ccpl.__file__): [name]}, "cpu", quick=False)[name]
-    if peak is None:
-        pytest.skip("only Linux tells the peak, and only of a kernel that can run")
-    assert peak < 100e6
-
-
-@compare.every_backend("info_nce")
-def test_info_nce_identity_by_hand(backend):
-    """Two places of each of two colours: a row finds its own key among two that are the same, and two others."""
-    rows = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]], dtype=torch.float64)
-    loss, gradient = run_info_nce(backend, rows, rows, 1.0)
-    total = 2 * math.e + 2
-    torch.testing.assert_close(loss, torch.full_like(loss, math.log(total) - 1))
-    pull, push = 2 * math.e / total - 1, 2 / total
-    expected = torch.tensor([[[pull, push], [pull, push], [push, pull], [push, pull]]], dtype=torch.float64)
-    torch.testing.assert_close(gradient, expected)
-
-
-@compare.every_backend("info_nce")
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_info_nce_of_one_row_is_zero(backend, dtype):
-    query, key = torch.randn(2, 3, 1, 20, dtype=dtype)
-    loss, gradient = run_info_nce(backend, query, key, 0.01)
-    assert not loss.any() and not gradient.any()
-
-
-@compare.every_backend("info_nce")
-@pytest.mark.parametrize("place", ["query", "key"])
-def test_info_nce_shows_nan(backend, place):
-    """A diverged network is seen, not averaged away."""
-    rows = {name: torch.randn(1, 70, 5) for name in ("query", "key")}
-    rows[place][0, 40, 2] = math.nan
-    loss, _ = run_info_nce(backend, **rows, temperature=0.07)
-    expected = torch.arange(70) == 40 if place == "query" else torch.ones(70, dtype=torch.bool)
-    assert torch.equal(loss[0].isnan(), expected)
-
-
 @compare.every_backend("neighbor_difference")
 @pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "atomic"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
@@ -341,22 +164,6 @@ def test_places_beyond_32_bits(backend, layout, monkeypatch):
     compare.check_places_beyond_32_bits(backend, layout, monkeypatch)
 
 
-@compare.every_backend("info_nce")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_info_nce_of_half_precision_is_float32(backend, dtype):
-    query = torch.randn(1, 5, 3, dtype=dtype, device=compare.device(backend))
-    compare.skip_unless_able(backend, "info_nce", {"query": query, "key": query})
-    assert info_nce(query, query, backend=backend).dtype == torch.float32
-
-
-@compare.every_backend("info_nce")
-def test_info_nce_key_gets_no_gradient(backend):
-    query, key = torch.randn(2, 1, 5, 3, device=compare.device(backend))
-    key.requires_grad_()
-    compare.skip_unless_able(backend, "info_nce", {"query": query, "key": key})
-    assert not info_nce(query, key, backend=backend).requires_grad
-
-
 def test_ccpl_identity_by_hand():
     """A centre of zero, four neighbours (-1, 0), four (0, -1): each row equals four of the eight, itself included."""
     features = torch.zeros(1, 2, 3, 3, dtype=torch.float64)
@@ -374,17 +181,17 @@ def test_ccpl_identity_by_hand():
 def test_ccpl_is_made_of_its_parts():
     maps = torch.randn(2, 2, 3, 6, 7, dtype=torch.float64)
     projection = torch.nn.Linear(3, 2).double()
-    loss = ccpl_loss([maps[0]], [maps[1]], 5, 0.5, projections=[projection], generator=_seeds(3)[0])
-    places = sample_neighbors(6, 7, 5, generator=_seeds(3)[0])
+    loss = ccpl_loss([maps[0]], [maps[1]], 5, 0.5, projections=[projection], generator=compare.seeded(3))
+    places = sample_neighbors(6, 7, 5, generator=compare.seeded(3))
     query, key = (F.normalize(projection(neighbor_difference_definition(each, *places)), dim=-1) for each in maps)
     torch.testing.assert_close(loss, info_nce_definition(query, key, 0.5).mean(), rtol=1e-7, atol=0)
 
 
 def test_module_keeps_its_settings():
-    maps = [torch.randn(1, 3, 6, 6, generator=generator) for generator in _seeds(1, 2)]
+    maps = [torch.randn(1, 3, 6, 6, generator=generator) for generator in map(compare.seeded, (1, 2))]
     module = CCPLoss((3,), num_anchors=4, temperature=0.5, project=False)
-    expected = ccpl_loss([maps[0]], [maps[1]], 4, 0.5, generator=_seeds(3)[0])
-    assert torch.equal(module([maps[0]], [maps[1]], generator=_seeds(3)[0]), expected)
+    expected = ccpl_loss([maps[0]], [maps[1]], 4, 0.5, generator=compare.seeded(3))
+    assert torch.equal(module([maps[0]], [maps[1]], generator=compare.seeded(3)), expected)
     with pytest.raises(ValueError, match="backend must be one of"):
         module(maps, maps, backend="nonsense")
 
@@ -418,7 +225,7 @@ def test_ccpl_gradient_is_bounded_in_flat_regions(backend, dtype):
     features = torch.zeros(1, 2, 3, 3, dtype=dtype, device=compare.device(backend), requires_grad=True)
     anchors = torch.zeros(1, dtype=torch.int64, device=features.device)
     compare.skip_unless_able(backend, "neighbor_difference", {"features": features, "anchors": anchors})
-    targets = torch.randn(1, 2, 3, 3, generator=_seeds(0)[0]).to(features)
+    targets = torch.randn(1, 2, 3, 3, generator=compare.seeded(0)).to(features)
     loss = ccpl_loss([features], [targets], 1, backend=backend)
     assert loss.item() == pytest.approx(math.log(8), rel=1e-6)
     loss.backward()
@@ -438,30 +245,12 @@ def test_module():
     features = [torch.randn(1, 8, 5, 5)]
     bare = CCPLoss((8,), num_anchors=3, project=False)
     assert not list(bare.parameters())
-    expected = ccpl_loss(features, features, 3, generator=_seeds(0)[0])
-    assert torch.equal(bare(features, features, generator=_seeds(0)[0]), expected)
+    expected = ccpl_loss(features, features, 3, generator=compare.seeded(0))
+    assert torch.equal(bare(features, features, generator=compare.seeded(0)), expected)
 
 
 FEATURES, ROWS = torch.randn(1, 2, 4, 5), torch.randn(1, 6, 3)
 ANCHORS, NEIGHBORS = sample_neighbors(4, 5, 2)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((2, 9, 1), "height must be an integer of at least 3, got 2"),
-        ((4, 2.0, 1), "width must be an integer of at least 3, got 2.0"),
-        ((4, 5, 0), "num_anchors must be an integer of at least 1, got 0"),
-        ((2**21, 2**20, 1), r"height and width must have at most 2\^40 places, got 2097152 x 1048576"),
-        ((2**63, 3, 1), r"height and width must have at most 2\^40 places, got 9223372036854775808 x 3"),
-        ((4, 5, 7), "num_anchors must be at most the 6 interior places of 4 x 5, got 7"),
-    ],
-)
-def test_rejects_draws(arguments, message):
-    with pytest.raises(ValueError, match=f"^sample_neighbors: {message}$"):
-        sample_neighbors(*arguments)
-    with pytest.raises(TypeError, match=r"^sample_neighbors: generator must be a torch.Generator or None, got int$"):
-        sample_neighbors(4, 5, 1, generator=3)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -195,6 +196,8 @@ def test_kernel_tests():
     names = {path.rsplit("/", 1)[1] for path in gpu_check.kernel_tests()}
     assert {"test_dual_pool_attention.py", "test_pac_conv2d.py", "test_backend.py"} <= names
     assert not {"test_vgg.py", "test_train.py", "test_steps.py"} & names
+    without = "import sys; sys.modules['restoration'] = None; sys.path[:0] = ['.', 'tests']; import conftest"
+    subprocess.run([sys.executable, "-c", without], cwd=gpu_check.ROOT, check=True)
 
 
 @pytest.mark.usefixtures("installed")

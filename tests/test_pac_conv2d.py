@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from restoration_kernels import PacConv2d, pac_conv2d, pac_conv2d_, pac_kernel2d
+from restoration_kernels import pac_conv2d, pac_conv2d_
 from restoration_kernels._samples import samples
 
 OPERATOR = "pac_conv2d"
@@ -83,11 +83,6 @@ def test_second_derivatives_refused(backend, sample):
 @compare.every_tiny_case(OPERATOR, backends=compare.KERNELS)
 def test_opcheck(backend, sample):
     compare.check_opcheck(backend, sample)
-
-
-@compare.one_case("pac_conv2d_", backends=compare.KERNELS)
-def test_opcheck_in_place(backend, sample):
-    compare.check_opcheck_in_place(backend, sample)
 
 
 @compare.one_case(OPERATOR)
@@ -377,69 +372,6 @@ def test_the_least_quantum_leaves_finite_numbers_as_they_are(backend):
     assert torch.equal(pac_conv2d(x, guide, weight, quantum=2.0**-126, backend=backend), x)
 
 
-@compare.every_case("pac_conv2d_")
-@compare.every_dtype()
-def test_in_place(backend, sample, dtype):
-    arguments = compare.arguments_for(backend, sample, dtype)
-    expected = pac_conv2d(**arguments, backend=backend)
-    output = pac_conv2d_(**arguments, backend=backend)
-    assert output is arguments["residual"]
-    assert torch.equal(output, expected)
-
-
-@compare.one_case("pac_conv2d_")
-def test_in_place_is_a_change_that_autograd_sees(backend, sample):
-    arguments = compare.arguments_for(backend, sample, torch.float32)
-    leaf = torch.ones_like(arguments["residual"], requires_grad=True)
-    saved = leaf * 2
-    loss = saved.square().sum()
-    with torch.no_grad():
-        pac_conv2d_(**{**arguments, "residual": saved}, backend=backend)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-@compare.one_case("pac_conv2d_")
-def test_compile_in_place(backend, sample):
-    torch.compiler.reset()
-    arguments = compare.arguments_for(backend, sample, torch.float32)
-    expected = pac_conv2d(**arguments, backend=backend)
-    compiled = torch.compile(pac_conv2d_, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(**arguments, backend=backend), expected)
-    assert torch.equal(arguments["residual"], expected)
-
-
-@compare.one_case("pac_conv2d_")
-def test_a_compiled_graph_in_place_refuses_overlaps(backend, sample):
-    """torch.compile knows no addresses; the op does. The reference computes all of the result before it writes."""
-    if backend == "reference":
-        pytest.skip("needs no refusal")
-    torch.compiler.reset()
-    arguments = compare.arguments_for(backend, sample, torch.float32)
-    del arguments["residual"]
-    x = arguments["x"] = torch.zeros(1, 5, 9, 9, device=arguments["x"].device)
-    arguments |= {"guide": x[:, :2] + 1, "weight": torch.ones(2, 5, 3, 3, device=x.device), "bias": None, "padding": 1}
-    compiled = torch.compile(pac_conv2d_, fullgraph=True, backend="eager")
-    with pytest.raises(ValueError, match="x must share no memory with residual"):
-        compiled(x[:, 1:3], **arguments, backend=backend)
-
-
-@compare.one_case("pac_conv2d_")
-def test_in_place_on_inference_tensors(backend, sample):
-    arguments = compare.arguments_for(backend, sample, torch.float32)
-    with torch.inference_mode():
-        residual = arguments.pop("residual").clone()
-        expected = pac_conv2d(**arguments, residual=residual, backend=backend)
-        assert torch.equal(pac_conv2d_(residual, **arguments, backend=backend), expected)
-    with pytest.raises(ValueError, match=r"residual must be written to inside torch.inference_mode\(\) alone"):
-        pac_conv2d_(residual, **arguments, backend=backend)
-
-
-def test_shapes_without_numbers():
-    arguments = {"residual": torch.zeros(2, 5, 4, 5), "x": X, "guide": GUIDE, "weight": WEIGHT}
-    assert pac_conv2d_(**{name: value.to("meta") for name, value in arguments.items()}).shape == (2, 5, 4, 5)
-
-
 @compare.every_backend(OPERATOR)
 @pytest.mark.parametrize("spoiled", [torch.inf, torch.nan])
 def test_spoiled_guide_stays_local(backend, spoiled):
@@ -490,50 +422,7 @@ def test_no_tap_inside_gives_the_bias(backend):
     assert not torch.equal(output[0, :, 2, 2], bias)
 
 
-def test_kernel():
-    guide = torch.zeros(1, 2, 3, 4)
-    guide[0, :, 1, 1] = torch.tensor([3.0, 4.0])
-    kernel = pac_kernel2d(guide, 3, padding=1)
-    assert kernel.shape == (1, 1, 3, 3, 3, 4)
-    expected = torch.full((3, 3), torch.exp(torch.tensor(-12.5)))
-    expected[1, 1] = 1
-    torch.testing.assert_close(kernel[0, 0, :, :, 1, 1], expected)
-    normalized = pac_kernel2d(guide, 3, padding=1, normalize=True)
-    torch.testing.assert_close(normalized.sum((2, 3)), torch.ones(1, 1, 3, 4))
-    # In the corner four taps lie inside; those towards the pixel of another colour hardly count.
-    torch.testing.assert_close(
-        normalized[0, 0, :, :, 0, 0], torch.tensor([[0, 0, 0], [0, 1, 1], [0, 1, 0]]) / 3, atol=1e-5, rtol=0
-    )
-
-
-def shapes(tensors):
-    return {name: list(tensor.shape) for name, tensor in tensors.items()}
-
-
-def test_module():
-    layer = PacConv2d(3, 5, 3, stride=2, padding=1, dilation=2, normalize_kernel=True)
-    assert {name: list(value.shape) for name, value in layer.state_dict().items()} == {
-        "weight": [5, 3, 3, 3],
-        "bias": [5],
-    }
-    x, guide = torch.randn(1, 3, 8, 8), torch.randn(1, 2, 8, 8)
-    geometry = dict(stride=2, padding=1, dilation=2, normalize=True)
-    assert torch.equal(layer(x, guide), pac_conv2d(x, guide, layer.weight, layer.bias, **geometry))
-    assert 0.9 * 27**-0.5 < layer.weight.abs().max() <= 27**-0.5
-
-
-def test_module_shared_filters():
-    layer = PacConv2d(3, 3, 5, padding=2, bias=False, shared_filters=True)
-    assert shapes(layer.state_dict()) == {"weight": [1, 1, 5, 5]}
-    assert layer(torch.randn(1, 3, 4, 4), torch.randn(1, 2, 4, 4)).shape == (1, 3, 4, 4)
-    with pytest.raises(
-        ValueError, match=r"^PacConv2d: out_channels must equal in_channels = 3 with shared_filters, got 4$"
-    ):
-        PacConv2d(3, 4, 5, shared_filters=True)
-
-
 X, GUIDE, WEIGHT = torch.randn(2, 3, 6, 7), torch.randn(2, 4, 6, 7), torch.randn(5, 3, 3, 3)
-SQUARE = torch.randn(1, 3, 3, 3)  # of the shape that one filter gives it
 
 
 @pytest.mark.parametrize(
@@ -572,42 +461,7 @@ def test_rejects(changed, message, backend):
         pac_conv2d(**{"x": X, "guide": GUIDE, "weight": WEIGHT, **changed}, backend=backend)
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"residual": torch.zeros(2, 5, 5, 4).mT}, r"residual must be contiguous, got strides .*"),
-        ({"residual": torch.zeros(2, 5, 4, 4)}, r"residual must be of shape \[2, 5, 4, 5\], got shape \[2, 5, 4, 4\]"),
-        ({"weight": WEIGHT.clone().requires_grad_()}, r"weight must require no gradient \(.*\), got one that does"),
-        ({"residual": X.flatten()[:200].view(2, 5, 4, 5)}, r"x must share no memory with residual, .*"),
-        ({"residual": X.flatten()[-200:].view(2, 5, 4, 5)}, r"x must share no memory with residual, .*"),
-        (
-            {"residual": SQUARE, "x": SQUARE, "guide": SQUARE * 1, "weight": SQUARE[:, :1, :1, :1]},
-            r"x must share no memory .*",
-        ),
-    ],
-    ids=["strides", "shape", "gradient", "overlap", "overlap behind", "same"],
-)
-@compare.every_backend("pac_conv2d_")
-def test_rejects_in_place(changed, message, backend):
-    arguments = {"residual": torch.zeros(2, 5, 4, 5), "x": X, "guide": GUIDE, "weight": WEIGHT, **changed}
-    with pytest.raises(ValueError, match=f"^pac_conv2d_: {message}$"):
-        pac_conv2d_(**arguments, backend=backend)
-
-
 def test_reference_of_one_tap_reaches_the_guide_with_zero():
     guide = GUIDE.clone().requires_grad_()
     pac_conv2d(X, guide, WEIGHT[..., :1, :1], backend="reference").sum().backward()
     assert guide.grad.eq(0).all()
-
-
-@pytest.mark.parametrize("argument", ["bias", "normalize_kernel", "shared_filters"])
-def test_rejects_switches_of_the_module(argument):
-    with pytest.raises(ValueError, match=f"^PacConv2d: {argument} must be True or False, got 'no'$"):
-        PacConv2d(3, 3, 3, **{argument: "no"})
-
-
-def test_rejects_kernel_size():
-    with pytest.raises(ValueError, match=r"^pac_kernel2d: kernel_size must be an odd integer of at least 1, got 4$"):
-        pac_kernel2d(GUIDE, 4)
-    with pytest.raises(ValueError, match=r"^pac_kernel2d: guide must be at least 7 x 7 to give an output, got 6 x 7$"):
-        pac_kernel2d(GUIDE, 7)
