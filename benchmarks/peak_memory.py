@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import ROOT
 from benchmarks.contest import copy
-from restoration.memory import forget_peak, resident, return_freed_pages
+from restoration.memory import PeakMemory, forget_peak, is_out_of_memory, return_freed_pages
 
 OUT_OF_MEMORY = "out of memory"
 # Of the memory that is free when a process starts, how much it may take: with the rest other programs live on, and the
@@ -86,10 +86,8 @@ def _print_peak(entry):
     try:
         peak = _peak(entry)
     except Exception as error:  # of one benchmark; the others go on
-        # The CPU's allocator has no error of its own.
-        exhausted = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "CPUAllocator" in str(error)
         # Another error comes again when the benchmark is timed, and then fails that one alone.
-        peak = OUT_OF_MEMORY if exhausted else None
+        peak = OUT_OF_MEMORY if is_out_of_memory(error) else None
     _print(str(entry), peak)
 
 
@@ -106,15 +104,11 @@ def _peak(entry):
     gc.collect()
     if entry.device == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        baseline = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - baseline
-    if not (return_freed_pages() and forget_peak()):
+    elif not (return_freed_pages() and forget_peak()):
         return None
-    baseline = resident("VmRSS")
+    peak = PeakMemory(torch.device(entry.device))
     call()
-    return resident("VmHWM") - baseline
+    return peak.bytes()
 
 
 def _limit_memory():

@@ -6,6 +6,7 @@ bound to a name until the call that uses its address has returned.
 
 import contextlib
 import functools
+import importlib
 import mmap
 import os
 
@@ -39,6 +40,16 @@ def run(kernel, backend, tensors, sizes, dtype):
         function(**addresses, **sizes, dtype=dtype_code(dtype), threads=torch.get_num_threads())
     else:
         function(**addresses, **sizes, dtype=dtype_code(dtype), stream=torch.cuda.current_stream().cuda_stream)
+
+
+def triton(stem):
+    """The module of an operator's Triton kernels. Importing triton takes a second: only for those who use it."""
+    return importlib.import_module(f".{stem}_triton", __package__)
+
+
+def image_sizes(x):
+    """The sizes of x [B,C,H,W] by the names that the extension gives them."""
+    return dict(zip(("batch", "channels", "height", "width"), x.shape, strict=True))
 
 
 def workspace(operator, sizes, like):

@@ -370,10 +370,7 @@ def _save_nce(inputs, outputs):
 
 def _launch_kernel(kernel, backend, tensors, sizes):
     if backend == "triton":
-        # Importing triton takes a second: only for those who use it.
-        from . import ccpl_triton
-
-        getattr(ccpl_triton, kernel)(**tensors, **sizes)
+        getattr(_launch.triton("ccpl"), kernel)(**tensors, **sizes)
         return
     dtype = next(tensor.dtype for name, tensor in tensors.items() if name in ("x", "grad_y", "query"))
     _launch.run(kernel, backend, tensors, sizes, dtype)

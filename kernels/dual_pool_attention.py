@@ -73,13 +73,10 @@ def _launch_backward(backend, outputs, grad_y, x, weight, mean, scale, pool_size
 
 def _launch_kernel(direction, backend, tensors, pool_size):
     if backend == "triton":
-        # Importing triton takes a second: only for those who use it.
-        from . import dual_pool_attention_triton
-
-        getattr(dual_pool_attention_triton, direction)(**tensors, pool_size=pool_size)
+        getattr(_launch.triton("dual_pool_attention"), direction)(**tensors, pool_size=pool_size)
         return
     x = tensors["x"]
-    sizes = dict(zip(("batch", "channels", "height", "width"), x.shape, strict=True))
+    sizes = _launch.image_sizes(x)
     if backend == "cuda":
         tensors["workspace"] = _launch.workspace("dual_pool_attention", sizes, x)
     sizes.update(taps=len(tensors["weight"]), pool_size=pool_size)

@@ -113,13 +113,10 @@ def _launch_backward(backend, outputs, grad_y, x, weight, mean, scale, grad_adde
 
 def _launch_kernel(direction, backend, tensors, padding, pool_size, dtype):
     if backend == "triton":
-        # Importing triton takes a second: only for those who use it.
-        from . import dual_pool_attention_pad2d_triton
-
-        getattr(dual_pool_attention_pad2d_triton, direction)(**tensors, padding=padding, pool_size=pool_size)
+        getattr(_launch.triton("dual_pool_attention_pad2d"), direction)(**tensors, padding=padding, pool_size=pool_size)
         return
     x = tensors["x"]
-    sizes = dict(zip(("batch", "channels", "height", "width"), x.shape, strict=True))
+    sizes = _launch.image_sizes(x)
     if backend == "cuda":
         tensors["workspace"] = _launch.workspace("dual_pool_attention_pad2d", sizes, x)
     sizes.update(taps=len(tensors["weight"]), pool_size=pool_size, padding=padding)

@@ -108,13 +108,10 @@ def _cuda_cannot(image, guide, **_):
 def _launch_kernel(backend, image, guide, product, energy, factor, eps, radius):
     """product = factor · M image and energy, either of which may be None."""
     if backend == "triton":
-        # Importing triton takes a second: only for those who use it.
-        from . import matting_laplacian_triton
-
-        matting_laplacian_triton.run(image, guide, product, energy, factor, eps, radius)
+        _launch.triton("matting_laplacian").run(image, guide, product, energy, factor, eps, radius)
         return
     tensors = {"image": image, "guide": guide, "product": product, "energy": energy}
-    sizes = dict(zip(("batch", "channels", "height", "width"), image.shape, strict=True), radius=radius)
+    sizes = _launch.image_sizes(image) | {"radius": radius}
     if backend == "cuda":
         tensors["workspace"] = _launch.workspace("matting_laplacian", sizes, image)
     _launch.run("matting_laplacian", backend, tensors, {**sizes, "factor": factor, "eps": eps}, image.dtype)

@@ -291,10 +291,7 @@ def _launch_forward(
 ):
     (y,) = outputs
     if backend == "triton":
-        # Importing triton takes a second: only for those who use it.
-        from . import pac_conv2d_triton
-
-        return pac_conv2d_triton.forward(
+        return _launch.triton("pac_conv2d").forward(
             x, guide, weight, bias, residual, y, stride, padding, dilation, normalize, alpha, quantum
         )
     geometry = _options(x, guide, weight, stride, padding, dilation, normalize)
@@ -331,9 +328,7 @@ def _launch_backward(backend, outputs, grad_y, x, guide, weight, stride, padding
     if all(gradient is None for gradient in gradients):
         return
     if backend == "triton":
-        from . import pac_conv2d_backward_triton
-
-        return pac_conv2d_backward_triton.backward(
+        return _launch.triton("pac_conv2d_backward").backward(
             grad_y, x, guide, weight, *gradients, stride, padding, dilation, normalize, alpha
         )
     geometry = _options(x, guide, weight, stride, padding, dilation, normalize)

@@ -66,10 +66,7 @@ def _launch_backward(backend, outputs, grad_rectified, grad_rest, rectified, wan
 def _launch_kernel(direction, backend, tensors, pixels):
     """pixels: the tensor [B,H,W,C] among them."""
     if backend == "triton":
-        # Importing triton takes a second: only for those who use it.
-        from . import relu_split_triton
-
-        getattr(relu_split_triton, direction)(**tensors)
+        getattr(_launch.triton("relu_split"), direction)(**tensors)
         return
     sizes = dict(zip(("batch", "height", "width", "channels"), pixels.shape, strict=True))
     sizes["split"] = tensors["rectified"].shape[1]

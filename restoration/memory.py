@@ -24,15 +24,20 @@ class PeakMemory:
             forget_peak()  # not every system lets a program do so, and none fails for the lack of it
             self._idle = resident("VmRSS")
 
-    def mebibytes(self) -> float | None:
+    def bytes(self) -> int | None:
         """None where the system does not tell."""
         if self._device.type == "cuda":
-            return (torch.cuda.max_memory_allocated(self._device) - self._idle) / MEBIBYTE
+            return torch.cuda.max_memory_allocated(self._device) - self._idle
         peak = resident("VmHWM")
         if peak is None or self._idle is None:
             return None
         # Linux adds up the pages of several processors late: its peak can lie some pages below what it said before.
-        return max(0, peak - self._idle) / MEBIBYTE
+        return max(0, peak - self._idle)
+
+    def mebibytes(self) -> float | None:
+        """The same in units of 2^20."""
+        peak = self.bytes()
+        return None if peak is None else peak / MEBIBYTE
 
 
 def resident(field: str) -> int | None:
