@@ -47,7 +47,13 @@ def pac_conv2d_reference(
         y = (scaled * weight.reshape(-1, 1, 1)).sum(2)
         y = y if bias is None else y + bias.view(-1, 1, 1)
     else:
-        y = F.conv2d(scaled.flatten(1, 2), weight.flatten(1)[:, :, None, None], bias)
+        inputs, weights = scaled.flatten(1, 2), weight.flatten(1)
+        if bias is not None:
+            # As weights of a row of ones: the bias gradient of conv2d itself, in bfloat16 with AMX and PyTorch 2.13,
+            # writes past its end where there are thousands of inputs and few outputs.
+            inputs = torch.cat((inputs, torch.ones_like(inputs[:, :1])), 1)
+            weights = torch.cat((weights, bias[:, None]), 1)
+        y = F.conv2d(inputs, weights[:, :, None, None])
     if quantum is not None:
         y = _rounded(y, quantum)
     return alpha * y if residual is None else residual + alpha * y

@@ -19,7 +19,7 @@ from rich.progress import track
 from scipy.stats import t as students_t
 
 import restoration
-from restoration.checkpoints import load_checkpoint, load_network
+from restoration.checkpoints import load_network
 from restoration.collection import Pair, find_paintings
 from restoration.config import TrainingConfig, make_config
 from restoration.errors import UserError
@@ -27,7 +27,7 @@ from restoration.evaluate import NETWORK, check_readable, check_size, choose_met
 from restoration.evaluation_report import aligned_table, summarise
 from restoration.files import content_hash, make_folder, read_json, sole_writer, write_json, write_text_whole
 from restoration.journal import TrainingDivergedError
-from restoration.runs import newest_checkpoint
+from restoration.runs import load_training, newest_checkpoint
 from restoration.train import check_precision, train
 from restoration.vgg import VGG19Features
 
@@ -144,7 +144,7 @@ def _steps_done(folder: Path, config: TrainingConfig, paintings: dict[str, str])
     newest = newest_checkpoint(folder)
     if newest is None:
         return 0
-    description = load_checkpoint(newest).description
+    description = load_training(newest).description
     wanted = config.to_dict()
     for name, value in description["training"].items():
         if name != "iterations" and wanted.get(name) != value:

@@ -213,10 +213,13 @@ def evaluate(
 
     from restoration.checkpoints import load_network
     from restoration.device import choose_device
+    from restoration.distributed import joined
     from restoration.evaluate import choose_cases, choose_methods, evaluate, rows_apart
     from restoration.evaluation_report import CAPTION, SHEET, check_output, markdown_table, summarise, write_report
     from restoration.vgg import metric_features
 
+    with joined() as world:
+        world.refuse_company("evaluate")
     if synthetic and vgg is not None:
         raise UserError(f"--vgg {vgg} is for Gram losses, which --synthetic does not measure: leave one of them out")
     check_output(out, data, force=force)
@@ -400,7 +403,10 @@ def dataset_build(
     from rich.progress import Progress
 
     from restoration.dataset import UNIFORM_SHARE, build_dataset
+    from restoration.distributed import joined
 
+    with joined() as world:
+        world.refuse_company("dataset build")
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("cutting", total=None)
         report = build_dataset(

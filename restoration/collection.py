@@ -58,7 +58,7 @@ def find_paintings(
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"{root}: is not a folder of paintings")
-    indexed = (root / INDEX_FILE).is_file()
+    indexed = os.path.lexists(root / INDEX_FILE)  # a link to what is not there is a table that cannot be read
     paintings = _indexed_paintings(root) if indexed else _paintings_in_folders(root)
     if not paintings:
         raise UserError(f"{root}: holds no images ({', '.join(READABLE_SUFFIXES)})")
@@ -161,7 +161,9 @@ def _paintings_in_folders(root: Path) -> list[Painting]:
         logger.warning("%s: %d images outside the style folders are left out", root, len(loose))
 
     if splits is not None:
-        _check_files(root, works, {path.relative_to(root).as_posix() for path in itertools.chain(*styles.values())})
+        _check_files(
+            root, works, splits, {path.relative_to(root).as_posix() for path in itertools.chain(*styles.values())}
+        )
     paintings = []
     for style, images in styles.items():
         for path in images:
@@ -195,9 +197,12 @@ def _images(paths: Iterable[Path], root: Path) -> list[Path]:
 def _works_and_splits(root: Path) -> tuple[dict[str, str], dict[str, str] | None]:
     """The painting_id of each file that MANIFEST.csv names, and the split of each painting_id (None: no SPLIT.csv)."""
     manifest, split_table = root / MANIFEST_FILE, root / SPLIT_FILE
-    if not split_table.is_file():
+    if not os.path.lexists(split_table):
+        for path in root.iterdir():
+            if path.name.casefold() == SPLIT_FILE.casefold():
+                raise UserError(f"{path}: must be named {SPLIT_FILE}, if it says which works are held out; rename it")
         # A manifest of another make, without painting_id, says nothing here and does no harm.
-        lines = read_table(manifest, ()) if manifest.is_file() else []
+        lines = read_table(manifest, ()) if os.path.lexists(manifest) else []
         lines = [line for line in lines if line.get("file") and line.get("painting_id")]
         return _works(manifest, lines), None
 
@@ -223,8 +228,12 @@ def _works(manifest: Path, lines: Iterable[dict[str, str]]) -> dict[str, str]:
     return _told(manifest, lines, "file", "painting_id")
 
 
-def _check_files(root: Path, works: dict[str, str], images: set[str]) -> None:
-    """UserError where the manifest names an image otherwise than the folder, whose work might be held out."""
+def _check_files(root: Path, works: dict[str, str], splits: dict[str, str], images: set[str]) -> None:
+    """UserError where an image might be of a work that is held out, as the manifest names it otherwise than the folder.
+
+    Of the names that no image has, those of held-out works may be of what somebody left out, if the folder has no image
+    but those that the manifest names.
+    """
     manifest = root / MANIFEST_FILE
     unmatched = [file for file in works if file not in images]
     spellings = {_loosely(file): file for file in unmatched}
@@ -235,13 +244,20 @@ def _check_files(root: Path, works: dict[str, str], images: set[str]) -> None:
                 "is"
             )
     missing = [file for file in unmatched if not (root / file).is_file()]
+    unnamed = sorted(images - works.keys())
+    hidden = [file for file in missing if splits.get(works[file]) == "test"]
+    if hidden and unnamed:
+        raise UserError(
+            f"{manifest}: names '{hidden[0]}', of a work that is held out, which is not there, and does not name "
+            f"'{unnamed[0]}', which may be it; name files by their paths from {root}"
+        )
     if missing:
         logger.warning("%s: %d files are not there, such as '%s'", manifest, len(missing), missing[0])
 
 
 def _loosely(file: str) -> str:
-    """A file's name less what systems and people write in several ways: case, accents, the suffix and "\\" for "/"."""
-    name = PurePosixPath(file.replace("\\", "/")).with_suffix("").as_posix()
+    """A file's name less what is written in several ways: case, accents, the suffix, "\\" for "/", spaces around it."""
+    name = PurePosixPath(file.strip().replace("\\", "/")).with_suffix("").as_posix()
     return unicodedata.normalize("NFC", name).casefold()
 
 

@@ -38,6 +38,8 @@ def to_srgb(image: Image.Image, path: Path) -> tuple[Image.Image, bytes | None]:
     """The picture (of a mode without alpha or palette) in RGB, and the sRGB profile to write with it, or None."""
     profile = image.info.get("icc_profile")
     if not profile:
+        if image.mode == "CMYK":
+            logger.warning("%s: is in CMYK, but holds no profile; its colours are a guess", path)
         return _to_rgb(image, path), None
     try:
         transform = _transform_to_srgb(profile, image.mode)

@@ -15,6 +15,7 @@ import itertools
 import logging
 import os
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -118,15 +119,21 @@ def build_dataset(
         with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}-unfinished-") as workshop:
             uncut = [Path(workshop, "crops", name) for name in _crop_names(source, paintings)]
 
+            stopped = threading.Event()
+
             def cut(painting: Painting, stem: Path) -> _Cut:
-                return _cut(painting, stem, crop, stride, small, uniform_share)
+                return _cut(painting, stem, crop, stride, small, uniform_share, stopped)
 
             cuts = []
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                for result in pool.map(cut, paintings, uncut):
-                    cuts.append(result)
-                    if progress is not None:
-                        progress(len(cuts), len(paintings))
+                try:
+                    for result in pool.map(cut, paintings, uncut):
+                        cuts.append(result)
+                        if progress is not None:
+                            progress(len(cuts), len(paintings))
+                except BaseException:
+                    stopped.set()  # the pool waits for the pictures at hand
+                    raise
             finished = Path(workshop, "dataset")
             report = _arrange(source, finished, paintings, cuts, TEST_SHARE if test_share is None else test_share)
             if place.exists():
@@ -155,8 +162,10 @@ def _starts(length: int, crop: int, stride: int) -> list[int]:
     return [*range(0, last, stride), last]
 
 
-def _cut(painting: Painting, stem: Path, crop: int, stride: int, small: str, uniform_share: float) -> _Cut:
-    """Write the crops of one painting to <stem>_<x>_<y>.png."""
+def _cut(
+    painting: Painting, stem: Path, crop: int, stride: int, small: str, uniform_share: float, stopped: threading.Event
+) -> _Cut:
+    """Write the crops of one painting to <stem>_<x>_<y>.png, or none that are left once all work is stopped."""
     try:
         picture = read_rgb(painting.path)
     except UserError as error:
@@ -180,6 +189,8 @@ def _cut(painting: Painting, stem: Path, crop: int, stride: int, small: str, uni
     crops, uniform = [], 0
     stem.parent.mkdir(parents=True, exist_ok=True)
     for left, top in windows(picture.width, picture.height, crop, stride):
+        if stopped.is_set():
+            break
         window = picture.crop((left, top, left + crop, top + crop))
         if is_uniform(window, uniform_share):
             uniform += 1

@@ -103,11 +103,13 @@ def _open(path: Path) -> Image.Image:
             raise UserError(f"{path}: is an empty file (0 bytes)")
         try:
             image = Image.open(file, formats=_READABLE_FORMATS)
+            pages = _pages(image, path)
             if image.format == "TIFF":
+                if pages:
+                    image.seek(pages[0])
                 _check_tiff(image, path)
             if image.format == "PNG":
                 _fit_transparent_colour(image)
-            pages = _pages(image, path) if image.format in _FORMATS_OF_PAGES else 1
             image.load()
             assume_declared_profile(image, path)
         except UnidentifiedImageError:
@@ -119,21 +121,30 @@ def _open(path: Path) -> Image.Image:
         # Pillow's decoders answer damaged bytes with nearly any exception: OSError, SyntaxError, struct.error and more.
         except Exception as error:
             raise UserError(f"{path}: is damaged or truncated ({reason(error)})") from error
-    if pages > 1:
-        logger.warning("%s: holds %d pictures, of which only the first is read", path, pages)
+    if len(pages) > 1:
+        logger.warning("%s: holds %d pictures, of which only the first is read", path, len(pages))
+    elif not pages and _is_copy_or_mask(image):
+        logger.warning("%s: is read as the reduced copy that it says it is; no other picture is found in it", path)
     return image
 
 
-def _pages(image: Image.Image, path: Path) -> int:
-    """Pictures that a file holds, up to one that is damaged; without reduced copies and masks, which are TIFF's."""
+def _pages(image: Image.Image, path: Path) -> list[int]:
+    """Which pictures a file holds, up to one that is damaged; without reduced copies and masks, which are TIFF's."""
+    if image.format not in _FORMATS_OF_PAGES:
+        return [0]
     if image.format != "TIFF":
-        return getattr(image, "n_frames", 1)
-    count = 0
+        return list(range(getattr(image, "n_frames", 1)))
+    numbers = []
     with suppress(Exception), Image.open(path, formats=("TIFF",)) as pages:  # this one stays where it is
         for number in range(pages.n_frames):
             pages.seek(number)
-            count += not pages.tag_v2.get(ExifTags.Base.NewSubfileType, 0) & _COPY_OR_MASK
-    return count
+            if not _is_copy_or_mask(pages):
+                numbers.append(number)
+    return numbers
+
+
+def _is_copy_or_mask(page: Image.Image) -> bool:
+    return bool(page.tag_v2.get(ExifTags.Base.NewSubfileType, 0) & _COPY_OR_MASK)
 
 
 def _fit_transparent_colour(image: Image.Image) -> None:
@@ -147,7 +158,12 @@ def _fit_transparent_colour(image: Image.Image) -> None:
 
 def _unidentified(file: BinaryIO) -> str:
     file.seek(0)
-    if file.read(4) in _TIFF_BEGINNINGS:
+    beginning = file.read(16)
+    if beginning[:4] in _TIFF_BEGINNINGS:
+        # A number says where the tags stand, which many programs write last.
+        place = beginning[8:16] if b"+" in beginning[2:4] else beginning[4:8]
+        if int.from_bytes(place, "little" if beginning[:1] == b"I" else "big") >= file.seek(0, os.SEEK_END):
+            return "is damaged or truncated (its tags are missing)"
         return "is a TIFF file of a kind that cannot be read; save it as RGB or grey with 8 or 16 bits a channel"
     return "is not a readable PNG, JPEG, TIFF, WebP or BMP image"
 
@@ -170,6 +186,8 @@ def _check_tiff(image: Image.Image, path: Path) -> None:
             "compressed, or with the channels of a pixel together"
         )
     kind, *_ = tags.get(ExifTags.Base.SampleFormat, (1,))
+    if kind == _SIGNED and bits <= 8:
+        raise UserError(f"{path}: signed pixels of {bits} bits cannot be read; save it with unsigned ones")
     largest = 2 ** (bits - (kind == _SIGNED)) - 1
     image.info[_TIFF_RANGE] = largest, tags.get(ExifTags.Base.PhotometricInterpretation) == _WHITE_IS_ZERO
     if ExifTags.Base.XResolution not in tags:

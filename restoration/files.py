@@ -86,6 +86,14 @@ def content_hash(path: Path) -> str:
         return ""
 
 
+def size_in_bytes(path: Path) -> int:
+    """Of a file; -1 where it is not there, or not to be looked at."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
 def lies_within(path: Path, folder: Path) -> bool:
     """Whether path, which may be missing, is the folder or lies somewhere in it."""
     return path.resolve().is_relative_to(folder.resolve())

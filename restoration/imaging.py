@@ -60,6 +60,7 @@ _LONGEST_JPEG_NOTES = {
     "iptc": 65_533 - JPEG_BYTES_BESIDE_IPTC,
     "comment": 65_533,
 }
+_FORMATS_OF_LONG_NOTES = {"iptc": ".tif", "comment": ".png"}  # of the others all
 
 
 @dataclass(frozen=True)
@@ -292,6 +293,6 @@ def check_format_holds(path: Path, size: Sequence[int], like: Picture | None) ->
         length = len(getattr(like, name) or b"")
         if length > longest:
             raise UserError(
-                f"{path}: JPEG holds at most {longest} bytes of {name.upper()} data, got {length}; "
-                "use .png, .tif or .webp"
+                f"{path}: JPEG holds at most {longest} bytes of {name.upper()} data, got {length}; use "
+                + _FORMATS_OF_LONG_NOTES.get(name, ".png, .tif or .webp")
             )

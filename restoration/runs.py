@@ -22,7 +22,7 @@ from restoration.checkpoints import (
 from restoration.collection import Painting
 from restoration.config import SHAPING, TrainingConfig, checked, option
 from restoration.errors import UserError
-from restoration.files import check_can_be_written, content_hash, read_json
+from restoration.files import check_can_be_written, content_hash, read_json, size_in_bytes
 from restoration.step import TrainingStep
 
 LOSSES_PREFIX = "losses."
@@ -75,7 +75,7 @@ def inputs_of(
     built data set, would take minutes.
     """
     lines = sorted(
-        f"{one.style}\0{one.painting_id}\0{one.path.relative_to(data)}\0{one.path.stat().st_size}" for one in paintings
+        f"{one.style}\0{one.painting_id}\0{one.path.relative_to(data)}\0{size_in_bytes(one.path)}" for one in paintings
     )
     return {
         "styles": styles,
@@ -161,6 +161,14 @@ def newest_checkpoint(run: Path) -> Path | None:
     return next(reversed(checkpoints_of(run)), None)
 
 
+def load_training(path: Path) -> Checkpoint:
+    """UserError where the file holds weights alone."""
+    checkpoint = load_checkpoint(path)
+    if not {"training", "step"} <= checkpoint.description.keys() or not checkpoint.part(OPTIMIZER_PREFIX):
+        raise UserError(f"{path}: is no checkpoint of a training run, but weights alone, which --initial-weights takes")
+    return checkpoint
+
+
 def resumed_config(run: Path, overrides: dict[str, object]) -> TrainingConfig:
     """Settings of run's newest checkpoint, with those overrides that are not None, none of them among SHAPING."""
     path = newest_checkpoint(run)
@@ -168,7 +176,7 @@ def resumed_config(run: Path, overrides: dict[str, object]) -> TrainingConfig:
         raise UserError(f"{run}: holds no checkpoint to resume from")
     known = {field.name for field in fields(TrainingConfig)}
     try:
-        stored = load_checkpoint(path).description["training"]
+        stored = load_training(path).description["training"]
     except UserError as error:
         *older, _ = checkpoints_of(run)
         way_on = f"once it is removed, --resume goes on from {older[-1].name}" if older else "there is no older one"

@@ -37,6 +37,7 @@ from restoration.runs import (
     checkpoint_to_resume,
     checkpoints_of,
     inputs_of,
+    load_training,
     remove_old_checkpoints,
     restore,
     save_training,
@@ -80,7 +81,7 @@ def train(
     world.together(lambda: check_precision(config, device))
     checkpoint = None
     if checkpoint_path is not None:
-        checkpoint = world.decide(lambda: load_checkpoint(checkpoint_path))
+        checkpoint = world.decide(lambda: load_training(checkpoint_path))
         before = checkpoint.description.get("inputs", {})
         styles = styles or before.get("styles")
         vgg = vgg or (before.get("vgg") and Path(before["vgg"]))
@@ -236,7 +237,9 @@ def _run_steps(
                 world.decide(partial(remove_old_checkpoints, run, config.keep_checkpoints))
                 unproven = math.inf
             if stopped:
-                raise InterruptedError(stopped, f"stopped by signal at step {done}; saved {saved}")
+                skipped = journal.skipped_in_a_row
+                doubt = f", which may be past use: the last {skipped} steps were skipped" if skipped else ""
+                raise InterruptedError(stopped, f"stopped by signal at step {done}; saved {saved}{doubt}")
     if (trouble := journal.summary()) is not None:
         world.tell(trouble)
     return saved
@@ -364,8 +367,8 @@ def _report(record: StepRecord, progress: Progress, writer: SummaryWriter, smoot
 def _warn_of_imbalance(losses: dict[str, float], progress: Progress) -> None:
     terms = {name: value for name, value in losses.items() if name != "total"}
     progress.console.print("weighted losses at step 0: " + ", ".join(f"{k} {v:.3g}" for k, v in terms.items()))
-    *_, second, largest = [0.0, *sorted(terms.values())]
-    if largest > IMBALANCE * second:
+    *others, largest = sorted(value for value in terms.values() if value != 0)  # 0 is what is switched off
+    if others and largest > IMBALANCE * others[-1]:
         _warn(f"one of them exceeds all others by more than {IMBALANCE} times", progress)
 
 

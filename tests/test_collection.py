@@ -100,7 +100,7 @@ class TestFindPaintings:
         assert len(find_paintings(split_folders)) == 6 and caplog.text == ""
 
         tables = manifest.read_text()
-        for spelling in ("ink\\1.png", "Ink/1.PNG", "ink/1.tif"):
+        for spelling in ("ink\\1.png", "Ink/1.PNG", "ink/1.tif", " ink/1.png"):
             manifest.write_text(tables.replace("ink/1.png", spelling))
             saying = f"MANIFEST.csv: names '{spelling}', which is not there, in the place of 'ink/1.png', it seems"
             assert_refuses(find_paintings, split_folders, saying=saying)
@@ -110,9 +110,19 @@ class TestFindPaintings:
             assert_refuses(find_paintings, split_folders, saying=saying)
         manifest.write_text(tables.replace("ink/1.png", "./ink//1.png"))
         assert "ink/1.png" in names(split_folders, find_paintings(split_folders, split="test"))
+        manifest.write_text(tables.replace("ink/", "scans/ink/"))
+        saying = (
+            "names 'scans/ink/1.png', of a work that is held out, which is not there, and does not name 'ink/1.png'"
+        )
+        assert_refuses(find_paintings, split_folders, saying=saying)
         manifest.write_text(f"{tables}ink/9.png,p9\n")
         find_paintings(split_folders)
         assert "MANIFEST.csv: 1 files are not there, such as 'ink/9.png'" in caplog.text
+        split.rename(split_folders / "Split.csv")
+        assert_refuses(find_paintings, split_folders, saying="Split.csv: must be named SPLIT.csv, if it says which")
+        (split_folders / "Split.csv").unlink()
+        split.symlink_to("not fetched")
+        assert_refuses(find_paintings, split_folders, saying="SPLIT.csv: no such file")
         split.unlink()
         manifest.write_text(f"{manifest.read_text()}ink/2.png,p1\n")
         saying = "MANIFEST.csv: gives 'ink/2.png' two values of painting_id, 'p3' and 'p1'"

@@ -154,16 +154,49 @@ def test_further_pages_are_told_of(tmp_path, caplog, suffix):
     assert f"album.{suffix}: holds 3 pictures, of which only the first is read" in caplog.text
 
 
-def test_a_reduced_copy_is_no_page(tmp_path, caplog):
-    page, copy = Image.fromarray(random_pixels()), Image.fromarray(random_pixels(3, 4))
-    copy.encoderinfo = {"tiffinfo": {254: 1}}
-    page.save(tmp_path / "scan.tif", save_all=True, append_images=[copy])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (1, 2, 0)], ids=str)
+def test_reduced_copies_are_no_pages(tmp_path, caplog, order):
+    pages = [Image.fromarray(random_pixels(*size)) for size in ((9, 13), (3, 4), (5, 7))]
+    for number, page in enumerate(pages):
+        page.encoderinfo = {"tiffinfo": {254: min(number, 1), 282: 100.0 + number, 283: 100.0 + number, 296: 2}}
+    first, *others = (pages[number] for number in order)
+    first.save(tmp_path / "scan.tif", save_all=True, append_images=others, **first.encoderinfo)
     with Image.open(tmp_path / "scan.tif") as image:
-        assert image.n_frames == 2
-        image.seek(1)
+        assert image.n_frames == len(order)
+        image.seek(order.index(1))
         assert image.tag_v2[254] == 1
-    read_image(tmp_path / "scan.tif")
+    picture = read_image(tmp_path / "scan.tif")
+    assert np.array_equal(as_bytes(picture.rgb), random_pixels(9, 13)) and picture.dpi == (100, 100)
     assert not caplog.records
+
+
+def test_a_reduced_copy_alone_is_told_of(tmp_path, caplog):
+    Image.fromarray(random_pixels()).save(tmp_path / "scan.tif", tiffinfo={254: 1})
+    assert np.array_equal(as_bytes(read_image(tmp_path / "scan.tif").rgb), random_pixels())
+    assert "scan.tif: is read as the reduced copy that it says it is" in caplog.text
+
+
+def test_cmyk_without_a_profile_is_told_of(tmp_path, caplog):
+    Image.fromarray(random_pixels(channels=4), "CMYK").save(tmp_path / "press.tif")
+    assert read_image(tmp_path / "press.tif").rgb.shape == (3, 9, 13)
+    assert "press.tif: is in CMYK, but holds no profile; its colours are a guess" in caplog.text
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["TIFF", "BigTIFF"])
+def test_a_tiff_file_whose_end_is_missing_is_called_truncated(tmp_path, large):
+    path = tmp_path / "cut.tif"
+    Image.fromarray(random_pixels(40, 60)).save(path, big_tiff=large)
+    content = path.read_bytes()
+    place = 8 if large else 4
+    tags = len(content) - 100
+    # As programs write it that do not know how long the picture will be: with the tags last.
+    path.write_bytes(content[:place] + tags.to_bytes(place, "little") + content[2 * place : 3_000])
+    assert_refuses(read_image, path, saying="cut.tif: is damaged or truncated (its tags are missing)")
+
+
+def test_signed_pixels_of_8_bits_are_refused(tmp_path):
+    write_tiff(tmp_path / "signed.tif", {256: [4], 257: [4], 258: [8], 262: [1], 277: [1], 339: [2]}, [bytes(16)])
+    assert_refuses(read_image, tmp_path / "signed.tif", saying="signed.tif: signed pixels of 8 bits cannot be read")
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
