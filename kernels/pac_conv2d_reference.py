@@ -42,18 +42,18 @@ def pac_conv2d_reference(
         guide, kernel_size, stride=stride, padding=padding, dilation=dilation, normalize=normalize
     )
     taps = _taps(x, kernel_size, stride, padding, dilation)
-    scaled = torch.stack([tap * k for tap, k in zip(taps, kernel.flatten(2, 3).unbind(2), strict=True)], dim=2)
+    scaled = [tap * k for tap, k in zip(taps, kernel.flatten(2, 3).unbind(2), strict=True)]
     if weight.shape[:2] == (1, 1):
-        y = (scaled * weight.reshape(-1, 1, 1)).sum(2)
+        y = (torch.stack(scaled, dim=2) * weight.reshape(-1, 1, 1)).sum(2)
         y = y if bias is None else y + bias.view(-1, 1, 1)
     else:
-        inputs, weights = scaled.flatten(1, 2), weight.flatten(1)
+        weights = weight.permute(0, 2, 3, 1).flatten(1)
         if bias is not None:
-            # As weights of a row of ones: the bias gradient of conv2d itself, in bfloat16 with AMX and PyTorch 2.13,
-            # writes past its end where there are thousands of inputs and few outputs.
-            inputs = torch.cat((inputs, torch.ones_like(inputs[:, :1])), 1)
-            weights = torch.cat((weights, bias[:, None]), 1)
-        y = F.conv2d(inputs, weights[:, :, None, None])
+            # As the weights of ones: where inputs are thousands and outputs few, the bias gradient of conv2d itself, in
+            # bfloat16 on processors with AMX, writes past its end (PyTorch 2.13).
+            scaled.append(torch.ones_like(scaled[0][:, :1]))
+            weights = torch.cat((weights, bias[:, None]), dim=1)
+        y = F.conv2d(torch.cat(scaled, dim=1), weights[:, :, None, None])
     if quantum is not None:
         y = _rounded(y, quantum)
     return alpha * y if residual is None else residual + alpha * y

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -78,11 +79,27 @@ def main() -> None:
 @contextmanager
 def _end_at_sigterm() -> Iterator[None]:
     """As at Ctrl-C, so that nothing half made is left. Training has its own way to stop."""
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(SIGNAL_BASE + number))
+
+    def end(number: int, frame: FrameType | None) -> None:
+        # Nothing is made before all is imported, and extensions that are being imported swallow exceptions.
+        if _imports(frame):
+            os._exit(SIGNAL_BASE + number)
+        sys.exit(SIGNAL_BASE + number)
+
+    previous = signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether a module is being imported there."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextmanager

@@ -122,6 +122,16 @@ def test_a_full_disk_behind_standard_output_is_one_line(workshop, tmp_path, caps
     assert code == 2 and err == "error: [Errno 28] No space left on device\n"
 
 
+def test_sigterm_ends_imports_that_swallow_exceptions(tmp_path):
+    (tmp_path / "swallows.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGTERM)\nexcept BaseException:\n    print('went on')"
+    )
+    program = "from restoration import cli\nwith cli._end_at_sigterm():\n    import swallows"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": f"{tmp_path}:."}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "")
+
+
 def test_sigterm_cleans_up_as_ctrl_c_does():
     code = """
 import os, signal
@@ -331,12 +341,21 @@ def test_options_reach_what_they_are_for(workshop, tmp_path, capsys, monkeypatch
     assert {name: called[name] for name in passed} == passed
 
 
-def test_an_ablation_is_refused_to_several_processes(workshop, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "command",
+    [
+        "ablate --data {paintings} --out {out}",
+        "evaluate --data {paintings} --out {out}",
+        "dataset build {paintings} {out}",
+    ],
+)
+def test_several_processes_are_refused_to_commands_of_one(workshop, tmp_path, capsys, monkeypatch, command):
     several = contextlib.nullcontext(World(rank=0, size=2))
     monkeypatch.setattr("restoration.distributed.joined", lambda: several)
-    arguments = ("--data", workshop / "paintings", "--out", tmp_path / "out")
-    code, _, err = call(capsys, monkeypatch, "ablate", *arguments)
-    assert code == 2 and "ablate takes one process, got 2: leave torchrun out" in err
+    names = {"paintings": workshop / "paintings", "out": tmp_path / "out"}
+    code, _, err = call(capsys, monkeypatch, *(part.format(**names) for part in command.split()))
+    name = command.split(" {")[0].split(" --")[0]
+    assert code == 2 and f"{name} takes one process, got 2: leave torchrun out" in err
     assert not (tmp_path / "out").exists()
 
 

@@ -20,15 +20,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from restoration.checkpoints import load_checkpoint, load_network, save_checkpoint
 from restoration.collection import find_paintings
 from restoration.config import TrainingConfig, make_config
+from restoration.dataset import build_dataset
 from restoration.distributed import World
 from restoration.errors import UserError
 from restoration.files import sole_writer
-from restoration.journal import SKIPPED_IN_A_ROW, TrainingDivergedError
+from restoration.journal import SKIPPED_IN_A_ROW, Journal, TrainingDivergedError
 from restoration.loader import load_batches
 from restoration.losses import LossWeights
 from restoration.parts import Stopwatch, measuring, part
 from restoration.profile import profile_training
-from restoration.runs import checkpoints_of, newest_checkpoint, resumed_config
+from restoration.runs import checkpoints_of, newest_checkpoint, resumed_config, steps_done
 from restoration.step import Optimisation, TrainingStep, learning_rate
 from restoration.train import build_step, statistics_of, stop_requests, train, training_pairs, until_they_end
 from restoration.vgg import loss_features
@@ -203,6 +204,25 @@ def test_pairs_are_as_the_settings_say_and_damaged_files_told(paintings, tmp_pat
     assert f"1 damaged files left out: {damaged}" in capsys.readouterr().out
 
 
+def test_a_missing_picture_of_a_data_set_is_left_out(paintings, tmp_path, capsys):
+    build_dataset(paintings, tmp_path / "data", crop=32, stride=32)
+    lost = sorted(tmp_path.glob("data/train/*/*.png"))[0]
+    lost.unlink()
+    train(tmp_path / "data", tmp_path / "run", config(iterations=1), device=CPU)
+    assert f"1 damaged files left out: {lost}" in capsys.readouterr().out
+
+
+def test_weights_that_are_named_like_a_checkpoint_are_not_gone_on_with(paintings, tmp_path):
+    run = tmp_path / "run"
+    train(paintings, run, config(iterations=1), device=CPU)
+    shutil.copy(run / "network.safetensors", run / "checkpoint-0000002.safetensors")
+    saying = "checkpoint-0000002.safetensors: is no checkpoint of a training run, .* goes on from checkpoint-0000001"
+    with pytest.raises(UserError, match=saying):
+        resumed_config(run, {})
+    with pytest.raises(UserError, match="is no checkpoint of a training run"):
+        train(paintings, run, config(iterations=3), device=CPU, resume=True)
+
+
 def test_a_description_has_unit_length_in_each_layer():
     layers = [torch.rand(1, 2, 4, 5), 100 * torch.rand(1, 3, 2, 3)]
     description = statistics_of(lambda images: layers)(torch.rand(3, 8, 8))
@@ -348,8 +368,9 @@ def test_a_bad_step_is_skipped_and_reported(paintings, tmp_path, monkeypatch, ca
 
 
 def test_a_loss_that_drowns_the_others_is_told(paintings, tmp_path, capfd):
-    for weight, told in ((10.0, False), (1e8, True)):
-        train(paintings, tmp_path / f"{weight}", config(iterations=1, cycle_weight=weight), device=CPU)
+    alone = {"ccpl": False, "style_weight": 0.0, "matting_weight": 0.0}
+    for weight, others, told in ((10.0, {}, False), (1e8, {}, True), (1e7, alone, False)):
+        train(paintings, tmp_path / f"{weight}", config(iterations=1, cycle_weight=weight, **others), device=CPU)
         shown = " ".join(capfd.readouterr().out.split())
         assert "weighted losses at step 0: " in shown
         assert ("one of them exceeds all others by more than 100 times" in shown) == told
@@ -443,6 +464,21 @@ def test_nohup_is_obeyed():
             assert stop.signal == 0
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_what_a_signal_saves_among_skipped_steps_may_be_past_use(paintings, tmp_path, monkeypatch):
+    poison(monkeypatch, 2, 1_000)
+    add = Journal.add
+
+    def interrupt(journal, step, *arguments):
+        add(journal, step, *arguments)
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Journal, "add", interrupt)
+    with pytest.raises(InterruptedError, match="which may be past use: the last 2 steps were skipped"):
+        train(paintings, tmp_path / "run", config(iterations=9, checkpoint_every=2), device=CPU)
+    assert [steps_done(path) for path in checkpoints_of(tmp_path / "run")] == [2, 4]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
