@@ -31,9 +31,6 @@ constexpr int64_t kBlockRows = 96;
 constexpr int64_t kChunkBytes = int64_t{128} << 10;
 constexpr int64_t kChunkColumns = 128;
 
-// Below this many products the threads take longer to wake.
-constexpr int64_t kParallelProducts = int64_t{1} << 18;
-
 // out[row, 0..kPanel) (+)= sum over d of left[row, d] · panel[d, 0..kPanel), for kTileRows rows. What was there is
 // added last, for the sake of rounding.
 template <typename A, bool kAdd>
@@ -192,8 +189,7 @@ void forward(const InfoNceForward& arguments, const InfoNceSizes& sizes, double 
     alignas(kVectorBytes) A logits[kTileRows * kChunkColumns];
     const int64_t end = std::min(kBlockRows, sizes.rows - first);
     for (int64_t begin = 0; begin < sizes.rows; begin += chunks.columns) {
-      const int64_t columns =
-          std::min(chunks.columns, ceil_divide(sizes.rows - begin, kPanel<A>) * kPanel<A>);
+      const int64_t columns = std::min(chunks.columns, round_up(sizes.rows - begin, kPanel<A>));
       for (int64_t tile = 0; tile < end; tile += kTileRows) {
         tile_logits(rows + tile * sizes.width, keys, image, sizes, begin, columns, inverse_temperature, logits);
         for (int64_t row = tile; row < tile + kTileRows; ++row) {
@@ -241,7 +237,7 @@ void backward(const InfoNceBackward& arguments, const InfoNceSizes& sizes, doubl
     alignas(kVectorBytes) A probabilities[kTileRows * kChunkColumns];
     const int64_t end = std::min(kBlockRows, sizes.rows - first);
     for (int64_t begin = 0; begin < sizes.rows; begin += chunks.columns) {
-      const int64_t columns = std::min(chunks.columns, ceil_divide(sizes.rows - begin, kPanel<A>) * kPanel<A>);
+      const int64_t columns = std::min(chunks.columns, round_up(sizes.rows - begin, kPanel<A>));
       for (int64_t tile = 0; tile < end; tile += kTileRows) {
         tile_logits(rows + tile * sizes.width, keys, image, sizes, begin, columns, inverse_temperature, probabilities);
         for (int64_t row = tile; row < tile + kTileRows; ++row) {

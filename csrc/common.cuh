@@ -59,6 +59,7 @@ constexpr int kVectorBytes = 16;
 #define RESTORATION_MAXIMUM_GRID_Y 65535
 #endif
 constexpr int64_t kMaximumGridY = RESTORATION_MAXIMUM_GRID_Y;
+inline unsigned grid_y(int64_t count) { return static_cast<unsigned>(std::min(count, kMaximumGridY)); }
 
 template <typename T>
 struct alignas(kVectorBytes) Vector {

@@ -115,8 +115,9 @@ void dispatch_cpu_dtype(const char* operator_name, DType dtype, Call call) {
   }
 }
 
-// Calls that touch fewer numbers take less time than waking the threads.
+// What touches fewer numbers, or adds fewer products, takes less time than waking the threads.
 constexpr int64_t kParallelElements = int64_t{1} << 15;
+constexpr int64_t kParallelProducts = int64_t{1} << 18;
 
 // Outputs larger than this leave a last-level cache (4 MB a core and more is rare) before anyone reads them. Writing
 // them past the caches saves the read that an ordinary store makes of every line before it changes it.

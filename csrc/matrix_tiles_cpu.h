@@ -14,9 +14,6 @@
 
 namespace restoration::CPU_ISA {
 
-// Threads take longer to wake than one takes to pack fewer numbers.
-constexpr int64_t kParallelNumbers = int64_t{1} << 15;
-
 // Elements of a panel of so many groups of steps: each group begins with an element of its own.
 template <typename E>
 constexpr int64_t panel_elements(int64_t groups, int64_t steps) {
@@ -29,7 +26,7 @@ template <typename E, typename Start>
 void pack_panels(E* panels, int64_t rows, int64_t groups, int64_t steps, int64_t group_stride, int64_t step_stride,
                  int threads, Start start) {
   const int64_t elements = panel_elements<E>(groups, steps);
-#pragma omp parallel for num_threads(threads) if (rows * groups * steps >= kParallelNumbers)
+#pragma omp parallel for num_threads(threads) if (rows * groups * steps >= kParallelElements)
   for (int64_t first = 0; first < rows; first += kPanelRows<E>) {
     E* packed = panels + first * elements;
     std::memset(static_cast<void*>(packed), 0, elements * kPanelRows<E> * sizeof(E));

@@ -54,7 +54,7 @@ class Strip {
       : arguments_(arguments),
         sizes_(sizes),
         // Windows come in whole vectors; the columns that the last ones reach beyond the image stay zero.
-        stride_(ceil_divide(sizes.width, kVectorWindows) * kVectorWindows + kSide - 1),
+        stride_(round_up(sizes.width, kVectorWindows) + kSide - 1),
         guide_(carver, 3, kSide, stride_),
         image_(carver, sizes.channels, kSide, stride_),
         product_(carver, sizes.channels, kSide, stride_),
@@ -132,7 +132,7 @@ class Strip {
         const int64_t inside = std::min<int64_t>(kVectorWindows, count - start);
         energy += fit_windows(row, block + start, inside, residuals_ + start);
       }
-      if (arguments_.product != nullptr) add_residuals(row, block, ceil_divide(count, kVectorWindows) * kVectorWindows);
+      if (arguments_.product != nullptr) add_residuals(row, block, round_up(count, kVectorWindows));
     }
     double sum = 0;
     for (int lane = 0; lane < kVectorWindows; ++lane) sum += energy[lane];

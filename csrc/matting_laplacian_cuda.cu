@@ -140,7 +140,7 @@ void launch(const MattingLaplacian& arguments, const MattingLaplacianSizes& size
   if (sizes.batch == 0) return;
   const WindowTiles tiles(sizes);
   double* partial = arguments.energy == nullptr ? nullptr : static_cast<double*>(workspace);
-  const dim3 grid(static_cast<unsigned>(tiles.tiles), static_cast<unsigned>(std::min(sizes.batch, kMaximumGridY)));
+  const dim3 grid(static_cast<unsigned>(tiles.tiles), grid_y(sizes.batch));
   LAUNCH((matting_laplacian_kernel<T, kRadius>), grid, dim3(kTileColumns, kTileRows), 0, stream,
          static_cast<const T*>(arguments.image), static_cast<const T*>(arguments.guide),
          static_cast<T*>(arguments.product), partial, arguments.factor, std::sqrt(arguments.eps), tiles, sizes.batch,

@@ -75,8 +75,6 @@ __device__ __forceinline__ PacPlace place_after(int64_t first, int offset, int w
   return place_after(PacPlace{static_cast<int>(row), static_cast<int>(first - row * width)}, offset, width);
 }
 
-inline unsigned grid_y(int64_t count) { return static_cast<unsigned>(std::min(count, kMaximumGridY)); }
-
 // How an operand of a product lies in shared memory: float and double as they are, for products of the threads
 // themselves; Tf32 and 16-bit numbers in words for tensor cores.
 template <typename Factor>

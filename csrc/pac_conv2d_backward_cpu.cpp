@@ -238,7 +238,7 @@ void store_weight(T* grad_weight, const AccumulateType<T>* sums, const PacConv2d
     const int64_t lanes = std::min<int64_t>(kLanes<A>, sizes.out_channels - output);
     for (int64_t lane = 0; lane < lanes; ++lane) places[lane * depth] = rounded[lane];
   };
-#pragma omp parallel for num_threads(threads) if (sizes.out_channels * depth >= kParallelNumbers)
+#pragma omp parallel for num_threads(threads) if (sizes.out_channels * depth >= kParallelElements)
   for (int64_t output = 0; output < sizes.out_channels; output += kLanes<A>) {
     for (int64_t first = 0; first < sizes.channels; first += kStoredChannels) {
       const int64_t last = std::min(sizes.channels, first + kStoredChannels);

@@ -12,9 +12,6 @@ namespace restoration::CPU_ISA {
 // Longer strips save nothing more, and images of few pixels would give too few strips to share among threads.
 constexpr int64_t kMostPlaces = 2048;
 
-// A call of fewer products takes less time than waking the threads.
-constexpr int64_t kParallelProducts = int64_t{1} << 18;
-
 // Some rows of one image of the output, and in each of them the same span of columns.
 struct Strip {
   int64_t image;

@@ -109,7 +109,7 @@ struct PacConv2dTiling {
            << pixels;
   }
 
-  // The least power of two that is not below value.
+  // Of the least power of two that is not below value.
   static int log2_of(int value) {
     int power = 0;
     while ((1 << power) < value) ++power;

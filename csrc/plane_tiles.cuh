@@ -62,7 +62,7 @@ struct Tiling {
     return power;
   }
 
-  dim3 grid(int64_t planes) const { return dim3(tiles, static_cast<unsigned>(std::min(planes, kMaximumGridY))); }
+  dim3 grid(int64_t planes) const { return dim3(tiles, grid_y(planes)); }
   dim3 block() const { return dim3(threads_x, threads_y); }
 };
 
