@@ -14,8 +14,8 @@ import time
 import torch
 
 from benchmarks.bench_restoration import CONTESTS, StepEntry
-from restoration.cli import prefer_large_pages
 from restoration.graph import WARM_UP
+from restoration.process import prefer_large_pages
 
 
 def main():

