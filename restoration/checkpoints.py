@@ -15,7 +15,7 @@ from torch import Tensor
 import restoration
 from restoration.errors import UserError
 from restoration.files import write_whole
-from restoration.flow import PRECISIONS, Architecture, ReversibleNetwork
+from restoration.flow import NETWORK_PRECISIONS, Architecture, ReversibleNetwork
 
 FORMAT = "painting-restoration 1"
 NETWORK_PREFIX = "network."
@@ -101,8 +101,8 @@ def load_network(path: str | Path | None = None, precision: str = "fp32") -> Rev
 
     precision: that of its residual functions, fp32 or bf16.
     """
-    if precision not in PRECISIONS:
-        raise UserError(f"--precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision not in NETWORK_PRECISIONS:
+        raise UserError(f"--precision must be one of {', '.join(NETWORK_PRECISIONS)}, got {precision!r}")
     path = Path(path) if path is not None else SHIPPED_WEIGHTS
     checkpoint = load_checkpoint(path)
     try:

@@ -98,19 +98,19 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 
 
 def evaluation_pairs(
-    root: str | os.PathLike, csv: str | os.PathLike | None = None, count: int | None = None
+    root: str | os.PathLike, table: str | os.PathLike | None = None, count: int | None = None
 ) -> list[Pair]:
     """The pairs to evaluate on, at most ``count`` a style: those of a CSV file, or the same ones at every call.
 
-    ``csv`` has the columns degraded, reference: paths relative to ``root`` and within it. Without it every held-out
+    ``table`` has the columns degraded, reference: paths relative to ``root`` and within it. Without it every held-out
     image of ``root`` (every image, where none is held out) meets one of another work of its style; of another file
     where the style holds a single work; itself where the style holds a single file.
     Raises UserError where the folder or the table is malformed or a listed file is missing.
     """
     if count is not None and count < 1:
         raise UserError(f"--count must be 1 or more, got {count}")
-    if csv is not None:
-        return _listed_pairs(Path(root), Path(csv), count)
+    if table is not None:
+        return _listed_pairs(Path(root), Path(table), count)
     pairs = []
     for group in by_style(find_paintings(root, split="test")):
         kept = len(group) if count is None else min(count, len(group))

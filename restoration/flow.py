@@ -31,7 +31,7 @@ IMAGE_CHANNELS = 3
 MINIMUM_SIDE = 8  # a quarter of it, at the coarsest stage, is the least that reflection padding of 1 accepts
 SIDE_MULTIPLE = 4  # two squeezes by 2
 
-PRECISIONS = ("fp32", "bf16")
+NETWORK_PRECISIONS = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,10 @@ class ReversibleNetwork(nn.Module):
         self, architecture: Architecture | None = None, precision: str = "fp32", reversible: bool = True
     ) -> None:
         super().__init__()
-        if precision not in PRECISIONS:
-            raise ValueError(f"ReversibleNetwork: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        if precision not in NETWORK_PRECISIONS:
+            raise ValueError(
+                f"ReversibleNetwork: precision must be one of {', '.join(NETWORK_PRECISIONS)}, got {precision!r}"
+            )
         self.architecture = architecture = architecture or Architecture()
         self.precision = precision
         self.reversible = reversible
