@@ -35,18 +35,13 @@ class Checkpoint:
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], description: dict[str, object]) -> None:
-    """Writes path as `files.write_whole` does. UserError where it cannot be written; an earlier file then stays."""
+    """Writes path as `files.write_whole` does."""
     versions = {"restoration": restoration.__version__, "torch": torch.__version__}
     metadata = {"format": FORMAT, "description": json.dumps({**description, "versions": versions}, sort_keys=True)}
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata["sha256"] = _checksum(contiguous, metadata["description"])
-    try:
-        # Not safetensors' save_file: its own temporary file outlives a killed process under a secret name.
-        write_whole(path, safetensors.torch.save(contiguous, metadata))
-    except OSError as error:
-        raise UserError(
-            f"{path}: could not be written ({error.strerror}); any earlier file of this name is untouched"
-        ) from error
+    # Not safetensors' save_file: its own temporary file outlives a killed process under a secret name.
+    write_whole(path, safetensors.torch.save(contiguous, metadata))
 
 
 def _checksum(tensors: dict[str, Tensor], description: str) -> str:

@@ -9,44 +9,61 @@ import json
 import logging
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from restoration.errors import UserError
+from restoration.errors import UserError, reason
 
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
 PARTIAL_SUFFIX = ".partial"
-_UNFINISHED = re.compile(r"\..+\.\d+\.partial")  # of write_whole
+_UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.partial")  # of write_whole
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes | memoryview, *, replace: bool = True) -> None:
     """Gives path this content: whenever process or machine stops, path is the old file or the new one, never a part.
 
-    OSError (a full disk, say) leaves the old file and nothing else.
+    UserError where it cannot be written, on a full disk, say, or where a file is there that shall not be replaced: that
+    stays as it was, and nothing else is left.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    temporary = path.with_name(
+        f".{secrets.token_hex(8)}{PARTIAL_SUFFIX}"
+    )  # short: path's name may be as long as can be
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             write_through(file, content)
-        os.replace(temporary, path)
-    except BaseException:
+        _publish(temporary, path, replace)
+    except FileExistsError:
+        raise UserError(f"{path}: exists already (--force overwrites)") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({reason(error)}); what was there before is untouched") from error
+    finally:
         with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+            temporary.unlink(missing_ok=True)
     _flush_folder(path.parent)
 
 
+def _publish(temporary: Path, path: Path, replace: bool) -> None:
+    """Gives the finished file its name; else FileExistsError, even where another appears this very moment."""
+    if not replace:
+        try:
+            os.link(temporary, path)
+            return
+        except FileExistsError:
+            raise
+        # File systems without hard links (exFAT, some network shares): take the name first, empty for an instant.
+        except OSError:
+            open(path, "xb").close()
+    os.replace(temporary, path)
+
+
 def write_text_whole(path: Path, text: str) -> None:
-    """`write_whole` of text in UTF-8. UserError where it cannot be written; an earlier file then stays."""
-    try:
-        # A file's name that is not in UTF-8 is written as it is.
-        write_whole(path, text.encode(errors="surrogateescape"))
-    except OSError as error:
-        raise UserError(f"{path}: could not be written ({error.strerror})") from error
+    """`write_whole` of text in UTF-8. A file's name in it that is not in UTF-8 is written as it is."""
+    write_whole(path, text.encode(errors="surrogateescape"))
 
 
 def write_json(path: Path, value: object) -> None:
@@ -110,13 +127,13 @@ def check_can_be_written(folder: Path) -> None:
 
 def _flush_folder(folder: Path) -> None:
     """Sends the folder's list of names to the disk: until then a power cut may take a renamed file back."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        # Some network shares refuse to flush a folder, and keep names safe in their own way.
-        with contextlib.suppress(OSError):
+    # Some network shares refuse to flush a folder, and keep names safe in their own way.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
             os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager

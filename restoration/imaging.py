@@ -10,7 +10,6 @@ import io
 import logging
 import math
 import os
-import secrets
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from restoration.decoding import decode, reading
 from restoration.errors import UserError, reason
-from restoration.files import write_through
+from restoration.files import write_whole
 from restoration.metadata import COMMENT, JPEG_BYTES_BESIDE_IPTC, descriptive_exif, jpeg_with_iptc
 
 logger = logging.getLogger(__name__)
@@ -173,7 +172,6 @@ def write_image(
         options |= _notes_options(like, image_format)
         _warn_of_lost_notes(path, image_format, like)
 
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         # By way of memory: Pillow does not notice where the disk takes only a part of what its libraries write.
         encoded = io.BytesIO()
@@ -181,15 +179,9 @@ def write_image(
         content = encoded.getbuffer()
         if image_format == "JPEG" and like is not None and like.iptc is not None:
             content = jpeg_with_iptc(encoded.getvalue(), like.iptc)
-        with open(temporary, "xb") as file:
-            write_through(file, content)
-        _publish(temporary, path, force)
-    except FileExistsError:
-        raise UserError(f"{path}: exists already (--force overwrites)") from None
     except (OSError, ValueError, RuntimeError, OverflowError, struct.error) as error:
         raise UserError(f"{path}: cannot be written ({reason(error)})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, content, replace=force)
 
 
 def _warn_of_lost_notes(path: Path, image_format: str, picture: Picture) -> None:
@@ -252,20 +244,6 @@ def from_pillow(image: Image.Image) -> torch.Tensor:
     # In NumPy, not torch: loader processes must not start a team of threads for every small crop.
     values = np.asarray(image).transpose(2, 0, 1).astype(np.float32, order="C")
     return torch.from_numpy(np.divide(values, 255, out=values))
-
-
-def _publish(temporary: Path, path: Path, force: bool) -> None:
-    """Give the finished file its name; without force FileExistsError, even where another appears this very moment."""
-    if not force:
-        try:
-            os.link(temporary, path)
-            return
-        except FileExistsError:
-            raise
-        # File systems without hard links (exFAT, some network shares): take the name first, empty for an instant.
-        except OSError:
-            open(path, "xb").close()
-    os.replace(temporary, path)
 
 
 def _check_pixels(rgb: torch.Tensor, like: Picture | None) -> None:

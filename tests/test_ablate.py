@@ -185,7 +185,7 @@ def test_a_full_disk_leaves_the_former_report(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(files, "write_through", write_a_part)
-    with pytest.raises(UserError, match=r"ablation.json: could not be written \(No space left on device\)"):
+    with pytest.raises(UserError, match=r"ablation.json: cannot be written \(No space left on device\)"):
         report(runs, tmp_path, {"iterations": 2})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 

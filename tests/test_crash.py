@@ -169,7 +169,7 @@ def test_a_folder_has_one_writer_at_a_time(tmp_path):
     holder = PROCESSES.Process(target=hold, args=(folder, sender))
     holder.start()
     receiver.recv()
-    unfinished, foreign = (folder / f".checkpoint{middle}{PARTIAL_SUFFIX}" for middle in (".1", ""))
+    unfinished, foreign = (folder / f".{name}{PARTIAL_SUFFIX}" for name in ("0123456789abcdef", "checkpoint"))
     unfinished.touch()
     foreign.touch()
     with pytest.raises(UserError, match="run: another process is writing there"), sole_writer(folder):

@@ -288,7 +288,7 @@ def test_a_full_disk_leaves_the_former_report(tmp_path, monkeypatch):
         file.write(content[:10])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files, "write_through", write_a_part)  # of texts; pictures have their own
-    with pytest.raises(UserError, match=r"table.md: could not be written \(No space left on device\)"):
+    monkeypatch.setattr(files, "write_through", write_a_part)
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
         write_report(evaluations, tmp_path, size=64)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
