@@ -30,9 +30,8 @@ def write_whole(path: Path, content: bytes | memoryview, *, replace: bool = True
     UserError where it cannot be written, on a full disk, say, or where a file is there that shall not be replaced: that
     stays as it was, and nothing else is left.
     """
-    temporary = path.with_name(
-        f".{secrets.token_hex(8)}{PARTIAL_SUFFIX}"
-    )  # short: path's name may be as long as can be
+    # Short, as path's own name may be as long as can be.
+    temporary = path.with_name(f".{secrets.token_hex(8)}{PARTIAL_SUFFIX}")
     try:
         with open(temporary, "xb") as file:
             write_through(file, content)

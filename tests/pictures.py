@@ -1,6 +1,7 @@
 """Pictures to read and write in tests, and what is asked of them."""
 
 import csv
+import errno
 import functools
 import struct
 import zlib
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, TiffImagePlugin, TiffTags
 
+from restoration import files
 from restoration.errors import UserError
 from restoration.imaging import to_uint8
 from restoration.metadata import jpeg_with_iptc
@@ -136,6 +138,16 @@ def write_tiff(path, tags, strips):
         entries += struct.pack("<HHI4s", tag, 3, len(values), packed)
     directory = struct.pack("<H", len(tags)) + entries + b"\0" * 4
     path.write_bytes(content[:4] + struct.pack("<I", len(content)) + content[8:] + directory)
+
+
+def fill_the_disk(monkeypatch):
+    """It then takes the first bytes of a file."""
+
+    def write_a_part(file, content):
+        file.write(content[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "write_through", write_a_part)
 
 
 def assert_refuses(function, *arguments, saying, **options):

@@ -1,13 +1,13 @@
 """The ablation: equal budgets, nothing done twice, verdicts that know about chance."""
 
-import errno
 import json
 import shutil
 import sys
 
 import pytest
+from pictures import fill_the_disk
 
-from restoration import ablate, files
+from restoration import ablate
 from restoration.ablate import DIVERGED, VARIANTS, WHOLE, Run, compare, plan, report
 from restoration.cli import main
 from restoration.config import make_config
@@ -180,11 +180,7 @@ def test_a_full_disk_leaves_the_former_report(tmp_path, monkeypatch):
     report(runs, tmp_path, {})
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def write_a_part(file, content):
-        file.write(content[:10])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(files, "write_through", write_a_part)
+    fill_the_disk(monkeypatch)
     with pytest.raises(UserError, match=r"ablation.json: cannot be written \(No space left on device\)"):
         report(runs, tmp_path, {"iterations": 2})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

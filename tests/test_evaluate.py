@@ -1,16 +1,16 @@
 """Evaluation: what each method is judged by, failures that are counted, verdicts, the same answer twice."""
 
-import errno
 import json
 import math
 import os
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from pictures import fill_the_disk
 from PIL import Image
 
-from restoration import files
 from restoration.baselines import BASELINES, untouched
 from restoration.collection import Pair
 from restoration.errors import UserError
@@ -190,6 +190,9 @@ def test_choosing_cases(paintings):
         assert number == len(cases) == 2
         assert max(cases[0].degraded.shape) == 20 and (cases[0].original is not None) == synthetic
     assert choose_cases(paintings, count=1, size=20)[1] == 1
+    with mock.patch("restoration.evaluate.evaluation_pairs", return_value=[]) as chosen:
+        choose_cases(paintings, size=20)
+    chosen.assert_called_once_with(paintings, None, 20)
     (paintings / "ink" / "1.png").unlink()
     with pytest.raises(UserError, match="two paintings of a style"):
         choose_cases(paintings, count=5, size=20, synthetic=True)
@@ -284,11 +287,7 @@ def test_a_full_disk_leaves_the_former_report(tmp_path, monkeypatch):
     write_report(evaluations, tmp_path, size=32)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def write_a_part(file, content):
-        file.write(content[:10])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(files, "write_through", write_a_part)
+    fill_the_disk(monkeypatch)
     with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
         write_report(evaluations, tmp_path, size=64)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -48,6 +48,13 @@ def test_contrast_raised_out_of_noise_is_noted(tmp_path, contrast, deviation):
     assert any(expected in note for note in notes) is (deviation is not None)
 
 
+@pytest.mark.parametrize(("gain", "noted"), [(3.9, False), (4.1, True)])
+def test_a_contrast_grown_fourfold_is_noted(monkeypatch, gain, noted):
+    degraded, reference = 0.5 + 0.1 * torch.rand(2, 3, 16, 16)
+    monkeypatch.setattr("restoration.recolouring.fit_range", lambda _: 0.5 + gain * (degraded - 0.5))
+    assert bool(recolour(small_network(), degraded, reference, CPU)[1]) is noted
+
+
 @pytest.mark.parametrize(("ridges", "notes"), [((1, 0), ["0.0001"]), ((0, 2), ["0.01"]), ((0, 0), [])])
 def test_a_larger_ridge_is_noted(monkeypatch, ridges, notes):
     monkeypatch.setattr("restoration.recolouring.transfer_parts_", lambda *_: torch.tensor(ridges))
