@@ -46,18 +46,6 @@ class _RoundToQuantum(torch.autograd.Function):
         return gradient
 
 
-class _AddToGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, grad_addend: Tensor) -> Tensor:
-        ctx.save_for_backward(grad_addend)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        (grad_addend,) = ctx.saved_tensors
-        return gradient + grad_addend, None
-
-
 class DualPoolingChannelAttention(nn.Module):
     """DPCA (Fig. 3): pooling to 50 x 50, then to one, convolution over channels, sigmoid, scaling.
 
@@ -142,7 +130,8 @@ class ReversibleBlock(nn.Module):
         if self.attention is not None:
             return self.attention(x, dtype, grad_addend)
         if grad_addend is not None:
-            x = _AddToGradient.apply(x, grad_addend)
+            x = x.view_as(x)  # of this use of x alone
+            x.register_hook(lambda gradient: gradient + grad_addend)
         # Without autocast, which pads in float32 on a CPU: two more copies of x, and two of its gradient.
         with torch.autocast(kind, enabled=False):
             return F.pad(x.to(dtype, memory_format=torch.channels_last), (1, 1, 1, 1), mode="reflect")

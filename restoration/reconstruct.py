@@ -117,38 +117,53 @@ def _check_format(image_format: str | None, output: Path, folders: bool) -> None
 def _pair_folders(degraded: Path, reference: Path, output: Path, suffix: str) -> list[Job]:
     if not reference.exists():
         raise UserError(f"{reference}: no such folder of references")
-    references: dict[str, Path] = {}
-    for path in _pictures(reference)[0]:
-        twin = references.setdefault(_name(path), path)
-        if twin is not path:
-            raise UserError(f"{reference}: holds two references of one name, {twin.name}, {path.name}")
-    jobs = []
+    references = _by_name(_pictures(reference)[0], reference)
     pictures, others = _pictures(degraded)
+    _tell_of_others([path for path in others if not (path.is_dir() and _is_same(output, path))], degraded)
     for path in pictures:
         if _name(path) not in references:
             raise UserError(f"{reference}: holds no reference named {path.stem}.* for {path}")
-        jobs.append(Job(path, references[_name(path)], output / f"{path.stem}{suffix}"))
-    others = [path for path in others if not (path.is_dir() and output.exists() and path.samefile(output))]
-    if others:
-        logger.warning(
-            "%s: passed over, as only its own files ending in %s are read: %s",
-            degraded,
-            ", ".join(READABLE_SUFFIXES),
-            ", ".join(f"{path.name}/" if path.is_dir() else path.name for path in others),
-        )
-    if not jobs:
+    if not pictures:
         raise UserError(f"{degraded}: holds no pictures ({', '.join(READABLE_SUFFIXES)})")
+    jobs = [Job(path, references[_name(path)], output / f"{path.stem}{suffix}") for path in pictures]
     names = [job.output.name for job in jobs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"{degraded}: holds several pictures that would all become {twice}")
-    if output.exists() and any(output.samefile(folder) for folder in (degraded, reference)):
+    _check_output_folder(output, degraded, reference)
+    return jobs
+
+
+def _by_name(pictures: Sequence[Path], folder: Path) -> dict[str, Path]:
+    named: dict[str, Path] = {}
+    for path in pictures:
+        twin = named.setdefault(_name(path), path)
+        if twin is not path:
+            raise UserError(f"{folder}: holds two references of one name, {twin.name}, {path.name}")
+    return named
+
+
+def _tell_of_others(others: Sequence[Path], folder: Path) -> None:
+    if others:
+        logger.warning(
+            "%s: passed over, as only its own files ending in %s are read: %s",
+            folder,
+            ", ".join(READABLE_SUFFIXES),
+            ", ".join(f"{path.name}/" if path.is_dir() else path.name for path in others),
+        )
+
+
+def _check_output_folder(output: Path, degraded: Path, reference: Path) -> None:
+    if any(_is_same(output, folder) for folder in (degraded, reference)):
         raise UserError(f"{output}: must be another folder than those of the pictures to read")
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: must be a folder where folders are recoloured")
     if not output.exists() and not output.parent.is_dir():
         raise UserError(f"{output}: its parent folder does not exist")
-    return jobs
+
+
+def _is_same(output: Path, folder: Path) -> bool:
+    return output.exists() and output.samefile(folder)
 
 
 def _name(path: Path) -> str:

@@ -190,11 +190,13 @@ def _run_steps(
     journal, smoothed = Journal(world), {}
     saved, due, unproven, done = None, False, math.inf, start
 
+    def save() -> Path:
+        return save_training(run, config, step_module, optimise.optimizer, inputs, done)
+
     def save_what_was_trained() -> None:
         journal.read()
         if done > start and not journal.skipped_in_a_row:
-            path = save_training(run, config, step_module, optimise.optimizer, inputs, done)
-            world.tell(f"saved {path}, from which --resume goes on")
+            world.tell(f"saved {save()}, from which --resume goes on")
 
     began = time.monotonic()
     # purge_step: of a run that was killed, TensorBoard forgets the steps after the checkpoint.
@@ -230,8 +232,7 @@ def _run_steps(
                 world.decide(partial(save_weights, run, config, step_module, done))
             # Where weights are past use, every step is skipped: not from them should a run go on.
             if ending or (due and not journal.skipped_in_a_row):
-                saving = partial(save_training, run, config, step_module, optimise.optimizer, inputs, done)
-                saved, due, unproven = world.decide(saving), False, done
+                saved, due, unproven = world.decide(save), False, done
             # A step that was not skipped has proved the weights from which it went out; until then older ones stay.
             if unproven <= journal.last_good or (complete and journal.last_good == step):
                 world.decide(partial(remove_old_checkpoints, run, config.keep_checkpoints))
