@@ -1,49 +1,34 @@
 """The training loop: resuming to the bit, stopping, divergence, what a run leaves behind."""
 
-import contextlib
 import itertools
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_runs import config, tensors
 
-from restoration.checkpoints import load_checkpoint, load_network, save_checkpoint
+from restoration.checkpoints import load_checkpoint, load_network
 from restoration.collection import find_paintings
-from restoration.config import TrainingConfig, make_config
 from restoration.dataset import build_dataset
 from restoration.distributed import World
 from restoration.errors import UserError
-from restoration.files import sole_writer
 from restoration.journal import Journal, TrainingDivergedError
 from restoration.loader import load_batches
-from restoration.losses import LossWeights
-from restoration.parts import Stopwatch, measuring, part
 from restoration.profile import profile_training
-from restoration.runs import checkpoints_of, newest_checkpoint, resumed_config, steps_done
-from restoration.step import Optimisation, TrainingStep, learning_rate
+from restoration.runs import checkpoints_of, newest_checkpoint, steps_done
+from restoration.step import Optimisation, TrainingStep
 from restoration.train import build_step, statistics_of, stop_requests, train, training_pairs, until_they_end
 from restoration.vgg import loss_features
 
 CPU = torch.device("cpu")
-
-
-def config(**overrides):
-    tiny = {"crop": 24, "batch": 1, "blocks": 1, "iterations": 4, "checkpoint_every": 2, "sample_every": 2}
-    return make_config("small", **{**tiny, **overrides})
-
-
-def tensors(path):
-    return load_checkpoint(path).tensors
 
 
 def test_a_run_leaves_checkpoints_scalars_pictures_settings_and_weights(paintings, tmp_path):
@@ -58,41 +43,6 @@ def test_a_run_leaves_checkpoints_scalars_pictures_settings_and_weights(painting
     assert not load_network(run / "network.safetensors").training
     description = load_checkpoint(last).description
     assert description["step"] == 4 and description["versions"]["torch"] == torch.__version__
-
-
-def test_resuming_is_exact(paintings, tmp_path):
-    whole = train(paintings, tmp_path / "whole", config(), device=CPU)
-    train(paintings, tmp_path / "parts", config(iterations=3), device=CPU)
-    assert newest_checkpoint(tmp_path / "parts").name == "checkpoint-0000003.safetensors"
-    parts = train(paintings, tmp_path / "parts", config(), device=CPU, resume=True)
-    expected, resumed = tensors(whole), tensors(parts)
-    assert expected.keys() == resumed.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(tensor, resumed[name]), name
-
-
-def test_a_resumed_run_takes_the_place_of_what_followed_its_checkpoint(paintings, tmp_path, monkeypatch):
-    """In TensorBoard, too, where its speed is that of its own steps."""
-    run = tmp_path / "run"
-    train(paintings, run, config(batch=2), device=CPU).unlink()
-    # TensorBoard reads in order of names, which may be another than that of time within a second.
-    next(run.glob("*tfevents*")).rename(run / "0.tfevents")
-    monkeypatch.setattr("restoration.train.time", SimpleNamespace(monotonic=itertools.count().__next__))
-    train(paintings, run, config(batch=2), device=CPU, resume=True)
-    events = EventAccumulator(str(run))
-    events.Reload()
-    speeds = events.Scalars("speed/images_per_second")
-    assert [speed.step for speed in speeds] == [0, 1, 2, 3]
-    assert [speed.value for speed in speeds[2:]] == [2, 2]
-    assert [image.step for image in events.Images("degraded | reference | result")] == [0, 2]
-
-
-def test_the_last_checkpoint_says_that_the_weights_are_there(paintings, tmp_path, monkeypatch):
-    saved = []
-    for name in ("save_weights", "save_training"):
-        monkeypatch.setattr(f"restoration.train.{name}", lambda *given, name=name: saved.append((name, given[-1])))
-    train(paintings, tmp_path / "run", config(iterations=2, checkpoint_every=1), device=CPU)
-    assert saved == [("save_training", 1), ("save_weights", 2), ("save_training", 2)]
 
 
 def test_the_seed_chooses_the_first_weights(paintings, tmp_path, monkeypatch):
@@ -120,36 +70,6 @@ def test_given_vgg_weights_are_of_losses_and_nearest_pairs(paintings, tmp_path, 
         monkeypatch.setattr(f"restoration.train.{name}", lambda *arguments: given.append(arguments) or features)
     train(tmp_path, tmp_path / "run", config(iterations=1, pairing="nearest"), device=CPU, vgg=vgg)
     assert given == [(vgg,), (vgg, 5), (vgg, "means")]
-
-
-def test_a_run_goes_on_with_its_styles_and_loss_network_and_without_its_settings_file(paintings, tmp_path, monkeypatch):
-    run, vgg, features, seen = tmp_path / "run", tmp_path / "vgg.pth", loss_features(), []
-
-    def note(path, found):
-        seen.append((path, {painting.style for painting in found}))
-        return features
-
-    monkeypatch.setattr("restoration.train.loss_network", note)
-    train(paintings, run, config(iterations=1), device=CPU, vgg=vgg, styles=["ink"])
-    (run / "config.json").unlink()
-    train(paintings, run, config(iterations=2), device=CPU, resume=True)
-    assert seen == [(vgg, {"ink"})] * 2
-
-
-def test_a_run_that_goes_on_with_other_paintings_or_weights_says_so(paintings, tmp_path, monkeypatch, capsys):
-    run, vgg = tmp_path / "run", tmp_path / "vgg.pth"
-    shutil.copytree(paintings, tmp_path / "moved")
-    vgg.write_text("weights")
-    monkeypatch.setattr("restoration.train.loss_network", lambda *_: loss_features())
-    train(paintings, run, config(iterations=1), device=CPU, vgg=vgg)
-    train(tmp_path / "moved", run, config(iterations=2), device=CPU, resume=True)
-    assert "trained with" not in capsys.readouterr().out
-    (tmp_path / "moved" / "ink" / "0.png").unlink()
-    vgg.write_text("others")
-    train(tmp_path / "moved", run, config(iterations=3), device=CPU, resume=True)
-    said = capsys.readouterr().out
-    for name in ("the paintings", "the VGG weights"):
-        assert f"{name} are not those that checkpoint-0000002.safetensors was trained with" in said
 
 
 @pytest.mark.parametrize(
@@ -183,16 +103,6 @@ def test_of_several_processes_none_saves_alone():
     assert saved == [1]
 
 
-def test_a_damaged_checkpoint_names_the_one_before_it(paintings, tmp_path):
-    newest = train(paintings, tmp_path, config(), device=CPU)
-    newest.write_bytes(newest.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"truncated.*once it is removed, --resume goes on from checkpoint-0000002"):
-        resumed_config(tmp_path, {})
-    checkpoints_of(tmp_path)[0].unlink()
-    with pytest.raises(UserError, match="there is no older one"):
-        resumed_config(tmp_path, {})
-
-
 def test_pairs_are_as_the_settings_say_and_damaged_files_told(paintings, tmp_path, capsys):
     shutil.copytree(paintings, tmp_path, dirs_exist_ok=True)
     damaged = tmp_path / "ink/0.png"
@@ -210,17 +120,6 @@ def test_a_missing_picture_of_a_data_set_is_left_out(paintings, tmp_path, capsys
     lost.unlink()
     train(tmp_path / "data", tmp_path / "run", config(iterations=1), device=CPU)
     assert f"1 damaged files left out: {lost}" in capsys.readouterr().out
-
-
-def test_weights_that_are_named_like_a_checkpoint_are_not_gone_on_with(paintings, tmp_path):
-    run = tmp_path / "run"
-    train(paintings, run, config(iterations=1), device=CPU)
-    shutil.copy(run / "network.safetensors", run / "checkpoint-0000002.safetensors")
-    saying = "checkpoint-0000002.safetensors: is no checkpoint of a training run, .* goes on from checkpoint-0000001"
-    with pytest.raises(UserError, match=saying):
-        resumed_config(run, {})
-    with pytest.raises(UserError, match="is no checkpoint of a training run"):
-        train(paintings, run, config(iterations=3), device=CPU, resume=True)
 
 
 def test_a_description_has_unit_length_in_each_layer():
@@ -253,36 +152,6 @@ def test_a_run_starts_from_given_weights(paintings, tmp_path):
     assert not (tmp_path / "third").exists()
 
 
-def test_a_profile_names_all_parts_and_keeps_nothing(paintings, tmp_path):
-    table = profile_training(paintings, config(), device=CPU, steps=2)
-    parts = dict(re.findall(r"^(\w[\w ]*?) +([\d.]+) ms", table, re.MULTILINE))
-    losses = {f"{name} loss" for name in ("style", "matting", "cycle", "contrastive")}
-    passes = {"loader", "encode", "transfer", "decode", "loss network", "backward", "optimiser", "everything else"}
-    assert parts.keys() == losses | passes | {"step"}
-    assert sum(map(float, parts.values())) == pytest.approx(2 * float(parts["step"]), rel=0.02, abs=1)
-    assert re.search(r"peak memory: (\d+ MiB|unknown)", table)
-
-
-def test_parts_within_parts_count_once(monkeypatch):
-    clock = iter((0, 1, 3, 4, 7, 10))
-    monkeypatch.setattr(Stopwatch, "_now", lambda stopwatch: next(clock))
-    with part("unmeasured"):
-        pass
-    with measuring(CPU) as stopwatch, part("outer"):
-        for _ in range(2):
-            with part("inner"):
-                pass
-    assert stopwatch.seconds == {"outer": 5, "inner": 5}
-
-
-def test_loss_weights_are_settings():
-    step = build_step(config(style_weight=3.0, ccp_weight=0.0, style_distance="l2", anchors=7), loss_features())
-    assert step.losses.weights == LossWeights(ccp=0.0, style=3.0)
-    assert step.losses.style_distance == "l2" and step.losses.contrast.num_anchors == 7
-    with pytest.raises(UserError, match="--style-weight"):
-        config(style_weight=-1.0)
-
-
 def test_parameters_move_and_only_the_newest_checkpoints_stay(paintings, tmp_path):
     run = tmp_path / "run"
     train(paintings, run, config(checkpoint_every=1, keep_checkpoints=2), device=CPU)
@@ -291,40 +160,6 @@ def test_parameters_move_and_only_the_newest_checkpoints_stay(paintings, tmp_pat
     before, after = (tensors(run / name) for name in kept)
     moved = [name for name in before if name.startswith("network.") and not torch.equal(before[name], after[name])]
     assert len(moved) > 10
-
-
-def test_copies_of_checkpoints_under_other_names_are_left_alone(paintings, tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    copies = [
-        "checkpoint-0000001-good.safetensors",
-        "checkpoint-best.safetensors",
-        "checkpoint-0000002.safetensors.old",
-    ]
-    for name in copies:
-        (run / name).touch()
-    last = train(paintings, run, config(checkpoint_every=1, keep_checkpoints=1), device=CPU)
-    assert sorted(path.name for path in run.glob("checkpoint-*")) == sorted([*copies, last.name])
-    assert newest_checkpoint(run) == last
-    later = run / "checkpoint-10000000.safetensors"
-    later.touch()
-    assert newest_checkpoint(run) == later
-
-
-def test_a_run_that_went_on_in_the_folder_meanwhile_is_not_mixed_with_this_one(paintings, tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    other = run / "checkpoint-0000089.safetensors"
-
-    @contextlib.contextmanager
-    def slow(folder):
-        with sole_writer(folder):
-            other.touch()
-            yield
-
-    monkeypatch.setattr("restoration.train.sole_writer", slow)
-    with pytest.raises(UserError, match="another run has changed its checkpoints meanwhile"):
-        train(paintings, run, config(), device=CPU)
-    assert sorted(path.name for path in run.iterdir()) == [".lock", other.name]
 
 
 def test_bf16_and_nearest_pairs_and_ablations_train(paintings, tmp_path):
@@ -542,52 +377,6 @@ def test_rejects(paintings, tmp_path, monkeypatch):
         train(paintings, run, config(blocks=2), device=CPU, resume=True)
 
 
-def test_presets_and_overrides(tmp_path, paintings):
-    paper = make_config("paper")
-    assert (paper.crop, paper.batch, paper.iterations, paper.learning_rate) == (512, 2, 80_000, 1e-5)
-    assert make_config("small").learning_rate == 1e-4
-    assert make_config("small", crop=64, seed=None).crop == 64
-    for overrides, message in (
-        ({"crop": 8}, "--crop must be at least 24, got 8"),
-        ({"learning_rate": float("nan")}, "--learning-rate must lie between"),
-        ({"schedule": "linear"}, "--schedule must be one of constant, cosine, got 'linear'"),
-        ({"batch": 0}, "--batch must be at least 1"),
-        ({"seed": -1}, "--seed must be at least 0, got -1"),
-        ({"seed": 2**64}, "--seed must be at most 1099511627776, got 18446744073709551616"),
-        ({"largest_box": float("inf")}, "--largest-box must be at most 1000.0, got inf"),
-        ({"ccp_weight": float("inf")}, "--ccp-weight must be at most 1000000000000.0, got inf"),
-        ({"iterations": 10**400}, "--iterations must be at most 10000000, got 10000"),
-        ({"anchors": 10**400}, "--anchors must be at most 10000000, got 10000"),
-        ({"gradient_clip": float("nan")}, r"--gradient-clip must be at least 0\.0, got nan"),
-        ({"workers": 10**6}, "--workers must be at most 1000, got 1000000"),
-        ({"learning_rate": 1e-50}, "--learning-rate must lie between 1e-30 and 1, got 1e-50"),
-        ({"gradient_clip": 1e-50}, "--gradient-clip must be 0 or at least 1e-30, got 1e-50"),
-        ({f"{name}_weight": 0.0 for name in ("ccp", "style", "matting", "cycle")}, "one must be above 0"),
-        (
-            {"ccpl": False} | {f"{name}_weight": 0.0 for name in ("style", "matting", "cycle")},
-            "--cycle-weight with --no-ccpl: one must be above 0",
-        ),
-    ):
-        with pytest.raises(UserError, match=message):
-            make_config("small", **overrides)
-    with pytest.raises(UserError, match="--preset must be one of paper, small, got 'huge'"):
-        make_config("huge")
-    run = tmp_path / "run"
-    train(paintings, run, config(iterations=1, seed=5), device=CPU)
-    assert resumed_config(run, {"iterations": 9, "seed": None}) == config(iterations=9, seed=5)
-    for name, kept, other in (("blocks", 1, 2), *((name, True, False) for name in ("dpca", "cafe", "ccpl"))):
-        with pytest.raises(
-            UserError, match=f"--{name} must be {kept}, as when the run in {run} was started, got {other}"
-        ):
-            resumed_config(run, {name: other})
-    with pytest.raises(UserError, match="--batch must be at least 1, got 0"):
-        resumed_config(run, {"batch": 0})
-    path = newest_checkpoint(run)
-    stored, description = tensors(path), load_checkpoint(path).description
-    save_checkpoint(path, stored, {**description, "training": {**description["training"], "of_an_older_version": 1}})
-    assert resumed_config(run, {}) == config(iterations=1, seed=5)
-
-
 def test_what_is_wrong_beside_the_paintings_is_said_before_they_are_read(tmp_path, paintings, monkeypatch):
     run = tmp_path / "run"
     train(paintings, run, config(iterations=1), device=CPU)
@@ -596,14 +385,6 @@ def test_what_is_wrong_beside_the_paintings_is_said_before_they_are_read(tmp_pat
         train(paintings, run, config(iterations=1), device=CPU, resume=True)
     with pytest.raises(UserError, match="missing: no such checkpoint"):
         train(paintings, tmp_path / "other", config(), device=CPU, initial_weights=tmp_path / "missing")
-
-
-def test_learning_rate_schedules():
-    constant, cosine = TrainingConfig(iterations=11), TrainingConfig(iterations=11, schedule="cosine")
-    assert {learning_rate(constant, step) for step in range(11)} == {1e-5}
-    rates = [learning_rate(cosine, step) for step in range(11)]
-    assert rates[0] == pytest.approx(1e-5) and rates[-1] == pytest.approx(1e-7)
-    assert rates == sorted(rates, reverse=True)
 
 
 def test_one_backward_pass_gives_every_parameter_a_gradient():

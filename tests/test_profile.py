@@ -1,0 +1,34 @@
+"""Where time and memory of a training step go."""
+
+import re
+
+import pytest
+import torch
+from tiny_runs import config
+
+from restoration.parts import Stopwatch, measuring, part
+from restoration.profile import profile_training
+
+CPU = torch.device("cpu")
+
+
+def test_a_profile_names_all_parts_and_keeps_nothing(paintings, tmp_path):
+    table = profile_training(paintings, config(), device=CPU, steps=2)
+    parts = dict(re.findall(r"^(\w[\w ]*?) +([\d.]+) ms", table, re.MULTILINE))
+    losses = {f"{name} loss" for name in ("style", "matting", "cycle", "contrastive")}
+    passes = {"loader", "encode", "transfer", "decode", "loss network", "backward", "optimiser", "everything else"}
+    assert parts.keys() == losses | passes | {"step"}
+    assert sum(map(float, parts.values())) == pytest.approx(2 * float(parts["step"]), rel=0.02, abs=1)
+    assert re.search(r"peak memory: (\d+ MiB|unknown)", table)
+
+
+def test_parts_within_parts_count_once(monkeypatch):
+    clock = iter((0, 1, 3, 4, 7, 10))
+    monkeypatch.setattr(Stopwatch, "_now", lambda stopwatch: next(clock))
+    with part("unmeasured"):
+        pass
+    with measuring(CPU) as stopwatch, part("outer"):
+        for _ in range(2):
+            with part("inner"):
+                pass
+    assert stopwatch.seconds == {"outer": 5, "inner": 5}
