@@ -6,7 +6,6 @@ Errors that a person can mend are one line on standard error and exit code 2.
 from __future__ import annotations
 
 import io
-import logging
 import os
 import sys
 import traceback
@@ -25,6 +24,7 @@ from restoration.process import (
     end_at_sigterm,
     error_line,
     is_one_of_several,
+    log_each_message_once,
     one_line_errors,
     prefer_large_pages,
 )
@@ -61,7 +61,7 @@ PAINTINGS = "Folder of paintings by style, or a built dataset."
 
 def main() -> None:
     """Entry point of `restoration` and `python -m restoration`."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    log_each_message_once()
     warnings.filterwarnings("ignore", module=r"PIL\.")  # advice to programmers
     prefer_large_pages()
     for stream in (sys.stdout, sys.stderr):

@@ -17,7 +17,7 @@ from restoration.errors import UserError, reason
 
 logger = logging.getLogger(__name__)
 
-# Of Adobe RGB (1998), section 4.3: the curve's power, and the primaries' XYZ, adapted to D50 as ICC profiles want them.
+# Of Adobe RGB (1998): the curve's power, and the primaries' XYZ, adapted to D50 as ICC profiles want them.
 _ADOBE_POWER = 563 / 256
 _ADOBE_PRIMARIES = {
     b"r": (0.60974, 0.31111, 0.01947),

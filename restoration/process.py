@@ -1,4 +1,4 @@
-"""How the command line's process ends: signals, errors in one line, several processes; and the memory that it asks for.
+"""What the command line's process says and how it ends: warnings, errors in one line, signals, several processes.
 
 Nothing here waits for PyTorch.
 """
@@ -6,6 +6,7 @@ Nothing here waits for PyTorch.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 import sys
@@ -18,6 +19,26 @@ from restoration.errors import ReportedError, UserError
 USAGE_ERROR = 2
 BACKEND_VARIABLE = "RESTORATION_BACKEND"  # named by the operators' errors where it asks for what cannot be
 SIGNAL_BASE = 128  # a shell reports a program that a signal ended as 128 + its number
+
+
+def log_each_message_once() -> None:
+    """Warnings go to standard error, each once: the same picture is read again and again."""
+    handler = logging.StreamHandler()
+    handler.addFilter(_NewMessages())
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, handlers=[handler])
+
+
+class _NewMessages(logging.Filter):
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if message in self._seen:
+            return False
+        self._seen.add(message)
+        return True
 
 
 @contextmanager

@@ -179,6 +179,15 @@ def test_progress_is_shown_on_a_terminal_alone(workshop, tmp_path):
     assert printed.startswith(f"{tmp_path / 'out.png'}: SSIM") and printed.count("\n") == 1
 
 
+def test_a_warning_is_said_once_however_often_a_picture_is_read(workshop, tmp_path):
+    pages = [Image.new("RGB", (30, 20), colour) for colour in ("tan", "navy")]
+    pages[0].save(tmp_path / "album.tif", save_all=True, append_images=pages[1:])
+    command = [sys.executable, "-m", "restoration", "reconstruct", *[tmp_path / "album.tif"] * 2, "--device", "cpu"]
+    command += ["-o", tmp_path / "out.png", "--checkpoint", workshop / "small.safetensors"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
+    assert done.stderr == f"WARNING: {tmp_path / 'album.tif'}: holds 2 pictures, of which only the first is read\n"
+
+
 def test_reconstruct_goes_on_where_nobody_reads_what_it_prints(workshop, tmp_path):
     ink, out = workshop / "paintings" / "ink", tmp_path / "out"
     command = [sys.executable, "-m", "restoration", "reconstruct", ink, ink, "-o", out, "--device", "cpu"]
