@@ -46,10 +46,19 @@ def run(command, **environment):
     return result.stdout
 
 
+def tests_of(module):
+    """Its files: those whose names begin with its own, and not with that of another, longer one."""
+    return [
+        path
+        for path in sorted(TESTS.glob(f"test_{module}*.py"))
+        if module == max((name for name in MODULES if path.stem.startswith(f"test_{name}")), key=len)
+    ]
+
+
 def interpreted(report, modules, chosen):
     """Names of the modules' tests chosen, all of which passed under Triton's interpreter."""
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", f"triton and {chosen}", f"--junitxml={report}"]
-    command += [str(TESTS / f"test_{module}.py") for module in modules]
+    command += [str(path) for module in modules for path in tests_of(module)]
     run(command, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     cases = list(ElementTree.parse(report).iter("testcase"))
     assert not [case.get("name") for case in cases if case.find("skipped") is not None]
