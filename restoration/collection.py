@@ -52,8 +52,9 @@ def find_paintings(
     file, painting_id) tells which images show the same work, and SPLIT.csv (painting_id, split: train, validation or
     test; the last two mean the same) which works are held out; what those tables leave out is never held out.
     ``styles`` and ``split`` ("train" or "test") choose among them.
-    Raises UserError where root is not such a folder, a table is malformed or contradicts itself, SPLIT.csv holds out a
-    work of which MANIFEST.csv names no file, a style is unknown, or no image is left.
+    Raises UserError where root is not such a folder, a table is malformed or contradicts itself, an image may be of a
+    work that is held out, as MANIFEST.csv names no file of that or one that is not there, a style is unknown, or no
+    image is left.
     """
     root = Path(root)
     if not root.is_dir():
@@ -237,14 +238,14 @@ def _check_files(root: Path, works: dict[str, str], splits: dict[str, str], imag
     manifest = root / MANIFEST_FILE
     unmatched = [file for file in works if file not in images]
     spellings = {_loosely(file): file for file in unmatched}
-    for image in sorted(images - works.keys()):
+    unnamed = sorted(images - works.keys())
+    for image in unnamed:
         if (given := spellings.get(_loosely(image))) is not None:
             raise UserError(
                 f"{manifest}: names '{given}', which is not there, in the place of '{image}', it seems; name it as it "
                 "is"
             )
     missing = [file for file in unmatched if not (root / file).is_file()]
-    unnamed = sorted(images - works.keys())
     hidden = [file for file in missing if splits.get(works[file]) == "test"]
     if hidden and unnamed:
         raise UserError(
