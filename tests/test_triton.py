@@ -46,7 +46,7 @@ def run(command, **environment):
     return result.stdout
 
 
-def tests_of(module):
+def files_of(module):
     """Its files: those whose names begin with its own, and not with that of another, longer one."""
     return [
         path
@@ -58,7 +58,7 @@ def tests_of(module):
 def interpreted(report, modules, chosen):
     """Names of the modules' tests chosen, all of which passed under Triton's interpreter."""
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", f"triton and {chosen}", f"--junitxml={report}"]
-    command += [str(path) for module in modules for path in tests_of(module)]
+    command += [str(path) for module in modules for path in files_of(module)]
     run(command, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     cases = list(ElementTree.parse(report).iter("testcase"))
     assert not [case.get("name") for case in cases if case.find("skipped") is not None]
