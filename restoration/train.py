@@ -368,8 +368,8 @@ def _report(record: StepRecord, progress: Progress, writer: SummaryWriter, smoot
 def _warn_of_imbalance(losses: dict[str, float], progress: Progress) -> None:
     terms = {name: value for name, value in losses.items() if name != "total"}
     progress.console.print("weighted losses at step 0: " + ", ".join(f"{k} {v:.3g}" for k, v in terms.items()))
-    *others, largest = sorted(value for value in terms.values() if value != 0)  # 0 is what is switched off
-    if others and largest > IMBALANCE * others[-1]:
+    compared = sorted(value for value in terms.values() if value != 0)  # 0 is what is switched off
+    if len(compared) > 1 and compared[-1] > IMBALANCE * compared[-2]:
         _warn(f"one of them exceeds all others by more than {IMBALANCE} times", progress)
 
 

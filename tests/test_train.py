@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -25,7 +26,15 @@ from restoration.loader import load_batches
 from restoration.profile import profile_training
 from restoration.runs import checkpoints_of, newest_checkpoint, steps_done
 from restoration.step import Optimisation, TrainingStep
-from restoration.train import build_step, statistics_of, stop_requests, train, training_pairs, until_they_end
+from restoration.train import (
+    _warn_of_imbalance,
+    build_step,
+    statistics_of,
+    stop_requests,
+    train,
+    training_pairs,
+    until_they_end,
+)
 from restoration.vgg import loss_features
 
 CPU = torch.device("cpu")
@@ -200,6 +209,12 @@ def test_a_bad_step_is_skipped_and_reported(paintings, tmp_path, monkeypatch, ca
     assert any(not torch.equal(value, tensors(last)[name]) for name, value in before.items())
     assert {"ccp", "style", "matting", "cycle", "total"} == smoothed.keys()
     assert all(map(math.isfinite, smoothed.values()))
+
+
+def test_losses_of_zero_are_told_without_a_comparison():
+    progress = mock.Mock()
+    _warn_of_imbalance({"matting": 0.0, "total": 0.0}, progress)
+    assert progress.console.print.call_count == 1
 
 
 def test_a_loss_that_drowns_the_others_is_told(paintings, tmp_path, capfd):
