@@ -83,6 +83,14 @@ def main() -> None:
         os._exit(code if isinstance(code, int) else 1)
 
 
+def _refuse_company(command: str) -> None:
+    """UserError where torchrun has started several processes, for a command of a single one."""
+    from restoration.distributed import joined
+
+    with joined() as world:
+        world.refuse_company(command)
+
+
 @app.command()
 def reconstruct(
     degraded: Annotated[Path, typer.Argument(help="The faded painting, or a folder of them.")],
@@ -177,13 +185,11 @@ def evaluate(
 
     from restoration.checkpoints import load_network
     from restoration.device import choose_device
-    from restoration.distributed import joined
     from restoration.evaluate import choose_cases, choose_methods, evaluate, rows_apart
     from restoration.evaluation_report import CAPTION, SHEET, check_output, markdown_table, summarise, write_report
     from restoration.vgg import metric_features
 
-    with joined() as world:
-        world.refuse_company("evaluate")
+    _refuse_company("evaluate")
     if synthetic and vgg is not None:
         raise UserError(f"--vgg {vgg} is for Gram losses, which --synthetic does not measure: leave one of them out")
     check_output(out, data, force=force)
@@ -323,11 +329,9 @@ def ablate(
     from restoration.ablate import report
     from restoration.collection import evaluation_pairs
     from restoration.device import choose_device
-    from restoration.distributed import joined
     from restoration.vgg import metric_features
 
-    with joined() as world:
-        world.refuse_company("ablate")
+    _refuse_company("ablate")
     target = choose_device(device)
     overridden = ("iterations", "crop", "batch", "blocks", "learning_rate", "precision")
     settings = {name: given[name] for name in overridden if given[name] is not None}
@@ -367,10 +371,8 @@ def dataset_build(
     from rich.progress import Progress
 
     from restoration.dataset import UNIFORM_SHARE, build_dataset
-    from restoration.distributed import joined
 
-    with joined() as world:
-        world.refuse_company("dataset build")
+    _refuse_company("dataset build")
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("cutting", total=None)
         report = build_dataset(

@@ -118,7 +118,6 @@ def build_dataset(
     try:
         with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}-unfinished-") as workshop:
             uncut = [Path(workshop, "crops", name) for name in _crop_names(source, paintings)]
-
             stopped = threading.Event()
 
             def cut(painting: Painting, stem: Path) -> _Cut:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from restoration.errors import LostPeerError, ReportedError, UserError
+from restoration.process import is_one_of_several
 
 Answer = TypeVar("Answer")
 Item = TypeVar("Item")
@@ -169,14 +170,13 @@ def joined() -> Iterator[World]:
     After an error the group is left as it is, for cli.main: NCCL takes it down with all of its processes together, and
     some may be waiting for this one.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or "RANK" not in os.environ:
+    if not is_one_of_several():
         yield ALONE
         return
     # Decisions travel over gloo, whatever carries the gradients: a host need not wait for its GPU to talk.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     try:
-        yield World(dist.get_rank(), size)
+        yield World(dist.get_rank(), int(os.environ["WORLD_SIZE"]))
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             hours = PATIENCE / timedelta(hours=1)

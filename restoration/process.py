@@ -1,4 +1,4 @@
-"""What the command line's process says and how it ends: warnings, errors in one line, signals, several processes.
+"""The command line's process: its warnings, errors in one line and signals, the pages it asks for, and its company.
 
 Nothing here waits for PyTorch.
 """

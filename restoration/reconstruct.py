@@ -98,7 +98,7 @@ def plan(
             on_failure(error)
             continue
         if not folders or output.is_dir():
-            check_writable(job.output, force=force, like=picture)
+            check_writable(job.output, force=force, like=None if folders else picture)  # which is known to fit already
         ready.append(job)
     return ready
 

@@ -3,6 +3,7 @@
 import csv
 import errno
 import functools
+import os
 import struct
 import zlib
 
@@ -17,6 +18,9 @@ from restoration.metadata import jpeg_with_iptc
 
 LOSSLESS = ("png", "tif", "webp")
 FORMATS = (*LOSSLESS, "jpg")
+
+PAINTINGS = os.environ.get("RESTORATION_PAINTINGS")
+needs_paintings = pytest.mark.skipif(not PAINTINGS, reason="RESTORATION_PAINTINGS names no folder of paintings")
 
 
 def random_pixels(height=9, width=13, channels=3, seed=0):

@@ -5,13 +5,10 @@ import os
 from pathlib import Path
 
 import pytest
-from pictures import assert_refuses, paint, write_table
+from pictures import PAINTINGS, assert_refuses, needs_paintings, paint, write_table
 
 from restoration.collection import Painting, evaluation_pairs, find_paintings, read_table
 from restoration.errors import UserError
-
-PAINTINGS = os.environ.get("RESTORATION_PAINTINGS")
-needs_paintings = pytest.mark.skipif(not PAINTINGS, reason="RESTORATION_PAINTINGS names no folder of paintings")
 
 
 def test_a_folder_that_cannot_be_read_is_an_error(folders, monkeypatch):

@@ -1,20 +1,16 @@
 """What training reads: crops of two works of a style, and the same samples at every resumption."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from pictures import assert_refuses, paint, write_table
+from pictures import PAINTINGS, assert_refuses, needs_paintings, paint, write_table
 from PIL import Image
 
 from restoration.collection import Painting, find_paintings
 from restoration.data import DESCRIBED_SIDE, PairDataset, small_picture
 from restoration.imaging import read_image
-
-PAINTINGS = os.environ.get("RESTORATION_PAINTINGS")
-needs_paintings = pytest.mark.skipif(not PAINTINGS, reason="RESTORATION_PAINTINGS names no folder of paintings")
 
 
 def same_samples(one, other):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import assert_refuses, write_table
+from pictures import PAINTINGS, assert_refuses, needs_paintings, write_table
 from PIL import Image, ImageDraw
 from skimage.color import lab2rgb
 
@@ -14,8 +14,6 @@ from restoration.collection import evaluation_pairs, find_paintings
 from restoration.data import PairDataset
 from restoration.dataset import INDEX_COLUMNS, build_dataset, is_uniform, windows
 from restoration.errors import UserError
-
-PAINTINGS = os.environ.get("RESTORATION_PAINTINGS")
 
 
 def paint(path, size=(32, 32), seed=0):
@@ -371,7 +369,7 @@ def test_rejects_when_nothing_is_left(tmp_path, out):
     assert not out.exists()
 
 
-@pytest.mark.skipif(not PAINTINGS, reason="RESTORATION_PAINTINGS names no folder of paintings")
+@needs_paintings
 def test_real_paintings_keep_works_on_one_side(out):
     report = build(PAINTINGS, out, crop=64, stride=2000, styles=["blue_green"])
     assert report.damaged == []
