@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "common.h"
 
@@ -68,15 +69,14 @@ struct alignas(kVectorBytes) Vector {
 };
 
 // left · right, rounded: never part of a fused multiply-add, so that what is subtracted from a copy of it leaves exactly 0.
-#if defined(__CUDACC__)
-__device__ __forceinline__ float rounded_product(float left, float right) { return __fmul_rn(left, right); }
-__device__ __forceinline__ double rounded_product(double left, double right) { return __dmul_rn(left, right); }
-#else
 template <typename A>
-A rounded_product(A left, A right) {
+HOST_DEVICE A rounded_product(A left, A right) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<A, double>) return __dmul_rn(left, right);
+  if constexpr (std::is_same_v<A, float>) return __fmul_rn(left, right);
+#endif
   return left * right;
 }
-#endif
 
 template <typename Call>
 void dispatch_cuda_dtype(const char* operator_name, DType dtype, Call call) {

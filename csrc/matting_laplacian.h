@@ -50,7 +50,7 @@ HOST_DEVICE void centre_window(Real (&values)[kPixels]) {
 // The colours of one window, over √eps·Id, as three orthogonal columns of n + 3 numbers. What an ordinary least squares
 // fit by them leaves of x_w over three zeros is r_w over -√eps·a_w. The columns come from modified Gram-Schmidt,
 // without the 3x3 covariance: that of nearly grey colours is nearly singular, and its condition is the square of the
-// columns'. Real is a float64 number, or a vector of them that holds a window in each lane.
+// columns'. Real is a float64 number, a vector of them that holds a window in each lane, or a TwoFloat.
 template <typename Real, int kPixels>
 struct WindowBasis {
   Real colours[3][kPixels];
@@ -58,7 +58,8 @@ struct WindowBasis {
   Real inverse_squares[3];
 
   // `colours` holds the centred colours.
-  HOST_DEVICE void orthogonalise(double root_eps) {
+  template <typename Number>
+  HOST_DEVICE void orthogonalise(Number root_eps) {
     UNROLL
     for (int column = 0; column < 3; ++column) {
       UNROLL

@@ -4,13 +4,16 @@
 // its window by the guide's colours, keeps the basis in registers, and takes one channel after the other: residuals,
 // their sums along a row of pixels by shuffles within a warp, then along a column through shared memory. Tiles overlap
 // by 2·radius windows, so that every pixel finds all of its windows in one block: no atomics, the same bits always.
-// All of it in float64, whose accuracy docs/matting_laplacian.md compares with that of float32.
+// All of it in float64 or, of float32 tensors on GPUs where that is slow, in TwoFloat; docs/matting_laplacian.md compares
+// their accuracy with that of float32.
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "common.cuh"
 #include "matting_laplacian.h"
+#include "two_float.cuh"
 
 namespace restoration {
 namespace {
@@ -47,32 +50,39 @@ struct WindowTiles {
 };
 
 // The centred values of one plane in the window whose upper left corner is `corner`; zeros where there is no window.
-template <int kSide, typename T>
+template <int kSide, typename T, typename Real>
 __device__ __forceinline__ void load_window(const T* __restrict__ corner, int width, bool exists,
-                                            double (&values)[kSide * kSide]) {
+                                            Real (&values)[kSide * kSide]) {
   UNROLL
   for (int i = 0; i < kSide; ++i) {
     UNROLL
     for (int j = 0; j < kSide; ++j) {
-      values[i * kSide + j] = exists ? static_cast<double>(corner[int64_t{i} * width + j]) : 0.0;
+      values[i * kSide + j] = Real(exists ? corner[int64_t{i} * width + j] : T(0));
     }
   }
   centre_window(values);
 }
 
+__device__ __forceinline__ double lane_before(double value, int distance) {
+  return __shfl_up_sync(kFullWarp, value, distance);
+}
+__device__ __forceinline__ TwoFloat lane_before(TwoFloat value, int distance) {
+  return {__shfl_up_sync(kFullWarp, value.high, distance), __shfl_up_sync(kFullWarp, value.low, distance)};
+}
+
 // Sum of the residuals of all windows that contain this thread's pixel. `sums` holds kSide numbers for each thread.
-template <int kSide>
-__device__ __forceinline__ double gather(const double (&residuals)[kSide * kSide], double* sums) {
+template <int kSide, typename Real>
+__device__ __forceinline__ Real gather(const Real (&residuals)[kSide * kSide], Real* sums) {
   const int thread = threadIdx.y * kTileColumns + threadIdx.x;
   UNROLL
   for (int i = 0; i < kSide; ++i) {
-    double sum = residuals[i * kSide];
+    Real sum = residuals[i * kSide];
     UNROLL
-    for (int j = 1; j < kSide; ++j) sum += __shfl_up_sync(kFullWarp, residuals[i * kSide + j], j);
+    for (int j = 1; j < kSide; ++j) sum += lane_before(residuals[i * kSide + j], j);
     sums[i * kFitThreads + thread] = sum;
   }
   __syncthreads();
-  double total = 0;
+  Real total = {};
   if (threadIdx.y >= kSide - 1) {
     UNROLL
     for (int i = 0; i < kSide; ++i) total += sums[i * kFitThreads + thread - i * kTileColumns];
@@ -82,13 +92,13 @@ __device__ __forceinline__ double gather(const double (&residuals)[kSide * kSide
 }
 
 // product = factor · M image, and partial[image, tile] = energy of the windows whose corner lies in the tile.
-template <typename T, int kRadius>
+template <typename T, typename Real, int kRadius>
 __global__ void __launch_bounds__(kFitThreads, 1)
     matting_laplacian_kernel(const T* __restrict__ image, const T* __restrict__ guide, T* __restrict__ product,
-                             double* __restrict__ partial, double factor, double root_eps, WindowTiles tiles,
+                             double* __restrict__ partial, Real factor, Real root_eps, WindowTiles tiles,
                              int64_t batch, int64_t channels) {
   constexpr int kSide = 2 * kRadius + 1, kHalo = 2 * kRadius;
-  SHARED_ARRAY(double, sums, kSide * kFitThreads);
+  SHARED_ARRAY(Real, sums, kSide * kFitThreads);
   const int tile_row = static_cast<int>(blockIdx.x / tiles.column_tiles);
   const int tile_column = static_cast<int>(blockIdx.x % tiles.column_tiles);
   const int row = tile_row * tiles.rows + static_cast<int>(threadIdx.y) - kHalo;
@@ -98,27 +108,27 @@ __global__ void __launch_bounds__(kFitThreads, 1)
   const int64_t pixel = int64_t{row} * tiles.width + column;
   const int64_t pixels = int64_t{tiles.height} * tiles.width;
   for (int64_t index = blockIdx.y; index < batch; index += gridDim.y) {
-    WindowBasis<double, kSide * kSide> basis;
+    WindowBasis<Real, kSide * kSide> basis;
     UNROLL
     for (int channel = 0; channel < 3; ++channel) {
       load_window<kSide>(guide + (index * 3 + channel) * pixels + pixel, tiles.width, exists, basis.colours[channel]);
     }
     basis.orthogonalise(root_eps);
-    double energy = 0;
+    Real energy = {};
 #pragma unroll 1
     for (int64_t channel = 0; channel < channels; ++channel) {
       const int64_t plane = (index * channels + channel) * pixels;
-      double residuals[kSide * kSide];
+      Real residuals[kSide * kSide];
       load_window<kSide>(image + plane + pixel, tiles.width, exists, residuals);
       energy += basis.residuals(residuals);
       if (product != nullptr) {
-        const double sum = gather<kSide>(residuals, sums);
+        const Real sum = gather<kSide>(residuals, sums);
         if (owned) product[plane + pixel] = static_cast<T>(factor * sum);
       }
     }
     if (partial != nullptr) {
-      energy = block_sum(owned ? energy : 0.0);
-      if (threadIdx.x == 0 && threadIdx.y == 0) partial[index * tiles.tiles + blockIdx.x] = energy;
+      const double sum = block_sum(owned ? static_cast<double>(energy) : 0.0);
+      if (threadIdx.x == 0 && threadIdx.y == 0) partial[index * tiles.tiles + blockIdx.x] = sum;
     }
   }
 }
@@ -134,20 +144,33 @@ __global__ void __launch_bounds__(kSumThreads)
   if (threadIdx.x == 0) energy[blockIdx.x] = static_cast<T>(sum / static_cast<double>(pixels));
 }
 
-template <typename T, int kRadius>
+template <typename T, typename Real, int kRadius>
 void launch(const MattingLaplacian& arguments, const MattingLaplacianSizes& sizes, void* workspace,
             cudaStream_t stream) {
   if (sizes.batch == 0) return;
   const WindowTiles tiles(sizes);
   double* partial = arguments.energy == nullptr ? nullptr : static_cast<double*>(workspace);
   const dim3 grid(static_cast<unsigned>(tiles.tiles), grid_y(sizes.batch));
-  LAUNCH((matting_laplacian_kernel<T, kRadius>), grid, dim3(kTileColumns, kTileRows), 0, stream,
+  LAUNCH((matting_laplacian_kernel<T, Real, kRadius>), grid, dim3(kTileColumns, kTileRows), 0, stream,
          static_cast<const T*>(arguments.image), static_cast<const T*>(arguments.guide),
-         static_cast<T*>(arguments.product), partial, arguments.factor, std::sqrt(arguments.eps), tiles, sizes.batch,
-         sizes.channels);
+         static_cast<T*>(arguments.product), partial, Real(arguments.factor), Real(std::sqrt(arguments.eps)), tiles,
+         sizes.batch, sizes.channels);
   if (partial == nullptr) return;
   LAUNCH(matting_laplacian_energy_kernel<T>, dim3(static_cast<unsigned>(sizes.batch)), dim3(kSumThreads), 0, stream,
          partial, static_cast<T*>(arguments.energy), tiles.tiles, sizes.pixels());
+}
+
+// Instructions of a TwoFloat for one of float64, about.
+constexpr int kTwoFloatInstructions = 13;
+// TwoFloat's 46 bits are enough for a fit as nearly singular as this eps allows it to be.
+constexpr double kLeastTwoFloatEps = 1e-15;
+
+// Whether this device computes quicker in TwoFloat: it then takes 32 or 64 times as long for float64 as for float32.
+bool prefers_two_float() {
+  int device = 0, ratio = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&ratio, cudaDevAttrSingleToDoublePrecisionPerfRatio, device);
+  return ratio > kTwoFloatInstructions;
 }
 
 }  // namespace
@@ -158,9 +181,15 @@ int64_t matting_laplacian_workspace(const MattingLaplacianSizes& sizes, DType) {
 
 void launch_matting_laplacian(const MattingLaplacian& arguments, const MattingLaplacianSizes& sizes, DType dtype,
                               void* workspace, void* stream) {
+  const bool two_float = arguments.eps >= kLeastTwoFloatEps && prefers_two_float();
   dispatch_matting_laplacian(dtype, sizes.radius, [&](auto tag, auto radius) {
-    launch<typename decltype(tag)::Type, decltype(radius)::value>(arguments, sizes, workspace,
-                                                                  static_cast<cudaStream_t>(stream));
+    using T = typename decltype(tag)::Type;
+    constexpr int kRadius = decltype(radius)::value;
+    auto* const own_stream = static_cast<cudaStream_t>(stream);
+    if constexpr (std::is_same_v<T, float>) {
+      if (two_float) return launch<T, TwoFloat, kRadius>(arguments, sizes, workspace, own_stream);
+    }
+    launch<T, double, kRadius>(arguments, sizes, workspace, own_stream);
   });
 }
 

@@ -41,11 +41,11 @@ def matting_laplacian_energy(
 
     Returns:
         [B], in the dtype of image, or float32 where that is of half precision. An image smaller than a window has no
-        energy: 0. Everything is float64 inside, as nearly grey guides make nearly singular fits
-        (docs/matting_laplacian.md). Half precision arguments are cast to float32. Gradients: image, computed in the
-        same pass as the energy and kept, so that training holds one tensor like image; the reference holds about
-        7·(n + 3)·(C + 1) float64 numbers a pixel. By the reference alone, which can be differentiated twice, also
-        guide.
+        energy: 0. As nearly grey guides make nearly singular fits, everything is float64 inside, or pairs of float32
+        whose result is as exact (docs/matting_laplacian.md). Half precision arguments are cast to float32. Gradients:
+        image, computed in the same pass as the energy and kept, so that training holds one tensor like image; the
+        reference holds about 7·(n + 3)·(C + 1) float64 numbers a pixel. By the reference alone, which can be
+        differentiated twice, also guide.
 
     Raises:
         TypeError, ValueError: an argument is not as said here.
