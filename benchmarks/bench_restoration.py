@@ -27,7 +27,8 @@ def _step_of(reversible, backend=None, precision="fp32"):
 
     def prepare(arguments):
         degraded, reference = arguments["degraded"], arguments["reference"]
-        settings = {"crop": degraded.shape[-1], "batch": len(degraded), "blocks": arguments["blocks"]}
+        settings = {name: arguments[name] for name in ("blocks", "capture")}
+        settings |= {"crop": degraded.shape[-1], "batch": len(degraded)}
         config = make_config("paper", reversible=reversible, precision=precision, **settings)
         torch.manual_seed(0)
         module = build_step(config, loss_features()).to(degraded.device)
@@ -58,6 +59,7 @@ class StepEntry:
     batch: int
     blocks: int
     device: str
+    captured: bool = True  # as a CUDA graph, on a GPU
     in_series = False
 
     def __str__(self):
@@ -75,12 +77,17 @@ class StepEntry:
     def reference(self):
         return replace(self, rival=REFERENCE)
 
+    @property
+    def uncaptured(self):
+        return replace(self, captured=False)
+
     def arguments(self):
         """Smooth crops, nearer to paintings than noise is."""
         generator = torch.Generator().manual_seed(0)
         coarse = torch.rand(2 * self.batch, 3, self.side // 8, self.side // 8, generator=generator)
         images = torch.nn.functional.interpolate(coarse, scale_factor=8, mode="bicubic").clamp(0, 1).to(self.device)
-        return {"degraded": images[: self.batch], "reference": images[self.batch :], "blocks": self.blocks}
+        settings = {"blocks": self.blocks, "capture": self.captured}
+        return {"degraded": images[: self.batch], "reference": images[self.batch :], **settings}
 
     def why_not(self, arguments):
         return None
@@ -94,7 +101,7 @@ class StepEntry:
                 torch.cuda.synchronize()
             return {"numbers": outcome.numbers}
 
-        if self.device == "cuda":
+        if self.device == "cuda" and self.captured:
             for _ in range(1 + WARM_UP):  # the last of them is captured
                 work()
         return work

@@ -55,23 +55,26 @@ def _urgency(entry):
 
 @pytest.fixture(scope="session")
 def peaks(request):
-    """Function that gives peaks of memory by name: of every benchmark, or of those as urgent if time is limited.
+    """Function that gives peaks of memory by name, those of an entry and its reference among them.
 
-    All are measured before the first is timed.
+    On a CPU all are measured before the first entry is timed, or all as urgent if time is limited.
     """
     option = request.config.option
     found = {}
 
     def of_entry(entry):
-        if str(entry) in found:
-            return found
-        names = collections.defaultdict(dict)
-        for item in request.session.items:
-            other = _entry(item)
-            if option.time_limit is None or _urgency(other) == _urgency(entry):
-                # The reference, too, where it is not among those asked for: whether it fits decides who can be judged.
-                names[item.path] |= {str(other): None, str(other.reference): None}
-        found.update(peak_memory.measure_files(names, option.device, option.quick))
+        # The reference, too, where it is not among those asked for: whether it fits decides who can be judged.
+        if option.device == "cuda":
+            for one in (entry, entry.reference):
+                if str(one) not in found:
+                    found[str(one)] = peak_memory.measure(one)
+        elif str(entry) not in found:
+            names = collections.defaultdict(dict)
+            for item in request.session.items:
+                other = _entry(item)
+                if option.time_limit is None or _urgency(other) == _urgency(entry):
+                    names[item.path] |= {str(other): None, str(other.reference): None}
+            found.update(peak_memory.measure_files(names, option.quick))
         return found
 
     return of_entry

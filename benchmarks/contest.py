@@ -202,6 +202,11 @@ class Entry:
         """The entry that this one is judged by."""
         return replace(self, rival=self.contest.reference)
 
+    @property
+    def uncaptured(self):
+        """The entry whose memory is measured: one that replays no CUDA graph, whose memory is not counted."""
+        return self
+
     def arguments(self):
         """Keyword arguments of the public function, nobody else's, so that an operator may write to them."""
         shared = _arguments(self.sample, self.dtype, self.device)

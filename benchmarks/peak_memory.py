@@ -1,6 +1,7 @@
-"""Peak memory of benchmarks, each run untimed in a fresh process.
+"""Peak memory of benchmarks, each run untimed.
 
-``python -m benchmarks.peak_memory FILE DEVICE QUICK NAME...`` prints one line of JSON for each benchmark named.
+On a CPU in a fresh process: ``python -m benchmarks.peak_memory FILE QUICK NAME...`` prints one line of JSON for each
+benchmark named.
 """
 
 import gc
@@ -12,7 +13,6 @@ import runpy
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -27,26 +27,32 @@ OUT_OF_MEMORY = "out of memory"
 FREE_SHARE = 0.8
 
 
-def measure_files(names, device, quick):
-    """Peak bytes beyond the arguments, results included, by name; OUT_OF_MEMORY, or None where it cannot be measured.
+def measure(entry):
+    """Peak bytes beyond the arguments, results included; OUT_OF_MEMORY, or None where it cannot be measured.
+
+    In this process: a GPU's memory is counted by the byte.
+    """
+    try:
+        return _peak(entry.uncaptured)
+    except Exception as error:  # of one benchmark; the others go on
+        if is_out_of_memory(error):
+            return OUT_OF_MEMORY
+        # It comes again when the benchmark is timed, and then fails that one.
+        print(f"{entry}: no peak of memory: {error}", file=sys.stderr)
+        return None
+
+
+def measure_files(names, quick):
+    """The same for a CPU, by name, in processes that have run nothing else.
 
     Args:
-        names: of entries for this device, quick or not, by the path of their bench file.
+        names: of entries, quick or not, by the path of their bench file.
     """
-    # With a GPU most of the time goes into compiling, on the CPU; what runs on the CPU is better alone with its memory.
-    with ThreadPoolExecutor(1 if device == "cpu" else len(names)) as pool:
-        files = [pool.submit(_measure_file, path, device, quick, names[path]) for path in names]
-        peaks = {name: peak for file in files for name, peak in file.result().items()}
-    if device != "cpu":
-        # What the others held at the time may have been missing.
-        for path, own in names.items():
-            if again := [name for name in own if peaks[name] == OUT_OF_MEMORY]:
-                peaks |= _measure_file(path, device, quick, again)
-    return peaks
+    return {name: peak for path in names for name, peak in _measure_file(path, quick, names[path]).items()}
 
 
-def _measure_file(path, device, quick, names):
-    command = [sys.executable, "-m", "benchmarks.peak_memory", str(path), device, str(int(quick)), *names]
+def _measure_file(path, quick, names):
+    command = [sys.executable, "-m", "benchmarks.peak_memory", str(path), str(int(quick)), *names]
     # Every tensor then is memory of its own, returned as soon as it is freed.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     result = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
@@ -61,34 +67,21 @@ def _measure_file(path, device, quick, names):
 def main():
     """The fresh process.
 
-    On the CPU each benchmark gets a fork of it, which has imported everything and run nothing: a process never quite
-    returns to what it was. A GPU cannot be used in a fork, and its memory is counted by the byte.
+    Each benchmark gets a fork of it, which has imported everything and run nothing: a process never quite returns to
+    what it was.
     """
-    path, device, quick, *names = sys.argv[1:]
-    torch.backends.cudnn.allow_tf32 = False  # as where they are timed
+    path, quick, *names = sys.argv[1:]
     contests = runpy.run_path(path)["CONTESTS"]
-    entries = {str(entry): entry for contest in contests for entry in contest.entries(device, quick == "1")}
+    entries = {str(entry): entry for contest in contests for entry in contest.entries("cpu", quick == "1")}
     for name in names:
-        if device == "cuda":
-            _print_peak(entries[name])
-            continue
         child = os.fork()
         if child == 0:
             _limit_memory()
-            _print_peak(entries[name])
+            _print(name, measure(entries[name]))
             os._exit(0)
         status = os.waitpid(child, 0)[1]
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
             _print(name, OUT_OF_MEMORY)
-
-
-def _print_peak(entry):
-    try:
-        peak = _peak(entry)
-    except Exception as error:  # of one benchmark; the others go on
-        # Another error comes again when the benchmark is timed, and then fails that one alone.
-        peak = OUT_OF_MEMORY if is_out_of_memory(error) else None
-    _print(str(entry), peak)
 
 
 def _print(name, peak):

@@ -9,6 +9,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 
 #include "common.cuh"
@@ -165,8 +168,14 @@ constexpr int kTwoFloatInstructions = 13;
 // TwoFloat's 46 bits are enough for a fit as nearly singular as this eps allows it to be.
 constexpr double kLeastTwoFloatEps = 1e-15;
 
-// Whether this device computes quicker in TwoFloat: it then takes 32 or 64 times as long for float64 as for float32.
+// Whether this device computes quicker in TwoFloat: it then takes 32 or 64 times as long for float64 as for float32. Or as
+// the environment variable RESTORATION_CUDA_FLOAT64 says, with which tests run both on one machine.
 bool prefers_two_float() {
+  if (const char* wish = std::getenv("RESTORATION_CUDA_FLOAT64")) {
+    const std::string speed = wish;
+    if (speed == "fast" || speed == "slow") return speed == "slow";
+    throw std::invalid_argument("RESTORATION_CUDA_FLOAT64 must be fast or slow, got " + speed);
+  }
   int device = 0, ratio = 1;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&ratio, cudaDevAttrSingleToDoublePrecisionPerfRatio, device);

@@ -101,14 +101,18 @@ class CapturedUpdate:
     def _can_go_on(self) -> bool:
         """False where a broken capture has left something in it.
 
-        Before PyTorch 2.12 that is the generator: nothing can be drawn. In some versions it is the memory: what other
-        streams have used is kept for ever.
+        Before PyTorch 2.12 that is the state of the generator, with which nothing can be drawn: it gets a new one. In
+        some versions it is the memory: what other streams have used is kept for ever.
         """
+        generator, seed = self._generator, self._generator.initial_seed()
         try:
-            torch.rand(1, generator=self._generator, device=self._generator.device)
+            if generator.device.type == "cuda":
+                generator.graphsafe_set_state(torch.Generator(generator.device))
+            torch.rand(1, generator=generator, device=generator.device)
             torch.cuda.empty_cache()
         except RuntimeError:
             return False
+        generator.manual_seed(seed)  # the update draws what it would have drawn without the attempt
         return True
 
     def _replay(self, images: tuple[Tensor, ...]) -> Result:

@@ -1,5 +1,6 @@
 """Settings that hold for every test."""
 
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -45,6 +46,20 @@ def large_gpu_memory_is_returned():
         torch.cuda.empty_cache()
 
 
+@pytest.fixture(autouse=True)
+def a_fault_of_a_kernel_ends_the_process():
+    """It leaves a process in which nothing works on the GPU: test after test would fail, none of them to blame."""
+    yield
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(3)  # the test is named, and another process goes on with the others
+        pytest.exit(f"a kernel's fault: {error}", returncode=3)
+
+
 @pytest.fixture
 def simulated_gpu(monkeypatch):
     """Lets the cuda backend run on CPU tensors, in the runner of simt_build."""
@@ -65,6 +80,12 @@ def order(request, monkeypatch):
     if request.param == "reverse":
         monkeypatch.setenv("SIMT_REVERSE", "1")
     return request.param
+
+
+@pytest.fixture
+def float64(request, monkeypatch):
+    """Its speed, as CUDA kernels are to take it for; matting_guides.both_speeds_of_float64 asks for it."""
+    monkeypatch.setenv("RESTORATION_CUDA_FLOAT64", request.param)
 
 
 @pytest.fixture(scope="session")

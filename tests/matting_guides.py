@@ -3,8 +3,12 @@
 Eight-bit pictures, as all that are read from files: float32 multiples of 1/255.
 """
 
+import pytest
 import torch
 import torch.nn.functional as F
+
+# Of the GPU that the CUDA kernel chooses its arithmetic for; the fixture is in conftest.py.
+both_speeds_of_float64 = pytest.mark.parametrize("float64", ["fast", "slow"], indirect=True)
 
 PICTURES = ("photograph", "tinted_ink", "grey_one_level", "grey", "paper_one_level", "noise")
 SIZE = (48, 61)

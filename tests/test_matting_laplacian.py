@@ -240,6 +240,13 @@ def test_accuracy_in_float32(backend, picture, eps):
     check_accuracy(backend, matting_guides.draw(picture), eps)
 
 
+@matting_guides.both_speeds_of_float64
+@pytest.mark.parametrize("picture", matting_guides.PICTURES)
+def test_accuracy_in_each_arithmetic_of_the_gpu(picture, float64):
+    """Whichever this one would choose."""
+    check_accuracy("cuda", matting_guides.draw(picture), eps=1e-7)
+
+
 @pytest.mark.skipif("RESTORATION_PAINTINGS" not in os.environ, reason="RESTORATION_PAINTINGS names no folder")
 @compare.every_backend(OPERATORS[0])
 @pytest.mark.parametrize("style", ["ink_wash", "blue_green", "light_crimson"])

@@ -286,16 +286,6 @@ def test_relu_split_without_images():
     assert [tensor.shape for tensor in (rectified, rest, grad_x)] == [(0, 2, 5, 7), (0, 1, 5, 7), (0, 3, 5, 7)]
 
 
-@pytest.fixture
-def arithmetic(request, monkeypatch):
-    """What the Matting Laplacian of float32 is computed in: as on a GPU whose float64 is fast, or slow."""
-    monkeypatch.delenv("SIMT_SLOW_FLOAT64", raising=False)
-    if request.param == "TwoFloat":
-        monkeypatch.setenv("SIMT_SLOW_FLOAT64", "1")
-
-
-both_arithmetics = pytest.mark.parametrize("arithmetic", ["float64", "TwoFloat"], indirect=True)
-
 # Odd, one window, no window, several tiles each way, one row of windows.
 MATTING_SHAPES = [(2, 3, 37, 61), (1, 1, 3, 3), (5, 2, 2, 6), (1, 2, 40, 70), (1, 4, 3, 80)]
 
@@ -305,12 +295,12 @@ MATTING_SHAPES = [(2, 3, 37, 61), (1, 1, 3, 3), (5, 2, 2, 6), (1, 2, 40, 70), (1
 @pytest.mark.parametrize("radius", [1, 2, 3])
 @pytest.mark.parametrize("shape", MATTING_SHAPES, ids=str)
 @pytest.mark.parametrize(
-    ("dtype", "arithmetic"),
-    [(torch.float32, "float64"), (torch.float32, "TwoFloat"), (torch.float64, "float64")],
+    ("dtype", "float64"),
+    [(torch.float32, "fast"), (torch.float32, "slow"), (torch.float64, "fast")],
     ids=str,
-    indirect=["arithmetic"],
+    indirect=["float64"],
 )
-def test_matting_laplacian(shape, radius, dtype, order, arithmetic):
+def test_matting_laplacian(shape, radius, dtype, order, float64):
     batch, _, height, width = shape
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -325,10 +315,10 @@ def test_matting_laplacian(shape, radius, dtype, order, arithmetic):
 
 
 @needs_compiler
-@both_arithmetics
+@matting_guides.both_speeds_of_float64
 @pytest.mark.parametrize("eps", [1e-15, 1e-7, 1e-5])
 @pytest.mark.parametrize("picture", matting_guides.PICTURES)
-def test_matting_laplacian_accuracy(picture, eps, arithmetic):
+def test_matting_laplacian_accuracy(picture, eps, float64):
     """The bounds of test_accuracy_in_float32, in the CUDA kernel."""
     guide = matting_guides.draw(picture)
     for name in ("stylised", "affine"):
@@ -345,20 +335,24 @@ def test_matting_laplacian_computes_in_two_float_where_float64_is_slow(monkeypat
     """But not float64 tensors, nor where a fit may be too nearly singular for it."""
     guide = matting_guides.draw("noise")
 
-    def product(eps, slow, guide=guide):
-        monkeypatch.delenv("SIMT_SLOW_FLOAT64", raising=False)
-        if slow:
-            monkeypatch.setenv("SIMT_SLOW_FLOAT64", "1")
-        return run_matting_laplacian(0.7 * guide + 0.1, guide, eps=eps)[1]
+    def same(eps, guide):
+        products = []
+        for speed in ("fast", "slow"):
+            monkeypatch.setenv("RESTORATION_CUDA_FLOAT64", speed)
+            products.append(run_matting_laplacian(0.7 * guide + 0.1, guide, eps=eps)[1])
+        return torch.equal(*products)
 
-    assert not torch.equal(product(1e-7, slow=True), product(1e-7, slow=False))
-    assert torch.equal(product(1e-16, slow=True), product(1e-16, slow=False))
-    assert torch.equal(product(1e-7, slow=True, guide=guide.double()), product(1e-7, slow=False, guide=guide.double()))
+    assert not same(1e-7, guide)
+    assert same(1e-16, guide)
+    assert same(1e-7, guide.double())
+    monkeypatch.setenv("RESTORATION_CUDA_FLOAT64", "")
+    with pytest.raises(ValueError, match="RESTORATION_CUDA_FLOAT64 must be fast or slow, got"):
+        run_matting_laplacian(guide, guide)
 
 
 @needs_compiler
-@both_arithmetics
-def test_matting_laplacian_computes_what_is_wanted(arithmetic):
+@matting_guides.both_speeds_of_float64
+def test_matting_laplacian_computes_what_is_wanted(float64):
     image, guide = torch.rand(2, 2, 3, 9, 40)
     energy, product = run_matting_laplacian(image, guide)
     assert torch.equal(run_matting_laplacian(image, guide, wanted=("energy",))[0], energy)

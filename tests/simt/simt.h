@@ -51,11 +51,8 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 struct cudaFuncAttributes {};
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-// float64 is half as fast as float32, or slow where the environment variable SIMT_SLOW_FLOAT64 is set.
 enum cudaDeviceAttr { cudaDevAttrSingleToDoublePrecisionPerfRatio };
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  return *value = std::getenv("SIMT_SLOW_FLOAT64") == nullptr ? 2 : 64, cudaSuccess;
-}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 2, cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 template <typename Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
