@@ -48,7 +48,7 @@ struct TwoFloat {
   HOST_DEVICE TwoFloat& operator*=(TwoFloat other) { return *this = *this * other; }
 
  private:
-  // large + small, of which large has the larger exponent, or is 0.
+  // large + small. Where cancellation has left small the larger of them, its last bits may be lost.
   HOST_DEVICE static TwoFloat ordered_sum(float large, float small) {
     const float sum = large + small;
     return {sum, small - (sum - large)};
