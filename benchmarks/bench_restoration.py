@@ -15,8 +15,8 @@ from restoration.train import build_step
 from restoration.vgg import loss_features
 from restoration_kernels import use_backend
 
-# Sides of the square crops and crops in a batch. The quick ones have one block a stage.
-SIZES = ((256, 1), (256, 2), (512, 1), (512, 2))
+# Sides of the square crops and crops in a batch, the paper's first. The quick ones have one block a stage.
+SIZES = ((512, 2), (512, 1), (256, 2), (256, 1))
 QUICK_SIZES = ((32, 1),)
 # Of the losses of rivals at the first step: streams that are rounded to their quantum differently differ by 2^-16.
 TOLERANCE = 1e-2

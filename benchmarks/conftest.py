@@ -40,8 +40,18 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.option.time_limit is not None:
-        items.sort(key=lambda item: _urgency(_entry(item)))
+    if config.option.time_limit is None:
+        return
+    groups = collections.defaultdict(dict)  # of each file, in order
+    for item in items:
+        groups[item.path].setdefault(_entry(item).group, len(groups[item.path]))
+
+    def place(item):
+        # Of every file the same share, whatever there is time for; rivals, who share a sample, stay together.
+        own = groups[item.path]
+        return *_urgency(_entry(item)), own[_entry(item).group] / len(own)
+
+    items.sort(key=place)
 
 
 def _entry(item):

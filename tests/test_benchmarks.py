@@ -92,6 +92,22 @@ def test_results_say_what_was_measured_and_where(quick_run):
     assert reference["share_of_copy"] > 0
 
 
+def test_of_every_file_the_same_share_is_measured_where_time_is_limited():
+    """Rivals stay together; what takes long to compile, and series, come last."""
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--device", "cpu", "--time-limit", "1", "--co", "-q"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n\n")[0]
+    places = {}
+    for number, line in enumerate(listed.splitlines()):
+        file, entry = line.split("::", 1)
+        if "compiled" not in entry and "series" not in entry:
+            places.setdefault(file, {}).setdefault(entry.rpartition("/")[0], []).append(number)
+    assert len(places) == len(list(ROOT.glob("benchmarks/bench_*.py")))
+    runs = [list(groups.values()) for groups in places.values()]
+    assert all(numbers == list(range(numbers[0], numbers[-1] + 1)) for groups in runs for numbers in groups)
+    assert max(groups[0][-1] for groups in runs) < min(groups[1][0] for groups in runs)
+    assert max(numbers[-1] for groups in runs for numbers in groups) < len(listed.splitlines()) - 1
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak")
 def test_peak_memory(quick_run):
     """In a fresh process; what does not fit is a result of its own."""
