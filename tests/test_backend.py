@@ -100,6 +100,36 @@ def test_batched_gradients_refused(backend, sample):
     compare.check_batched_gradients_refused(backend, sample)
 
 
+@compare.one_case(*compare.DIFFERENTIABLE)
+def test_autocast_leaves_float64_alone(backend, sample):
+    arguments = compare.arguments_for(backend, sample, torch.float64)
+    function = compare.public(sample.operator, backend)
+    with torch.autocast(compare.device(backend), torch.bfloat16):
+        output = compare.joined(function(**arguments))
+    assert torch.equal(output, compare.joined(function(**arguments)))
+    assert output.dtype == torch.float64
+
+
+@compare.one_case(
+    "pac_conv2d",
+    "info_nce",
+    "matting_laplacian_apply",
+    "dual_pool_attention",
+    "dual_pool_attention_pad2d",
+    backends=compare.KERNELS,
+)
+def test_backward_notices_that_inputs_have_changed(backend, sample):
+    """Those that it reads again: it would compute gradients of other numbers in silence."""
+    arguments = compare.arguments_for(backend, sample, torch.float32)
+    leaf, *others = (value for value in arguments.values() if torch.is_tensor(value))
+    leaf.requires_grad_()
+    output = compare.public(sample.operator, backend)(**arguments)
+    for other in others:
+        other.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
 def test_unknown_backend(monkeypatch):
     must = "backend must be one of cuda, triton, cpu, reference"
     x, weight = torch.zeros(1, 1, 1, 1), torch.zeros(1)

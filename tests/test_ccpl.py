@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from restoration_kernels import CCPLoss, _backend, ccpl_loss, info_nce, neighbor_difference, sample_neighbors
 from restoration_kernels.ccpl import UNIT_LENGTH_EPS
@@ -90,6 +91,13 @@ def test_shapes_without_numbers():
         assert neighbor_difference(torch.zeros(2, 3, 4, 5), *places).shape == (2, 16, 3)
 
 
+def test_make_fx_traces_places():
+    """Numbers of tensors that are being traced cannot be looked at, as checks of places do."""
+    inputs = FEATURES, ANCHORS, NEIGHBORS
+    graph = make_fx(lambda *tensors: neighbor_difference(*tensors))(*inputs)
+    assert torch.equal(graph(*inputs), neighbor_difference(*inputs))
+
+
 @pytest.mark.slow
 @compare.one_case(*OPERATORS, backends=("reference",))
 def test_compile_reference(backend, sample):
@@ -158,6 +166,18 @@ def test_repeated_places_accumulate(backend, deterministic, layout):
     assert backend == "reference" or ours["features"].is_contiguous(memory_format=layout)
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_gpu_kernels_add_in_order_where_runs_must_not_differ(deterministic, monkeypatch):
+    """And only there: atomic sums need no sorted places."""
+    orders = []
+    monkeypatch.setattr(_backend, "why_not_on", lambda backend, device: None)
+    monkeypatch.setattr("restoration_kernels.ccpl._launch_kernel", lambda *call: orders.append(call[2].get("order")))
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    features = FEATURES.clone().requires_grad_()
+    neighbor_difference(features, ANCHORS, NEIGHBORS, backend="triton").sum().backward()
+    assert (orders[-1] is not None) is deterministic
+
+
 @pytest.mark.parametrize("backend", compare.KERNELS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
 def test_places_beyond_32_bits(backend, layout, monkeypatch):
@@ -185,6 +205,40 @@ def test_ccpl_is_made_of_its_parts():
     places = sample_neighbors(6, 7, 5, generator=compare.seeded(3))
     query, key = (F.normalize(projection(neighbor_difference_definition(each, *places)), dim=-1) for each in maps)
     torch.testing.assert_close(loss, info_nce_definition(query, key, 0.5).mean(), rtol=1e-7, atol=0)
+
+
+@compare.every_backend("info_nce")
+def test_ccpl_hands_its_backend_on(backend):
+    """To both of its operators, forward and backward; the reference has no ops."""
+    features = torch.randn(1, 2, 4, 5, device=compare.device(backend), requires_grad=True)
+    compare.skip_unless_able(backend, "info_nce", {"query": features})
+    with compare.Recorder() as recorder:
+        ccpl_loss([features], [features], 2, backend=backend).backward()
+    operators = {(op.name().partition("::")[2], args[-1]) for op, args in recorder.calls}
+    names = {name + suffix for name in OPERATORS for suffix in ("", "_backward")}
+    assert operators == ({(name, backend) for name in names} if backend != "reference" else set())
+
+
+def test_targets_are_projected_without_gradients():
+    """Nothing of theirs is kept for backward."""
+    seen = []
+
+    def projection(rows):
+        seen.append(torch.is_grad_enabled())
+        return rows
+
+    ccpl_loss([FEATURES], [FEATURES], 1, projections=[projection])
+    assert sorted(seen) == [False, True]
+
+
+def test_documented_defaults():
+    """64 anchors for each layer and a temperature of 0.07."""
+    query, key = torch.randn(2, 1, 5, 3)
+    assert torch.equal(info_nce(query, key), info_nce(query, key, TEMPERATURE))
+    features, targets = ([maps] for maps in torch.randn(2, 1, 3, 12, 12))
+    expected = ccpl_loss(features, targets, 64, TEMPERATURE, generator=compare.seeded(3))
+    assert torch.equal(ccpl_loss(features, targets, generator=compare.seeded(3)), expected)
+    assert torch.equal(CCPLoss(project=False)(features, targets, generator=compare.seeded(3)), expected)
 
 
 def test_module_keeps_its_settings():
@@ -249,6 +303,13 @@ def test_module():
     assert torch.equal(bare(features, features, generator=compare.seeded(0)), expected)
 
 
+def test_module_without_heads_takes_a_number_of_anchors_for_each_layer():
+    """Of which it does not know how many there will be."""
+    layers, counts = [torch.randn(1, 2, 4, 5), torch.randn(1, 3, 6, 6)], [2, 9]
+    loss = CCPLoss(num_anchors=counts, project=False)(layers, layers, generator=compare.seeded(0))
+    assert torch.equal(loss, ccpl_loss(layers, layers, counts, generator=compare.seeded(0)))
+
+
 FEATURES, ROWS = torch.randn(1, 2, 4, 5), torch.randn(1, 6, 3)
 ANCHORS, NEIGHBORS = sample_neighbors(4, 5, 2)
 
@@ -260,10 +321,14 @@ ANCHORS, NEIGHBORS = sample_neighbors(4, 5, 2)
         ((FEATURES, ANCHORS, NEIGHBORS[:1]), r"neighbors must be of shape \[2, 8\], got shape \[1, 8\]"),
         ((FEATURES, ANCHORS.int(), NEIGHBORS), r"anchors must have dtype torch.int64, got torch.int32"),
         ((FEATURES, ANCHORS * 0 + 20, NEIGHBORS), r"anchors must lie in 0 to 19, .* of 4 x 5, got 20 to 20"),
-        (
-            (FEATURES, torch.tensor([7, 14]), NEIGHBORS),
-            r"anchors must lie off the border of 4 x 5, .* neighbours, got 14",
+        *(
+            (
+                (FEATURES, torch.tensor([7, place]), NEIGHBORS),
+                rf"anchors must lie off the border of 4 x 5, .* neighbours, got {place}",
+            )
+            for place in (2, 10, 14, 17)
         ),
+        ((FEATURES, ANCHORS, NEIGHBORS.to("meta")), r"neighbors must be on the device of features, cpu, got meta"),
         ((FEATURES, ANCHORS, NEIGHBORS * 0 - 1), r"neighbors must lie in 0 to 19, .* of 4 x 5, got -1 to -1"),
     ],
 )
@@ -315,7 +380,14 @@ def test_rejects(arguments, message, backend):
         (([FEATURES], [FEATURES], [1, 2]), {}, r"ccpl_loss: num_anchors must have 1 entries, .*, got 2"),
         (([FEATURES], [FEATURES]), {}, r"ccpl_loss: num_anchors must be at most the 6 interior places of .*, got 64"),
         (([FEATURES] * 2, [FEATURES] * 2, [1, 64]), {}, r"ccpl_loss: num_anchors\[1\] must be at most .*, got 64"),
-        (([FEATURES[..., :2]],) * 2, {}, r"ccpl_loss: features\[0\] must be at least 3 x 3, got \d x 2"),
+        (([FEATURES[..., :2]],) * 2, {}, r"ccpl_loss: features\[0\] must be at least 3 x 3, got 4 x 2"),
+        (([FEATURES[:, :, :2]],) * 2, {}, r"ccpl_loss: features\[0\] must be at least 3 x 3, got 2 x 5"),
+        (([FEATURES], [FEATURES], 1, 0.0), {}, r"ccpl_loss: temperature must be a finite positive number, got 0.0"),
+        (
+            ([FEATURES], [FEATURES.double()], 1),
+            {},
+            r"ccpl_loss: targets\[0\] must have the dtype of features\[0\], torch.float32, got torch.float64",
+        ),
         (
             ([FEATURES, FEATURES.to("meta")], [FEATURES] * 2, 1),
             {},

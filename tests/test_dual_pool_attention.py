@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from restoration_kernels import _backend, dual_pool_attention
+from restoration_kernels._samples import Sample, _dual_pool_attention
 
 OPERATOR = "dual_pool_attention"
 
@@ -99,6 +100,14 @@ def test_edge_shapes(backend, sample):
         compare.judge(str(shape), ours, definition(x, weight, pool_size), ulps=compare.REFERENCE_ULPS[torch.float64])
 
 
+@pytest.mark.parametrize("backend", compare.KERNELS)
+@pytest.mark.parametrize("shape", [(1, 3, 300, 300), (1, 2, 1100, 1100)], ids=str)
+def test_large_maps(backend, shape):
+    """Planes of several strips, and results that the CPU's kernel writes past the caches, which could not hold them."""
+    sample = Sample(OPERATOR, "large", "odd", _dual_pool_attention(*shape))
+    compare.check_values(backend, sample, torch.float32, definition, ("x", "weight"))
+
+
 @compare.one_case(OPERATOR)
 def test_only_requested_grads(backend, sample):
     compare.check_only_requested_grads(backend, sample)
@@ -170,8 +179,9 @@ def test_rejects_pool_size(pool_size):
         dual_pool_attention(X, WEIGHT, pool_size=pool_size)
 
 
+@pytest.mark.parametrize("sides", [(1, 2**30 + 1), (2**30 + 1, 1)], ids=["columns", "rows"])
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
-def test_gpu_kernels_refuse_sides_that_they_cannot_count(backend, monkeypatch):
+def test_gpu_kernels_refuse_sides_that_they_cannot_count(backend, sides, monkeypatch):
     monkeypatch.setattr(_backend, "why_not_on", lambda backend, device: None)
     with pytest.raises(RuntimeError, match=r": its kernel takes at most 2\^30 rows or columns$"):
-        dual_pool_attention(X[:1, :1, :1, :1].expand(1, 1, 1, 2**30 + 1), WEIGHT, backend=backend)
+        dual_pool_attention(X[:1, :1, :1, :1].expand(1, 1, *sides), WEIGHT, backend=backend)

@@ -111,6 +111,23 @@ def test_half_precision_from_float32(backend, sample):
         compare.judge(name, found[name], exact[name], ulps=32)
 
 
+@compare.every_case(OPERATOR)
+def test_identity_rounded_to_bfloat16(backend, sample):
+    """To nearest, and nothing else differs: the judge would let digits be cut off."""
+    arguments = compare.arguments_for(backend, sample, torch.float32)
+    y = dual_pool_attention_pad2d(**arguments, dtype=torch.bfloat16, backend=backend)
+    assert torch.equal(y, dual_pool_attention_pad2d(**arguments, backend=backend).bfloat16())
+
+
+@compare.every_backend(OPERATOR)
+def test_nan_stays_nan_in_bfloat16(backend):
+    """Also the largest, all of whose bits are set: rounded as a number it would become zero."""
+    x = torch.full((1, 2, 3, 37), 0x7FFFFFFF, dtype=torch.int32, device=compare.device(backend)).view(torch.float32)
+    weight = x.new_ones(1)
+    compare.skip_unless_able(backend, OPERATOR, {"x": x, "weight": weight, "dtype": torch.bfloat16})
+    assert dual_pool_attention_pad2d(x, weight, dtype=torch.bfloat16, backend=backend).isnan().all()
+
+
 @compare.one_case(OPERATOR)
 def test_autocast_gives_the_weight_the_dtype_of_x(backend, sample):
     arguments = compare.arguments_for(backend, sample, torch.bfloat16)

@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import compare
 import pytest
@@ -96,13 +97,52 @@ print(waits, child.exitcode)
     assert run.stdout == "False 0\n"
 
 
-def test_what_32_bits_cannot_count_is_left_to_others():
-    x = torch.zeros(1, 1, 3, 3)
-    for backend in ("cuda", "triton"):
-        reason = _backend.OPERATORS["pac_conv2d"]._predicates[backend](x=x, weight=x, stride=2**31)
-        assert reason == "its kernel counts the steps of a stride in 32 bits"
-    many = torch.zeros(1, 1, 1).expand(70_000, 1, 1)
-    assert _backend.OPERATORS["info_nce"]._predicates["triton"](query=many) == "its kernel takes at most 65,535 images"
+def test_cpu_kernels_take_as_many_threads_as_torch(monkeypatch):
+    extension, x = mock.Mock(), torch.zeros(3)
+    monkeypatch.setattr(_backend, "extension", lambda: (extension, None))
+    monkeypatch.setattr(_launch, "dtype_code", {torch.float32: 7}.get)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    _launch.run("kernel", "cpu", {"x": x, "y": None}, {"width": 3}, torch.float32)
+    extension.kernel_cpu.assert_called_once_with(x=x.data_ptr(), y=0, width=3, dtype=7, threads=5)
+
+
+def plane(height, width):
+    """[1, 2, height, width] of any size in little memory."""
+    return torch.zeros(()).expand(1, 2, height, width)
+
+
+TAPS = torch.zeros(1, 1, 3, 3)
+STEPS = "its kernel counts the steps of a stride in 32 bits"
+PADDED = "its kernel counts the pixels of a padded plane in 32 bits"
+PIXELS = "its kernel takes at most 2^30 pixels of a plane"
+
+
+@pytest.mark.parametrize(
+    ("operator", "backends", "arguments", "reason"),
+    [
+        ("pac_conv2d", ("cuda", "triton"), {"x": TAPS, "weight": TAPS, "stride": 2**31}, STEPS),
+        ("pac_conv2d", ("cuda", "triton"), {"x": TAPS, "weight": TAPS, "padding": 2**14}, PADDED),
+        ("pac_conv2d_", ("cuda", "triton"), {"x": plane(2**15, 2**15), "weight": TAPS}, PADDED),
+        ("relu_split", ("triton",), {"x": plane(2**15 + 1, 2**15), "channels": 1}, PIXELS),
+        ("dual_pool_attention_pad2d", ("triton",), {"x": plane(2**15, 2**15)}, f"{PIXELS}, padding included"),
+        (
+            "dual_pool_attention_pad2d",
+            ("cuda",),
+            {"x": plane(3, 2**30)},
+            "its kernel takes at most 2^30 rows or columns, padding included",
+        ),
+        (
+            "info_nce",
+            ("triton",),
+            {"query": torch.zeros(()).expand(70_000, 1, 1)},
+            "its kernel takes at most 65,535 images",
+        ),
+    ],
+    ids=["stride", "padding", "plane", "relu_split", "pad2d-triton", "pad2d-cuda", "images"],
+)
+def test_what_32_bits_cannot_count_is_left_to_others(operator, backends, arguments, reason):
+    for backend in backends:
+        assert _backend.OPERATORS[operator]._predicates[backend](**arguments) == reason
 
 
 def test_op_of_an_exported_graph_checks_its_device(monkeypatch):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from restoration_kernels import matting_laplacian_apply, matting_laplacian_energy, matting_laplacian_matrix
-from restoration_kernels._samples import convert, samples
+from restoration_kernels._samples import Sample, _matting_laplacian, convert, samples
 
 OPERATORS = ("matting_laplacian_energy", "matting_laplacian_apply")
 
@@ -141,9 +141,29 @@ def test_apply_without_a_window_is_zero(backend):
     assert all(torch.equal(result, torch.zeros_like(image)) for result in results.values())
 
 
+@pytest.mark.parametrize("backend", compare.KERNELS)
+@pytest.mark.parametrize("radius", [1, 2, 3])
+def test_many_windows(backend, radius):
+    """More in a row than a CPU fits at once, and rows for several threads, whatever the radius."""
+    sample = Sample(OPERATORS[0], "many_windows", "odd", _matting_laplacian(1, 3, 40, 75, radius=radius))
+    compare.check_values(backend, sample, torch.float64, energy_definition, ("image",))
+
+
 @compare.one_case(*OPERATORS)
 def test_only_requested_grads(backend, sample):
     compare.check_only_requested_grads(backend, sample)
+
+
+@compare.one_case(OPERATORS[0], backends=compare.KERNELS)
+@pytest.mark.parametrize("enabled", [True, False], ids=["grad", "no_grad"])
+def test_energy_without_gradients_computes_none(backend, sample, enabled):
+    """It is made in the same pass as the energy, and nearly doubles its time."""
+    arguments = compare.arguments_for(backend, sample, torch.float32)
+    arguments["image"].requires_grad_()
+    with torch.set_grad_enabled(enabled), compare.Recorder() as recorder:
+        matting_laplacian_energy(**arguments, backend=backend)
+    ((_, (*_, with_gradient, _)),) = recorder.calls
+    assert with_gradient is enabled
 
 
 @compare.every_case(*OPERATORS)
@@ -173,6 +193,16 @@ def test_identity_apply_is_the_matrix(backend, radius):
     expected = torch.from_numpy((matrix @ image[0].flatten(1).cpu().numpy().T).T).view_as(image)
     output = matting_laplacian_apply(image, guide, radius=radius, backend=backend)
     compare.judge("M V", output, expected, ulps=compare.REFERENCE_ULPS[torch.float64])
+
+
+@pytest.mark.parametrize(("size", "radius"), [((60, 70), 1), ((50, 60), 3), ((3, 2100), 1)])
+def test_identity_matrix_in_blocks(size, radius):
+    """Of 2048 windows, or of one row where that has more. A guide that is learned is taken as it is."""
+    image, guide = torch.rand(2, 1, 3, *size, dtype=torch.float64)
+    matrix = matting_laplacian_matrix(guide[0].clone().requires_grad_(), radius=radius)
+    product = torch.from_numpy((matrix @ image[0].flatten(1).numpy().T).T).view_as(image)
+    expected = matting_laplacian_apply(image, guide, radius=radius, backend="reference")
+    compare.judge("M V", product, expected, ulps=compare.REFERENCE_ULPS[torch.float64])
 
 
 @compare.every_backend(OPERATORS[0])

@@ -8,6 +8,8 @@ from restoration_kernels import pac_conv2d, pac_conv2d_
 
 X, GUIDE, WEIGHT = torch.randn(2, 3, 6, 7), torch.randn(2, 4, 6, 7), torch.randn(5, 3, 3, 3)
 SQUARE = torch.randn(1, 3, 3, 3)  # of the shape that one filter gives it
+WIDE = torch.randn(2, 3, 6, 14)  # every other column of which has the shape of X
+TENSORS = {"residual": torch.zeros(2, 5, 4, 5), "x": X, "guide": GUIDE, "weight": WEIGHT, "bias": torch.randn(5)}
 
 
 @compare.one_case("pac_conv2d_", backends=compare.KERNELS)
@@ -47,19 +49,45 @@ def test_compile_in_place(backend, sample):
     assert torch.equal(arguments["residual"], expected)
 
 
+def adjacent(first, second, shared=0):
+    """Copies that follow each other in memory, or share the last numbers of the first."""
+    memory = first.new_empty(first.numel() + second.numel() - shared)
+    copies = memory[: first.numel()].view_as(first), memory[-second.numel() :].view_as(second)
+    return tuple(copy.copy_(tensor) for copy, tensor in zip(copies, (first, second), strict=True))
+
+
 @compare.one_case("pac_conv2d_")
-def test_a_compiled_graph_in_place_refuses_overlaps(backend, sample):
-    """torch.compile knows no addresses; the op does. The reference computes all of the result before it writes."""
-    if backend == "reference":
-        pytest.skip("needs no refusal")
+@pytest.mark.parametrize("name", ["x", "guide", "weight", "bias"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_refuses_to_write_into_another_tensor(backend, sample, name, compiled):
+    """Which begins with the last number of residual. torch.compile knows no addresses; the op does."""
+    if compiled and backend == "reference":
+        pytest.skip("needs no refusal: it computes all of the result before it writes")
     torch.compiler.reset()
     arguments = compare.arguments_for(backend, sample, torch.float32)
-    del arguments["residual"]
-    x = arguments["x"] = torch.zeros(1, 5, 9, 9, device=arguments["x"].device)
-    arguments |= {"guide": x[:, :2] + 1, "weight": torch.ones(2, 5, 3, 3, device=x.device), "bias": None, "padding": 1}
-    compiled = torch.compile(pac_conv2d_, fullgraph=True, backend="eager")
-    with pytest.raises(ValueError, match="x must share no memory with residual"):
-        compiled(x[:, 1:3], **arguments, backend=backend)
+    arguments["residual"], arguments[name] = adjacent(arguments["residual"], arguments[name], shared=1)
+    function = torch.compile(pac_conv2d_, fullgraph=True, backend="eager") if compiled else pac_conv2d_
+    with pytest.raises(ValueError, match=f"^pac_conv2d_: {name} must share no memory with residual, "):
+        function(**arguments, backend=backend)
+
+
+@compare.one_case("pac_conv2d_")
+@pytest.mark.parametrize("names", [("x", "residual"), ("residual", "x")], ids=["behind", "before"])
+def test_in_place_next_to_another_tensor(backend, sample, names):
+    """Views that follow each other without a gap, as the channels of one map do, share nothing."""
+    arguments = compare.arguments_for(backend, sample, torch.float32)
+    expected = pac_conv2d(**arguments, backend=backend)
+    arguments |= zip(names, adjacent(*(arguments[name] for name in names)), strict=True)
+    assert torch.equal(pac_conv2d_(**arguments, backend=backend), expected)
+
+
+@compare.one_case("pac_conv2d_")
+def test_autocast_in_place(backend, sample):
+    """As pac_conv2d: half precision inside, added to float32."""
+    arguments = compare.arguments_for(backend, sample, torch.float32)
+    with torch.autocast(arguments["x"].device.type, torch.bfloat16):
+        expected = pac_conv2d(**arguments, backend=backend)
+        assert torch.equal(pac_conv2d_(**arguments, backend=backend), expected)
 
 
 @compare.one_case("pac_conv2d_")
@@ -74,8 +102,7 @@ def test_in_place_on_inference_tensors(backend, sample):
 
 
 def test_shapes_without_numbers():
-    arguments = {"residual": torch.zeros(2, 5, 4, 5), "x": X, "guide": GUIDE, "weight": WEIGHT}
-    assert pac_conv2d_(**{name: value.to("meta") for name, value in arguments.items()}).shape == (2, 5, 4, 5)
+    assert pac_conv2d_(**{name: value.to("meta") for name, value in TENSORS.items()}).shape == (2, 5, 4, 5)
 
 
 @pytest.mark.parametrize(
@@ -83,18 +110,26 @@ def test_shapes_without_numbers():
     [
         ({"residual": torch.zeros(2, 5, 5, 4).mT}, r"residual must be contiguous, got strides .*"),
         ({"residual": torch.zeros(2, 5, 4, 4)}, r"residual must be of shape \[2, 5, 4, 5\], got shape \[2, 5, 4, 4\]"),
-        ({"weight": WEIGHT.clone().requires_grad_()}, r"weight must require no gradient \(.*\), got one that does"),
         ({"residual": X.flatten()[:200].view(2, 5, 4, 5)}, r"x must share no memory with residual, .*"),
         ({"residual": X.flatten()[-200:].view(2, 5, 4, 5)}, r"x must share no memory with residual, .*"),
+        ({"residual": WIDE.flatten()[-200:].view(2, 5, 4, 5), "x": WIDE[..., ::2]}, r"x must share no memory .*"),
         (
-            {"residual": SQUARE, "x": SQUARE, "guide": SQUARE * 1, "weight": SQUARE[:, :1, :1, :1]},
+            {"residual": SQUARE, "x": SQUARE, "guide": SQUARE * 1, "weight": SQUARE[:, :1, :1, :1], "bias": None},
             r"x must share no memory .*",
         ),
     ],
-    ids=["strides", "shape", "gradient", "overlap", "overlap behind", "same"],
+    ids=["strides", "shape", "overlap", "overlap behind", "overlap strided", "same"],
 )
 @compare.every_backend("pac_conv2d_")
 def test_rejects_in_place(changed, message, backend):
-    arguments = {"residual": torch.zeros(2, 5, 4, 5), "x": X, "guide": GUIDE, "weight": WEIGHT, **changed}
+    with pytest.raises(ValueError, match=f"^pac_conv2d_: {message}$"):
+        pac_conv2d_(**{**TENSORS, **changed}, backend=backend)
+
+
+@pytest.mark.parametrize("name", TENSORS)
+@compare.every_backend("pac_conv2d_")
+def test_rejects_gradients(name, backend):
+    arguments = {**TENSORS, name: TENSORS[name].clone().requires_grad_()}
+    message = rf"{name} must require no gradient \(.*\), got one that does"
     with pytest.raises(ValueError, match=f"^pac_conv2d_: {message}$"):
         pac_conv2d_(**arguments, backend=backend)

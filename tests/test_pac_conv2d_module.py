@@ -35,7 +35,12 @@ def test_module():
     x, guide = torch.randn(1, 3, 8, 8), torch.randn(1, 2, 8, 8)
     geometry = dict(stride=2, padding=1, dilation=2, normalize=True)
     assert torch.equal(layer(x, guide), pac_conv2d(x, guide, layer.weight, layer.bias, **geometry))
-    assert 0.9 * 27**-0.5 < layer.weight.abs().max() <= 27**-0.5
+
+
+def test_module_draws_weight_and_bias():
+    """Both within 1/sqrt(products summed in one output), as torch.nn.Conv2d does."""
+    for parameter in PacConv2d(8, 400, 3).parameters():
+        assert 0.9 * 72**-0.5 < parameter.abs().max() <= 72**-0.5
 
 
 def test_module_shared_filters():
@@ -48,15 +53,35 @@ def test_module_shared_filters():
         PacConv2d(3, 4, 5, shared_filters=True)
 
 
-@pytest.mark.parametrize("argument", ["bias", "normalize_kernel", "shared_filters"])
-def test_rejects_switches_of_the_module(argument):
-    with pytest.raises(ValueError, match=f"^PacConv2d: {argument} must be True or False, got 'no'$"):
-        PacConv2d(3, 3, 3, **{argument: "no"})
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"in_channels": 0}, "in_channels must be an integer of at least 1, got 0"),
+        ({"out_channels": 2.0}, "out_channels must be an integer of at least 1, got 2.0"),
+        ({"kernel_size": 2}, "kernel_size must be an odd integer of at least 1, got 2"),
+        ({"stride": 0}, "stride must be an integer of at least 1 or a pair of them, got 0"),
+        ({"padding": -1}, "padding must be an integer of at least 0 or a pair of them, got -1"),
+        ({"dilation": 0}, "dilation must be an integer of at least 1 or a pair of them, got 0"),
+        ({"bias": "no"}, "bias must be True or False, got 'no'"),
+        ({"normalize_kernel": "no"}, "normalize_kernel must be True or False, got 'no'"),
+        ({"shared_filters": "no"}, "shared_filters must be True or False, got 'no'"),
+    ],
+    ids=lambda case: ",".join(case) if isinstance(case, dict) else "",
+)
+def test_rejects_module(changed, message):
+    with pytest.raises(ValueError, match=f"^PacConv2d: {message}$"):
+        PacConv2d(**{"in_channels": 3, "out_channels": 3, "kernel_size": 3, **changed})
 
 
-def test_rejects_kernel_size():
-    guide = torch.zeros(2, 4, 6, 7)
-    with pytest.raises(ValueError, match=r"^pac_kernel2d: kernel_size must be an odd integer of at least 1, got 4$"):
-        pac_kernel2d(guide, 4)
-    with pytest.raises(ValueError, match=r"^pac_kernel2d: guide must be at least 7 x 7 to give an output, got 6 x 7$"):
-        pac_kernel2d(guide, 7)
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"kernel_size": 4}, "kernel_size must be an odd integer of at least 1, got 4"),
+        ({"kernel_size": 7}, "guide must be at least 7 x 7 to give an output, got 6 x 7"),
+        ({"normalize": "no"}, "normalize must be True or False, got 'no'"),
+    ],
+    ids=["even", "large", "normalize"],
+)
+def test_rejects_kernel(changed, message):
+    with pytest.raises(ValueError, match=f"^pac_kernel2d: {message}$"):
+        pac_kernel2d(**{"guide": torch.zeros(2, 4, 6, 7), "kernel_size": 3, **changed})
