@@ -244,6 +244,14 @@ class Recorder(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
+def kept_for_backward(function, *arguments):
+    """The tensors that autograd keeps of a call, one of each place in memory."""
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.setdefault(x.data_ptr(), x), lambda x: x):
+        function(*arguments)
+    return list(kept.values())
+
+
 def check_opcheck(backend, sample):
     """What a call registers with torch.library, forward and backward, keeps torch's rules."""
     arguments = arguments_for(backend, sample, torch.float32)

@@ -404,6 +404,13 @@ def test_dataset_and_train(workshop, tmp_path, capsys, monkeypatch):
     assert code == 2 and "unknown style 'oil'" in err and err.count("\n") == 1
 
 
+def test_a_preset_is_of_a_run_that_starts(tmp_path, capsys, monkeypatch):
+    arguments = ("--data", tmp_path, "--out", tmp_path / "run", "--resume", "--preset", "small")
+    code, _, err = call(capsys, monkeypatch, "train", *arguments)
+    assert code == 2 and err.startswith("error: --preset is chosen when a run starts") and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_demo(workshop, tmp_path, capsys, monkeypatch):
     out = tmp_path / "demo"
     arguments = ("demo", "--out", out, "--checkpoint", workshop / "small.safetensors", "--device", "cpu")

@@ -125,6 +125,14 @@ class TestFindPaintings:
         saying = "MANIFEST.csv: gives 'ink/2.png' two values of painting_id, 'p3' and 'p1'"
         assert_refuses(find_paintings, split_folders, saying=saying)
 
+    def test_an_accent_of_its_own_is_another_spelling(self, split_folders):
+        """As macOS writes names."""
+        manifest = split_folders / "MANIFEST.csv"
+        (split_folders / "ink/1.png").rename(split_folders / "ink/\N{LATIN SMALL LETTER E WITH ACUTE}.png")
+        manifest.write_text(manifest.read_text().replace("ink/1.png", "ink/e\N{COMBINING ACUTE ACCENT}.png"))
+        saying = "in the place of 'ink/\N{LATIN SMALL LETTER E WITH ACUTE}.png', it seems"
+        assert_refuses(find_paintings, split_folders, saying=saying)
+
     def test_rejects(self, folders, split_folders):
         missing = folders / "missing"
         assert_refuses(find_paintings, missing, saying=f"{missing}: is not a folder of paintings")

@@ -27,7 +27,8 @@ def test_loss_weights_are_settings():
 def test_presets_and_overrides(tmp_path, paintings):
     paper = make_config("paper")
     assert (paper.crop, paper.batch, paper.iterations, paper.learning_rate) == (512, 2, 80_000, 1e-5)
-    assert make_config("small").learning_rate == 1e-4
+    small = make_config("small")
+    assert (small.crop, small.iterations, small.learning_rate, small.gradient_clip) == (128, 1_000, 1e-4, 5.0)
     assert make_config("small", crop=64, seed=None).crop == 64
     for overrides, message in (
         ({"crop": 8}, "--crop must be at least 24, got 8"),

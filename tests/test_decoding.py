@@ -154,6 +154,13 @@ def test_further_pages_are_told_of(tmp_path, caplog, suffix):
     assert f"album.{suffix}: holds 3 pictures, of which only the first is read" in caplog.text
 
 
+def test_a_preview_within_a_jpeg_is_no_page(tmp_path, caplog):
+    photograph, preview = (Image.fromarray(random_pixels(*size)) for size in ((9, 13), (3, 4)))
+    photograph.save(tmp_path / "photograph.jpg", format="MPO", save_all=True, append_images=[preview])
+    assert read_image(tmp_path / "photograph.jpg").rgb.shape == (3, 9, 13)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("order", [(0, 1), (1, 0), (1, 2, 0)], ids=str)
 def test_reduced_copies_are_no_pages(tmp_path, caplog, order):
     pages = [Image.fromarray(random_pixels(*size)) for size in ((9, 13), (3, 4), (5, 7))]

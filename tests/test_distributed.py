@@ -29,7 +29,7 @@ from restoration.errors import LostPeerError, ReportedError, UserError
 from restoration.flow import Architecture, ReversibleNetwork
 from restoration.journal import StepRecord, joined_record
 from restoration.runs import newest_checkpoint
-from restoration.step import TrainingStep
+from restoration.step import Optimisation, TrainingStep
 from restoration.train import build_step, train
 from restoration.vgg import loss_features
 
@@ -112,6 +112,20 @@ def test_an_option_of_one_process_is_refused_once():
         World(rank=1, size=2).refuse_company("--profile")
 
 
+def test_each_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch):
+    taken, world, cuda = [], World(rank=3, size=4), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")  # of the second of two machines
+    assert world.own_device(cuda) == torch.device("cuda", 1) and taken == [1]
+    assert world.own_device(CPU) == CPU and World().own_device(cuda) == cuda
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    saying = "--nproc_per_node must be at most the number of GPUs here, 2; process 2 has none"
+    with pytest.raises(UserError, match=saying):
+        world.own_device(cuda)
+
+
 @pytest.mark.parametrize("reversible", [True, False])
 def test_gradients_are_those_of_the_joined_batch(reversible):
     losses, expected = gradients(World(), reversible)
@@ -122,6 +136,18 @@ def test_gradients_are_those_of_the_joined_batch(reversible):
         assert np.abs(first[name] - gradient).max() <= 1e-13 * scale, name
     for name, loss in losses.items():
         assert (first_losses[name] + second_losses[name]) / 2 == pytest.approx(loss, rel=1e-13), name
+
+
+def skipped(world):
+    """Whether a step is whose streams leave their range in the second process alone."""
+    optimise = Optimisation(world.averaging(build_step(config(), loss_features())), config(), CPU)
+    degraded, reference = pictures(2).chunk(2)
+    outcome = optimise(0, degraded, reference * 1_000.0 if world.rank == 1 else reference)
+    return outcome.numbers[outcome.names.index("skipped")].item()
+
+
+def test_a_step_out_of_range_in_one_process_is_skipped_by_all():
+    assert on_processes(2, in_world, skipped) == [1, 1]
 
 
 def test_batches_do_not_depend_on_the_number_of_processes():

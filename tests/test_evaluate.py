@@ -188,7 +188,8 @@ def test_choosing_cases(paintings):
         cases, number = choose_cases(paintings, count=5, size=20, synthetic=synthetic)
         cases = list(cases)
         assert number == len(cases) == 2
-        assert max(cases[0].degraded.shape) == 20 and (cases[0].original is not None) == synthetic
+        assert max(cases[0].degraded.shape) == max(cases[0].reference.shape) == 20
+        assert (cases[0].original is not None) == synthetic
     assert choose_cases(paintings, count=1, size=20)[1] == 1
     with mock.patch("restoration.evaluate.evaluation_pairs", return_value=[]) as chosen:
         choose_cases(paintings, size=20)

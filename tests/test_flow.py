@@ -61,8 +61,10 @@ def test_halves_are_those_of_the_code(precision):
         assert torch.equal(torch.cat(halves, 1), z)
         moved = [half + 0.3 for half in halves]
         assert torch.equal(net.decode_halves(moved), net.decode(z + 0.3))
-    assert torch.equal(net.decode_halves(halves)[..., : size[0], : size[1]], on_grid(x))
+    image = net.decode_halves(halves)
+    assert torch.equal(image[..., : size[0], : size[1]], on_grid(x))
     assert moved == halves == [], "a caller's list keeps no half alive"
+    assert image.untyped_storage().nbytes() == image.nbytes, "a picture keeps no other channels alive"
 
 
 @pytest.mark.parametrize("switches", [{"dpca": False}, {"cafe": False}, {"dpca": False, "cafe": False}])

@@ -274,6 +274,15 @@ def test_lossless_formats_give_back_every_byte(tmp_path, suffix, alpha):
     assert (again.alpha is None) if transparency is None else torch.equal(again.alpha, transparency)
 
 
+@pytest.mark.parametrize("suffix", LOSSLESS)
+def test_lossless_formats_keep_the_colours_of_what_nobody_sees(tmp_path, suffix):
+    pixels = random_pixels()
+    rgb = from_pillow(Image.fromarray(pixels))
+    write_image(tmp_path / f"new.{suffix}", rgb, Picture(rgb, torch.zeros(rgb.shape[1:], dtype=torch.uint8)))
+    with Image.open(tmp_path / f"new.{suffix}") as image:
+        assert np.array_equal(np.asarray(image)[..., :3], pixels)
+
+
 def test_jpeg_keeps_colour_at_full_resolution(tmp_path):
     rgb = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
     write_image(tmp_path / "new.jpg", rgb)

@@ -43,7 +43,7 @@ def test_a_signal_to_all_processes_leaves_workers_at_work(folders):
     batches = load_batches(dataset, [range(1)] * 20, 1, CPU)
     next(batches)
     (worker,) = multiprocessing.active_children()
-    subprocess.run(f"kill -INT {worker.pid}; kill -TERM {worker.pid}", shell=True, check=True)
+    subprocess.run(f"for name in INT HUP TERM; do kill -$name {worker.pid}; done", shell=True, check=True)
     assert len([next(batches) for _ in range(18)]) == 18
     # As Python ends a process whose batches were not all taken.
     worker.terminate()
@@ -66,7 +66,7 @@ def test_cache_forgets_the_least_recently_used(folders, monkeypatch):
     read = []
     monkeypatch.setattr("restoration.loader.read_rgb", lambda path: read.append(path.name) or Image.new("RGB", (8, 8)))
     paintings = find_paintings(folders, styles=["ink"])
-    dataset = PairDataset(paintings, 4, verify=False, cache_bytes=2 * 4 * 8 * 8)
+    dataset = PairDataset(paintings, 4, verify=False, cache_bytes=3 * 4 * 8 * 8 - 1)  # too few for three
     for number in (1, 2, 1, 3, 1, 2):
         dataset._pictures.read(folders / f"ink/{number}.png")
     assert read == ["1.png", "2.png", "3.png", "2.png"]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compare import kept_for_backward
 
 from restoration.losses import (
     LossWeights,
@@ -73,6 +74,11 @@ def test_channel_statistics_are_mean_and_deviation():
     torch.testing.assert_close(channel_statistics(far)[1].double(), exact, rtol=1e-5, atol=0)
 
 
+def test_statistics_keep_their_feature_alone():
+    feature = torch.rand(1, 4, 32, 32, requires_grad=True)
+    assert sum(kept.nbytes for kept in kept_for_backward(channel_statistics, feature)) < 1.1 * feature.nbytes
+
+
 def test_matting_gradient_is_clamped_for_each_image_before_the_mean():
     degraded, _, result, _ = pictures(4)
     result = result.double().requires_grad_()
@@ -100,6 +106,11 @@ def test_only_result_cycle_and_heads_get_gradients():
     assert result.grad.abs().max() > 0 and cycled.grad.abs().max() > 0
     for name, parameter in objective.named_parameters():
         assert "projections" in name and parameter.grad is not None
+
+
+def test_what_is_wanted_of_the_result_keeps_no_maps_of_the_reference():
+    targets, _ = ReconstructionLoss(loss_features(), anchors=4)._constants(*pictures(2))
+    assert all(target.untyped_storage().nbytes() == target.nbytes for target in targets)
 
 
 @pytest.mark.parametrize("side", [24, 40])

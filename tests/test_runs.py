@@ -3,6 +3,8 @@
 import contextlib
 import itertools
 import shutil
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +12,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import config, tensors
 
+from restoration.collection import find_paintings
 from restoration.errors import UserError
 from restoration.files import sole_writer
-from restoration.runs import checkpoints_of, newest_checkpoint, resumed_config
+from restoration.runs import checkpoints_of, inputs_of, newest_checkpoint, resumed_config
 from restoration.train import train
 from restoration.vgg import loss_features
 
@@ -55,17 +58,19 @@ def test_the_last_checkpoint_says_that_the_weights_are_there(paintings, tmp_path
 
 
 def test_a_run_goes_on_with_its_styles_and_loss_network_and_without_its_settings_file(paintings, tmp_path, monkeypatch):
-    run, vgg, features, seen = tmp_path / "run", tmp_path / "vgg.pth", loss_features(), []
+    run, features, seen = tmp_path / "run", loss_features(), []
 
     def note(path, found):
         seen.append((path, {painting.style for painting in found}))
         return features
 
     monkeypatch.setattr("restoration.train.loss_network", note)
-    train(paintings, run, config(iterations=1), device=CPU, vgg=vgg, styles=["ink"])
+    monkeypatch.chdir(tmp_path)
+    train(paintings, run, config(iterations=1), device=CPU, vgg=Path("vgg.pth"), styles=["ink"])
     (run / "config.json").unlink()
+    monkeypatch.chdir(paintings)
     train(paintings, run, config(iterations=2), device=CPU, resume=True)
-    assert seen == [(vgg, {"ink"})] * 2
+    assert seen == [(Path("vgg.pth"), {"ink"}), (tmp_path / "vgg.pth", {"ink"})]
 
 
 def test_a_run_that_goes_on_with_other_paintings_or_weights_says_so(paintings, tmp_path, monkeypatch, capsys):
@@ -82,6 +87,19 @@ def test_a_run_that_goes_on_with_other_paintings_or_weights_says_so(paintings, t
     said = capsys.readouterr().out
     for name in ("the paintings", "the VGG weights"):
         assert f"{name} are not those that checkpoint-0000002.safetensors was trained with" in said
+
+
+def test_paintings_are_others_where_style_work_or_size_is_another(folders):
+    first, *others = find_paintings(folders)
+
+    def told(painting):
+        return inputs_of(folders, [painting, *others], None, None)["paintings"]
+
+    before = told(first)
+    assert before == told(replace(first, split="train"))
+    assert before not in [told(replace(first, **{name: "other"})) for name in ("style", "painting_id")]
+    first.path.write_bytes(first.path.read_bytes() + b"more")
+    assert before != told(first)
 
 
 def test_a_damaged_checkpoint_names_the_one_before_it(paintings, tmp_path):

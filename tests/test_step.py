@@ -136,6 +136,16 @@ def test_a_step_out_of_range_changes_nothing(poison):
     assert "1 steps were skipped" in journal.summary()
 
 
+def test_a_loss_that_is_not_finite_skips_its_step_though_its_gradient_is(monkeypatch):
+    optimise = optimisation()
+    optimise(0, *crops())
+    before, losses = state(optimise), optimise.module.losses
+    compute = losses.forward
+    monkeypatch.setattr(losses, "forward", lambda *given: {k: v + torch.inf for k, v in compute(*given).items()})
+    assert numbers(optimise(1, *crops()))["skipped"] == 1
+    assert unchanged(before, state(optimise))
+
+
 @pytest.mark.parametrize("clip", [1e-3, 1e9, 0.0])
 def test_clipping_bounds_the_gradient_that_adam_sees(clip):
     """After one step Adam's first moment is a tenth of the gradient that it was given."""
@@ -151,11 +161,11 @@ def test_anchors_are_of_seed_and_step_and_the_rate_is_scheduled(monkeypatch):
     for seed in (0, 1):
         optimise = optimisation(seed=seed, schedule="cosine", iterations=3)
         monkeypatch.setattr(optimise, "_run", lambda *_, drawn=optimise._generator: seeds.add(drawn.initial_seed()))
-        for number in (1, 2):
+        for number in range(3):
             optimise(number, *crops())
             rate = learning_rate(optimise.config, number)
             assert optimise.optimizer.learning_rate == pytest.approx(rate, rel=1e-6)
-    assert len(seeds) == 4
+    assert len(seeds) == 6
 
 
 def test_ridge_fallbacks_reach_the_journal(monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from compare import kept_for_backward
 
 from restoration.errors import UserError
 from restoration.vgg import (
@@ -111,6 +112,14 @@ def test_loss_features_and_gradient_are_those_of_pytorchs_padding(size):
     seeds = [torch.randn_like(feature) for feature in expected]
     gradients = [torch.autograd.grad(features, image, seeds)[0] for features in (computed, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+
+
+def test_one_map_a_convolution_is_kept_for_the_gradient():
+    """1,280 bytes a pixel with the places of the maxima, as docs/training.md has it."""
+    image, network = picture().requires_grad_(), loss_features()
+    weights = {buffer.data_ptr() for buffer in network.buffers()}
+    maps = [kept for kept in kept_for_backward(network, image) if kept.data_ptr() not in weights]
+    assert sum(kept.nbytes for kept in maps) == 1_280 * image[0, 0].numel()
 
 
 def test_channel_means_normalise_the_set_that_they_were_measured_on():

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from compare import kept_for_backward
 
 from restoration.whitening import (
     RIDGE_LADDER,
     Transfer,
+    _pieces,
     blend,
     moments,
     moments_of_parts,
@@ -45,6 +47,16 @@ def test_moments_do_not_depend_on_the_pieces(monkeypatch):
     pieces = moments(z)
     assert torch.allclose(whole.mean, pieces.mean, rtol=1e-13)
     assert torch.allclose(whole.covariance, pieces.covariance, rtol=1e-13)
+
+
+def test_pieces_take_eight_mebibytes_at_most():
+    z = torch.zeros(1, 32, 2048, 64)
+    assert max(piece.nbytes for piece, _ in _pieces([z], None)) <= 8 * 2**20
+
+
+def test_moments_keep_z_alone():
+    z = encoded(20, 20).float().requires_grad_()
+    assert sum(kept.nbytes for kept in kept_for_backward(moments, z)) < 1.1 * z.nbytes
 
 
 def test_parts_are_treated_as_the_whole(monkeypatch):
@@ -167,6 +179,13 @@ def test_a_label_without_partner_takes_the_whole_reference():
     labels = torch.full((12, 12), 7)
     z = transfer_statistics(content, style, content_labels=labels, style_labels=torch.zeros(14, 10)).z
     assert torch.allclose(z, transfer_statistics(content, style).z, rtol=1e-9, atol=1e-9)
+
+
+def test_a_label_that_one_of_two_references_has_takes_the_statistics_of_that_one():
+    content, first, second = encoded(12, 12), encoded(14, 10, seed=5), encoded(9, 9, seed=6)
+    labels = {"content_labels": torch.ones(12, 12), "style_labels": [torch.ones(14, 10), torch.zeros(9, 9)]}
+    z = transfer_statistics(content, [first, second], **labels).z
+    assert torch.allclose(z, transfer_statistics(content, first).z, rtol=1e-9, atol=1e-9)
 
 
 def test_regions_tell_the_largest_of_their_ridges(monkeypatch):
