@@ -17,6 +17,7 @@ from PIL import Image
 
 from restoration.checkpoints import load_checkpoint, save_checkpoint, save_network
 from restoration.cli import main
+from restoration.config import OVERRIDABLE, make_config, option
 from restoration.distributed import World
 from restoration.errors import UserError
 from restoration.flow import Architecture, ReversibleNetwork
@@ -402,6 +403,19 @@ def test_dataset_and_train(workshop, tmp_path, capsys, monkeypatch):
     elsewhere = ("--data", tmp_path / "crops", "--out", tmp_path / "elsewhere", "--style", "oil")
     code, _, err = call(capsys, monkeypatch, "train", *elsewhere)
     assert code == 2 and "unknown style 'oil'" in err and err.count("\n") == 1
+
+
+def test_every_setting_of_training_is_an_option(tmp_path, capsys, monkeypatch):
+    paper, given = make_config("paper").to_dict(), []
+    wanted = {"schedule": "cosine", "precision": "bf16", "style_distance": "l2", "pairing": "nearest"}
+    for name in set(OVERRIDABLE) - wanted.keys():
+        wanted[name] = not paper[name] if isinstance(paper[name], bool) else 2 * paper[name] or 1
+    options = []
+    for name, value in wanted.items():
+        options += [f"--no-{name}"] if value is False else [option(name), value]
+    monkeypatch.setattr("restoration.train.train", lambda data, out, config, **_: given.append(config.to_dict()))
+    assert call(capsys, monkeypatch, "train", "--data", tmp_path, "--out", tmp_path / "run", *options)[0] == 0
+    assert given == [paper | wanted]
 
 
 def test_a_preset_is_of_a_run_that_starts(tmp_path, capsys, monkeypatch):

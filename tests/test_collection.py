@@ -15,10 +15,11 @@ def test_a_folder_that_cannot_be_read_is_an_error(folders, monkeypatch):
     scan = os.scandir
 
     def refuse(path):
-        if Path(path).name == "ink":
+        if Path(path).name in ("ink", ".trash"):
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return scan(path)
 
+    (folders / "blue/.trash").mkdir()
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(UserError, match=r"ink: cannot be read \(Permission denied\)"):
         find_paintings(folders)
@@ -124,6 +125,12 @@ class TestFindPaintings:
         manifest.write_text(f"{manifest.read_text()}ink/2.png,p1\n")
         saying = "MANIFEST.csv: gives 'ink/2.png' two values of painting_id, 'p3' and 'p1'"
         assert_refuses(find_paintings, split_folders, saying=saying)
+
+    def test_what_is_held_out_may_be_left_out_where_the_manifest_names_all_others(self, split_folders, caplog):
+        for number in (1, 4):
+            (split_folders / f"ink/{number}.png").unlink()
+        assert names(split_folders, find_paintings(split_folders, split="test")) == ["blue/2.png", "ink/2.png"]
+        assert "MANIFEST.csv: 1 files are not there, such as 'ink/1.png'" in caplog.text
 
     def test_an_accent_of_its_own_is_another_spelling(self, split_folders):
         """As macOS writes names."""

@@ -1,5 +1,7 @@
 """Runs that are killed at any moment, and disks that fill up: what is left can be read and gone on with."""
 
+import errno
+import fcntl
 import io
 import multiprocessing
 import os
@@ -159,6 +161,9 @@ def test_a_run_on_a_full_disk_says_so_and_keeps_its_last_checkpoint(tmp_path, pa
 
 def hold(folder, held):
     with sole_writer(folder):
+        if os.fork() == 0:  # as loader processes, which live some seconds longer
+            time.sleep(10)
+            os._exit(0)
         held.send(True)
         signal.pause()
 
@@ -182,6 +187,18 @@ def test_a_folder_has_one_writer_at_a_time(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written to"), sole_writer(tmp_path / "file"):
         pass
+
+
+def test_where_nothing_can_be_locked_another_may_be_writing(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    unfinished = tmp_path / f".0123456789abcdef{PARTIAL_SUFFIX}"
+    unfinished.touch()
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with sole_writer(tmp_path):
+        assert unfinished.exists()
+    assert f"{tmp_path}: cannot be locked against a second writer (No locks available)" in caplog.text
 
 
 def test_contents_reach_the_disk_before_the_name_and_the_name_before_the_return(tmp_path, monkeypatch):

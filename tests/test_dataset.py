@@ -180,6 +180,13 @@ def test_uniform_paper_is_told_from_thin_ink():
     assert not is_uniform(paper(), share=0)
 
 
+@pytest.mark.parametrize(("distance", "uniform"), [(7, True), (9, False)])
+def test_a_stain_is_nearer_to_the_paper_than_a_pale_wash(distance, uniform):
+    colours = np.full((64, 64, 3), (78.0, 4.0, 20.0))
+    colours[:8, :, 0] -= distance
+    assert is_uniform(Image.fromarray(np.rint(lab2rgb(colours) * 255).astype(np.uint8))) is uniform
+
+
 def test_uniform_crops_are_dropped_and_counted(source, out, tmp_path):
     sheet = Image.new("RGB", (64, 32), (200, 190, 170))
     with Image.open(source / "ink/0.png") as image:

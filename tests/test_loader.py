@@ -67,6 +67,6 @@ def test_cache_forgets_the_least_recently_used(folders, monkeypatch):
     monkeypatch.setattr("restoration.loader.read_rgb", lambda path: read.append(path.name) or Image.new("RGB", (8, 8)))
     paintings = find_paintings(folders, styles=["ink"])
     dataset = PairDataset(paintings, 4, verify=False, cache_bytes=3 * 4 * 8 * 8 - 1)  # too few for three
-    for number in (1, 2, 1, 3, 1, 2):
+    for number in (1, 2, 1, 3, 1, 2, 3):
         dataset._pictures.read(folders / f"ink/{number}.png")
-    assert read == ["1.png", "2.png", "3.png", "2.png"]
+    assert read == ["1.png", "2.png", "3.png", "2.png", "3.png"]

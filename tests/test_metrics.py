@@ -76,10 +76,11 @@ def test_one_pixel():
     assert measure(pixel, pixel, pixel, metric_features()).ssim == 1
 
 
-def test_limit_side_keeps_proportions():
+def test_limit_side_keeps_proportions_and_leaves_out_no_pixel():
     assert limit_side(picture(300, 100), 150).shape == (3, 150, 50)
     image = picture(10, 20)
     assert limit_side(image, 20) is image
+    assert limit_side(picture(64, 64), 16).std() < 0.1 < 0.25 < picture(64, 64).std()
 
 
 def test_ciede2000_of_greys_is_its_lightness_term():

@@ -263,10 +263,13 @@ def test_refusals_come_before_any_work(tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_progress_of_each_picture_is_told(tmp_path, checkpoint, precision):
     names, told = ("a", "b"), []
-    for name in names:
-        save_picture(tmp_path / f"{name}.png", 12, 12)
+    faded, kept = (tmp_path / name for name in ("faded", "kept"))
+    for folder, side in ((faded, 12), (kept, 40)):
+        folder.mkdir()
+        for name in names:
+            save_picture(folder / f"{name}.png", side, side)
     options = {"precision": precision, "on_progress": lambda job, share: told.append((job.degraded.stem, share))}
-    assert len(run(tmp_path, tmp_path, tmp_path / "out", checkpoint, **options)) == 2
+    assert len(run(faded, kept, tmp_path / "out", checkpoint, **options)) == 2
     for name in names:
         shares = [share for told_name, share in told if told_name == name]
         assert shares[0] == 0 and shares[-1] == 1 and shares == sorted(set(shares))

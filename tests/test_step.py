@@ -50,11 +50,13 @@ def unchanged(before, after):
 
 
 def test_an_outcome_names_its_numbers():
-    found = numbers(optimisation()(0, *crops()))
+    outcome = optimisation()(0, *crops())
+    found = numbers(outcome)
     losses = {"ccp", "style", "matting", "cycle"}
     assert set(found) == losses | {"total", *MEASUREMENTS}
     assert found["total"] == pytest.approx(sum(found[name] for name in losses), rel=1e-6)
     assert found["skipped"] == 0 and found["gradient_norm"] > 0 and 0 < found["largest_stream"] < 256
+    assert not outcome.numbers.requires_grad and not outcome.result.requires_grad, "an outcome keeps no graph alive"
 
 
 def test_both_paintings_are_encoded_at_once_where_sizes_agree(monkeypatch):
@@ -279,7 +281,7 @@ def test_tf32_holds_during_a_step_alone_whichever_setting_was_used(cudnn, monkey
     monkeypatch.setattr(
         optimise, "_run", lambda *_: within.append((cudnn.allow_tf32, cudnn.conv.fp32_precision == "tf32"))
     )
-    for precision, wanted in (("tf32", True), ("fp32", False)):
+    for precision, wanted in (("tf32", True), ("fp32", False), ("bf16", True)):
         optimise.config = make_config("small", precision=precision)
         optimise(0, *crops())
         assert within.pop() == (wanted, wanted) and settings() == outside

@@ -4,6 +4,7 @@ import pytest
 import torch
 from compare import kept_for_backward
 
+from restoration.blocks import STREAM_QUANTUM
 from restoration.whitening import (
     RIDGE_LADDER,
     Transfer,
@@ -89,6 +90,12 @@ def test_identity_whitening():
     unit = type(unit)(torch.zeros_like(unit.mean), torch.eye(C, dtype=torch.float64)[None])
     covariance = moments(transfer_moments(content, moments(content), unit).z).covariance[0]
     assert torch.allclose(covariance, torch.eye(C, dtype=torch.float64), atol=1e-3)
+
+
+def test_a_spread_of_four_stream_quanta_is_no_rounding():
+    style = encoded(30, 10)
+    faint = 4 * STREAM_QUANTUM * torch.randn(1, 6, 40, 40, dtype=torch.float64)
+    assert_moments_equal(transfer_statistics(faint, style).z, style, 0.05)
 
 
 def test_own_moments_leave_the_picture_as_it_is():
