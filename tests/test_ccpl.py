@@ -151,6 +151,20 @@ def test_autocast_widens_rows(backend, sample):
 
 
 @compare.every_backend("neighbor_difference")
+def test_edge_shapes_of_places(backend):
+    """More channels than one of Triton's programs takes."""
+    features = torch.randn(1, 70, 4, 4, dtype=torch.float64, device=compare.device(backend))
+    anchors = torch.tensor([5, 6], device=features.device)
+    arguments = {"features": features, "anchors": anchors, "neighbors": anchors.new_tensor(range(16)).view(2, 8)}
+    compare.skip_unless_able(backend, "neighbor_difference", arguments)
+    ours, exact = (
+        compare.differentiate(function, arguments, ("features",))
+        for function in (compare.public("neighbor_difference", backend), neighbor_difference_definition)
+    )
+    compare.judge_all(ours, exact, ulps=compare.REFERENCE_ULPS[torch.float64])
+
+
+@compare.every_backend("neighbor_difference")
 @pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "atomic"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
 def test_repeated_places_accumulate(backend, deterministic, layout):

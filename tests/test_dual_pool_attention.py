@@ -92,12 +92,19 @@ def test_result_is_contiguous(backend, sample):
 @compare.one_case(OPERATOR)
 def test_edge_shapes(backend, sample):
     compare.check_empty_batch(backend, sample, batched=("x",))
-    # Rows much longer than columns, more channels than a filter reaches, a filter longer than the channels are many.
-    for shape, taps, pool_size in (((1, 1, 1, 300), 1, 50), ((1, 40, 2, 3), 3, 1), ((3, 2, 55, 51), 9, 50)):
+    # Rows much longer than columns, more channels than a filter reaches, a filter longer than the channels are many;
+    # more tiles of a plane, and more planes, than Triton's kernels add up at once.
+    for shape, taps, pool_size in (
+        *(((1, 1, 1, 300), 1, 50), ((1, 40, 2, 3), 3, 1), ((3, 2, 55, 51), 9, 50)),
+        *(((1, 1, 16 * 257, 1), 3, 50), ((2, 130, 1, 3), 3, 50)),
+    ):
         x = torch.randn(shape, dtype=torch.float64, device=compare.device(backend))
-        weight = torch.randn(taps, dtype=torch.float64, device=x.device)
-        ours = dual_pool_attention(x, weight, pool_size=pool_size, backend=backend)
-        compare.judge(str(shape), ours, definition(x, weight, pool_size), ulps=compare.REFERENCE_ULPS[torch.float64])
+        arguments = {"x": x, "weight": torch.randn(taps, dtype=x.dtype, device=x.device), "pool_size": pool_size}
+        ours, exact = (
+            compare.differentiate(function, arguments, ("x", "weight"))
+            for function in (compare.public(OPERATOR, backend), definition)
+        )
+        compare.judge_all(ours, exact, ulps=compare.REFERENCE_ULPS[torch.float64])
 
 
 @pytest.mark.parametrize("backend", compare.KERNELS)

@@ -178,8 +178,12 @@ def test_sixteen_bit_numbers(planted, dtype):
     torch.testing.assert_close(y, x.to(dtype).float(), rtol=0, atol=0, equal_nan=True)
 
 
-# Odd, aligned, smaller than the pooling, wider than a tile, more rows than a tile, one pixel.
-SHAPES = [(2, 5, 37, 61), (1, 4, 33, 64), (2, 3, 7, 200), (1, 2, 3, 1100), (1, 2, 500, 3), (2, 4, 1, 1)]
+# Odd, aligned, smaller than the pooling, wider than a tile, tall, one pixel; two tiles each way in every dtype, more
+# planes than a block adds up at once.
+SHAPES = [
+    *((2, 5, 37, 61), (1, 4, 33, 64), (2, 3, 7, 200), (1, 2, 3, 1100), (1, 2, 500, 3), (2, 4, 1, 1)),
+    *((1, 2, 18, 2056), (2, 130, 1, 3)),
+]
 
 
 @needs_compiler
@@ -190,8 +194,12 @@ def test_dual_pool_attention(shape, dtype, order):
     check_dual_pool_attention(shape, dtype, dtype)
 
 
-# Two tiles of channels, several of rows and columns; padding of nearly a side; less than a tile; one pixel.
-PAD2D_SHAPES = [((2, 18, 37, 70), 1), ((1, 3, 5, 9), 4), ((1, 16, 4, 64), 2), ((3, 2, 1, 1), 0)]
+# Two tiles of channels, several of rows and columns; padding of nearly a side; less than a tile; one pixel; more tiles
+# than a warp adds up at once; a tile that begins with the last mirrored row.
+PAD2D_SHAPES = [
+    *(((2, 18, 37, 70), 1), ((1, 3, 5, 9), 4), ((1, 16, 4, 64), 2), ((3, 2, 1, 1), 0)),
+    *(((1, 2, 140, 8), 4), ((1, 2, 24, 8), 4)),
+]
 
 
 @needs_compiler
@@ -312,6 +320,18 @@ def test_matting_laplacian(shape, radius, dtype, order, float64):
     ulps = compare.REFERENCE_ULPS[dtype] if dtype == torch.float64 else compare.ULPS
     compare.judge("energy", energy, exact_energy, ulps=ulps)
     compare.judge("product", product, exact_product, ulps=ulps)
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [(1, 1, 3, 7720), (5, 2, 4, 40)], ids=["tiles", "images"])
+def test_matting_laplacian_of_more_than_fit_at_once(shape):
+    """Tiles in the block that adds up their energies, images in a grid."""
+    batch, _, height, width = shape
+    image, guide = torch.rand(shape), torch.rand(batch, 3, height, width)
+    energy, product = run_matting_laplacian(image, guide)
+    pair, options = (image.double(), guide.double()), {"backend": "reference"}
+    compare.judge("energy", energy, matting_laplacian_energy(*pair, **options))
+    compare.judge("product", product, matting_laplacian_apply(*pair, **options))
 
 
 @needs_compiler

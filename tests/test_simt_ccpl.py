@@ -45,10 +45,12 @@ def test_info_nce_of_any_width(width, order):
 
 
 @both_orders
-@pytest.mark.parametrize("shape", [(5, 65, 64), (1, 150, 72), (1, 129, 128), (1, 16, 8), (1, 1, 8)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(5, 65, 64), (1, 150, 72), (1, 129, 128), (1, 16, 8), (1, 1, 8), (1, 20, 136)], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_info_nce_on_tensor_cores(shape, dtype, order):
-    """Rows and keys that end in the middle of a tile, widths that end in the middle of a fragment."""
+    """Rows and keys that end in the middle of a tile, widths in the middle of a fragment; and what they do not take."""
     query, key = torch.nn.functional.normalize(torch.randn(2, *shape, dtype=torch.float64), dim=-1).to(dtype)
     arguments = {"query": query, "key": key}
     ours, plain = (

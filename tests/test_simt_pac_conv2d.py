@@ -66,6 +66,9 @@ EXAMPLES = {
     "few_channels": example(3, 18, 2, (3, 70), 5, padding=(2, 1)),
     "four_channels": example(4, 16, 2, (5, 20), 3, padding=1),
     "shared": example(19, 19, 2, (5, 70), 3, shared=True, padding=1),
+    # Several tiles for one block: of outputs, whose kernel is kept; of channels with one filter.
+    "kept_kernel": example(2, 200, 2, (3, 5), 5, padding=2),
+    "shared_tiles": example(28, 28, 2, (3, 20), 3, shared=True, padding=1),
     "shared_groups": example(5, 5, 2, (5, 9), 5, shared=True, padding=3, dilation=2, normalize=True),
 }
 every_example = pytest.mark.parametrize("arguments", EXAMPLES.values(), ids=EXAMPLES.keys())

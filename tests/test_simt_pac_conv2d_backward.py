@@ -42,6 +42,14 @@ EXAMPLES = {
     "far_taps": example(9, 3, 2, (7, 9), 5, padding=(6, 3), dilation=(3, 2)),
     "shares": example(2, 3, 1, (30, 41), 3, padding=1),
     "shared": example(19, 19, 2, (5, 60), 3, shared=True, padding=1, batch=5),
+    # More shares than a block adds up at once, more channels than one pass takes, more images than a grid holds, and
+    # several tiles of outputs.
+    "shared_blocks": example(2, 2, 1, (40, 60), 3, shared=True, padding=1),
+    "shared_passes": example(12, 12, 2, (5, 9), 3, shared=True, padding=1),
+    "wide_passes": example(20, 3, 2, (5, 6), 3, padding=1),
+    "images": example(2, 3, 2, (4, 5), 3, padding=1, normalize=True, batch=5),
+    "output_tiles": example(3, 150, 2, (5, 6), 3, padding=1),
+    "one_tap_tiles": example(64, 130, 2, (3, 6), 3, padding=1),
     "shared_normalize": example(5, 5, 2, (6, 9), 5, shared=True, padding=3, stride=(1, 2), normalize=True, alpha=2.0),
 }
 
