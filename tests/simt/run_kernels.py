@@ -250,10 +250,10 @@ for shape, radius, dtype in itertools.product(
 
 misaligned = True
 for dtype in DTYPES:
-    dual_pool_attention(1, 2, 33, 64, dtype)
-    dual_pool_attention_pad2d(1, 16, 4, 64, 2, dtype, dtype)
-    relu_split(1, 32, 16, 3, 64, dtype)
-    info_nce(2, 135, 40, dtype)
-    neighbor_difference(1, 8, 9, 16, 3, dtype, False)
-    pac_conv2d(1, 4, 16, 5, 32, 3, 1, 1, 1, dtype)
-    pac_conv2d_backward(1, 64, 65, 1, 3, 8, 1, 0, False, False, dtype)
+    dual_pool_attention(1, 1, 5, 64, dtype)
+    dual_pool_attention_pad2d(1, 16, 2, 16, 1, dtype, dtype)
+    relu_split(1, 16, 8, 1, 64, dtype)
+    info_nce(1, 17, 24, dtype)
+    neighbor_difference(1, 8, 3, 16, 1, dtype, False)
+    pac_conv2d(1, 4, 16, 2, 16, 3, 1, 1, 1, dtype)
+    pac_conv2d_backward(1, 16, 17, 1, 3, 8, 1, 0, False, False, dtype)
