@@ -190,13 +190,14 @@ int64_t matting_laplacian_workspace(const MattingLaplacianSizes& sizes, DType) {
 
 void launch_matting_laplacian(const MattingLaplacian& arguments, const MattingLaplacianSizes& sizes, DType dtype,
                               void* workspace, void* stream) {
-  const bool two_float = arguments.eps >= kLeastTwoFloatEps && prefers_two_float();
   dispatch_matting_laplacian(dtype, sizes.radius, [&](auto tag, auto radius) {
     using T = typename decltype(tag)::Type;
     constexpr int kRadius = decltype(radius)::value;
     auto* const own_stream = static_cast<cudaStream_t>(stream);
     if constexpr (std::is_same_v<T, float>) {
-      if (two_float) return launch<T, TwoFloat, kRadius>(arguments, sizes, workspace, own_stream);
+      if (arguments.eps >= kLeastTwoFloatEps && prefers_two_float()) {
+        return launch<T, TwoFloat, kRadius>(arguments, sizes, workspace, own_stream);
+      }
     }
     launch<T, double, kRadius>(arguments, sizes, workspace, own_stream);
   });
