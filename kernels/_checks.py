@@ -58,9 +58,9 @@ def pac_conv2d(operator, x, guide, weight, bias, stride, padding, dilation, norm
         _tensor(operator, "bias", bias, (O,), like=("x", x))
     _boolean(operator, "normalize", normalize)
     geometry = _geometry(operator, stride, padding, dilation)
-    _has_output(operator, "x", x, K, *geometry)
+    size = _output_size(operator, "x", x, K, *geometry)
     if residual is not None:
-        _tensor(operator, "residual", residual, (B, O, *output_size(x, K, *geometry)), device_of=("x", x))
+        _tensor(operator, "residual", residual, (B, O, *size), device_of=("x", x))
         # A convolution of half precision may be added to a stream of float32.
         wide = torch.promote_types(x.dtype, torch.float32)
         if residual.dtype not in (x.dtype, wide):
@@ -84,9 +84,10 @@ def pac_conv2d_(residual, x, guide, weight, bias, stride, padding, dilation, nor
     )
     if not residual.is_contiguous():
         _fail(operator, "residual", "be contiguous", f"strides {list(residual.stride())} for {_shape(residual)}")
-    for argument, value in dict(residual=residual, x=x, guide=guide, weight=weight, bias=bias).items():
-        if value is not None and torch.is_grad_enabled() and value.requires_grad:
-            _fail(operator, argument, "require no gradient (use pac_conv2d, or torch.no_grad())", "one that does")
+    if torch.is_grad_enabled():
+        for argument, value in dict(residual=residual, x=x, guide=guide, weight=weight, bias=bias).items():
+            if value is not None and value.requires_grad:
+                _fail(operator, argument, "require no gradient (use pac_conv2d, or torch.no_grad())", "one that does")
     if torch.compiler.is_compiling():  # which knows neither what follows nor addresses; the op looks at these
         return geometry
     if residual.is_inference() and not torch.is_inference_mode_enabled():
@@ -98,7 +99,7 @@ def pac_conv2d_(residual, x, guide, weight, bias, stride, padding, dilation, nor
 def apart(operator, written, others):
     """Checks that a tensor to be written to shares no memory with others: it is given with its name, they by theirs."""
     name, output = written
-    if not _has_addresses(output):
+    if not (_are_calls_run() and _has_addresses(output)):
         return
     first, end = _addresses(output)
     for argument, value in others.items():
@@ -117,7 +118,7 @@ def pac_kernel2d(guide, kernel_size, stride, padding, dilation, normalize):
     _kernel_size(operator, kernel_size)
     _boolean(operator, "normalize", normalize)
     geometry = _geometry(operator, stride, padding, dilation)
-    _has_output(operator, "guide", guide, kernel_size, *geometry)
+    _output_size(operator, "guide", guide, kernel_size, *geometry)
     return geometry
 
 
@@ -153,7 +154,9 @@ def neighbor_difference(features, anchors, neighbors):
     _, _, H, W = _tensor(operator, "features", features, ("B", "C", "H", "W"))
     (N,) = _tensor(operator, "anchors", anchors, ("N",), device_of=("features", features), dtypes=(torch.int64,))
     _tensor(operator, "neighbors", neighbors, (N, 8), device_of=("features", features), dtypes=(torch.int64,))
-    if torch.compiler.is_compiling() or not (_has_numbers(anchors) and _has_numbers(neighbors)):
+    if torch.compiler.is_compiling() or not _are_calls_run():
+        return
+    if not (_has_addresses(anchors) and _has_addresses(neighbors)):
         return
     for argument, places in (("anchors", anchors), ("neighbors", neighbors)):
         first, last = places.min().item(), places.max().item()
@@ -293,20 +296,22 @@ def _tensor(operator, argument, value, shape, *, like=None, device_of=None, dtyp
     sizes = tuple(value.shape)
     if len(sizes) != len(shape):
         _fail(operator, argument, f"be of shape {_named(shape)}", _shape(value))
-    # Loops: any() of an expression takes twice as long.
+    empty = False
+    # A loop: any() of an expression takes twice as long.
     for size, wanted in zip(sizes, shape, strict=True):
-        if size != wanted and not isinstance(wanted, str):
+        if isinstance(wanted, str):
+            empty = empty or (size == 0 and wanted != "B")
+        elif size != wanted:
             _fail(operator, argument, f"be of shape {_named(shape)}", _shape(value))
-    for size, wanted in zip(sizes, shape, strict=True):
-        if size == 0 and isinstance(wanted, str) and wanted != "B":
-            _fail(operator, argument, f"be empty along no axis of {_named(shape)} but B", _shape(value))
-    if like is not None and value.dtype != like[1].dtype:
-        _fail(operator, argument, f"have the dtype of {like[0]}, {like[1].dtype}", value.dtype)
-    if value.dtype not in dtypes:
-        _fail(operator, argument, f"have dtype {' or '.join(map(str, dtypes))}", value.dtype)
-    name, other = like or device_of or (argument, value)
-    if value.device != other.device:
-        _fail(operator, argument, f"be on the device of {name}, {other.device}", value.device)
+    if empty:
+        _fail(operator, argument, f"be empty along no axis of {_named(shape)} but B", _shape(value))
+    dtype = value.dtype
+    if like is not None and dtype != like[1].dtype:
+        _fail(operator, argument, f"have the dtype of {like[0]}, {like[1].dtype}", dtype)
+    if dtype not in dtypes:
+        _fail(operator, argument, f"have dtype {' or '.join(map(str, dtypes))}", dtype)
+    if (other := like or device_of) is not None and value.device != other[1].device:
+        _fail(operator, argument, f"be on the device of {other[0]}, {other[1].device}", value.device)
     return sizes
 
 
@@ -320,7 +325,8 @@ def _geometry(operator, stride, padding, dilation):
 
 def _pair(operator, argument, value, least):
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or not all(_is_integer(entry) and entry >= least for entry in pair):
+    # In full: all() of an expression takes twice as long.
+    if len(pair) != 2 or not (_is_integer(pair[0]) and _is_integer(pair[1]) and pair[0] >= least and pair[1] >= least):
         _fail(operator, argument, f"be an integer of at least {least} or a pair of them", repr(value))
     return pair
 
@@ -333,16 +339,18 @@ def _kernel_size(operator, kernel_size):
 def output_size(image, kernel_size, stride, padding, dilation):
     """Rows and columns of a convolution's output; below 1 where there is none."""
     return tuple(
-        (image.shape[2 + axis] + 2 * padding[axis] - dilation[axis] * (kernel_size - 1) - 1) // stride[axis] + 1
-        for axis in (0, 1)
+        (side + 2 * margin - gap * (kernel_size - 1) - 1) // step + 1
+        for side, step, margin, gap in zip(image.shape[2:], stride, padding, dilation, strict=True)
     )
 
 
-def _has_output(operator, argument, image, kernel_size, stride, padding, dilation):
-    if min(output_size(image, kernel_size, stride, padding, dilation)) < 1:
+def _output_size(operator, argument, image, kernel_size, stride, padding, dilation):
+    size = output_size(image, kernel_size, stride, padding, dilation)
+    if min(size) < 1:
         H, W = image.shape[2:]
         reach = [dilation[axis] * (kernel_size - 1) + 1 - 2 * padding[axis] for axis in (0, 1)]
         _fail(operator, argument, f"be at least {reach[0]} x {reach[1]} to give an output", f"{H} x {W}")
+    return size
 
 
 def _anchors(operator, argument, count, height, width):
@@ -400,19 +408,17 @@ def _is_dense(tensor):
     return tensor.layout == torch.strided and not tensor.is_nested
 
 
+def _are_calls_run():
+    """And not only written down, or looked at for shapes."""
+    return all(torch._C._get_dispatch_mode(mode) is None for mode in _MODES_WITHOUT_NUMBERS)
+
+
 def _has_addresses(tensor):
-    return tensor.numel() > 0 and _has_numbers(tensor)
-
-
-def _has_numbers(tensor):
-    """Whether they can be looked at: not where a tensor stands for its shape alone, or calls are written down."""
-    for mode in _MODES_WITHOUT_NUMBERS:
-        if torch._C._get_dispatch_mode(mode) is not None:
-            return False
+    """Whether its numbers can be looked at; an empty tensor has none."""
     if isinstance(tensor, FakeTensor):
         return False
     try:
-        return tensor.numel() == 0 or tensor.data_ptr() != 0
+        return tensor.numel() > 0 and tensor.data_ptr() != 0
     except RuntimeError:  # inside of a transform of torch.func
         return False
 

@@ -258,7 +258,7 @@ def _out_channels(x, weight):
 
 def _is_shared(weight):
     # One filter of one channel is both; sharing it gives the same.
-    return weight.shape[0] == 1 and weight.shape[1] == 1
+    return weight.shape[:2] == (1, 1)
 
 
 def _options(x, guide, weight, stride, padding, dilation, normalize):
