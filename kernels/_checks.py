@@ -1,16 +1,15 @@
 """Every input check and its wording: ``operator: argument must ..., got ...``, before any work starts.
 
-One function for each operator, made of the few questions at the end of the file.
+One function for each operator, made of the questions of _require.py.
 """
 
 import math
-import sys
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+from . import _require as require
+
 _MODES = torch._C._TorchDispatchModeKey
 _MODES_WITHOUT_NUMBERS = (_MODES.FAKE, _MODES.PROXY, _MODES.FUNCTIONAL)
 # Bins along a side of the image: kernels visit those over a pixel one by one, and count them times a side in 64 bits.
@@ -26,7 +25,7 @@ _LEAST_QUANTUM, _LARGEST_QUANTUM = 2.0**-126, 2.0**127
 def backend(operator, name, source, names):
     """Checks the name of a backend; source says where the wish came from."""
     if name not in names:
-        _fail(operator, "backend", f"be one of {', '.join(names)}", f"{name!r} from {source}")
+        require.fail(operator, "backend", f"be one of {', '.join(names)}", f"{name!r} from {source}")
 
 
 def able(operator, name, source, reasons):
@@ -34,64 +33,70 @@ def able(operator, name, source, reasons):
     if reasons[name] is not None:
         others = ", ".join(other for other, reason in reasons.items() if reason is None)
         must = f"be able to run this call ({others} can; without a wish the fastest of them does)"
-        _fail(operator, "backend", must, f"{name!r} from {source}: {reasons[name]}", RuntimeError)
+        require.fail(operator, "backend", must, f"{name!r} from {source}: {reasons[name]}", RuntimeError)
 
 
 def usable(operator, name, device, reason):
     """Checks that a backend already chosen can run here on tensors of the device, given why it cannot or None."""
     if reason is not None:
-        _fail(operator, "backend", f"be able to run here on {device.type}", f"{name!r}: {reason}", RuntimeError)
+        require.fail(operator, "backend", f"be able to run here on {device.type}", f"{name!r}: {reason}", RuntimeError)
 
 
 def pac_conv2d(operator, x, guide, weight, bias, stride, padding, dilation, normalize, residual, alpha, quantum):
     """Checks a pixel-adaptive convolution; returns stride, padding and dilation as (vertical, horizontal) pairs."""
-    B, C, H, W = _tensor(operator, "x", x, ("B", "C", "H", "W"))
-    _tensor(operator, "guide", guide, (B, "G", H, W), like=("x", x))
-    O, channels, K, width = _tensor(operator, "weight", weight, ("O", "C", "K", "K"), like=("x", x))
+    B, C, H, W = require.tensor(operator, "x", x, ("B", "C", "H", "W"))
+    require.tensor(operator, "guide", guide, (B, "G", H, W), like=("x", x))
+    O, channels, K, width = require.tensor(operator, "weight", weight, ("O", "C", "K", "K"), like=("x", x))
     if (O, channels) == (1, 1):
         O = C
     elif channels != C:
-        _fail(operator, "weight", f"be of shape [O, {C}, K, K] or [1, 1, K, K]", _shape(weight))
+        require.fail(operator, "weight", f"be of shape [O, {C}, K, K] or [1, 1, K, K]", require.shape_of(weight))
     if width != K or K % 2 == 0:
-        _fail(operator, "weight", "have a square kernel of odd size", f"{K} x {width}")
+        require.fail(operator, "weight", "have a square kernel of odd size", f"{K} x {width}")
     if bias is not None:
-        _tensor(operator, "bias", bias, (O,), like=("x", x))
-    _boolean(operator, "normalize", normalize)
+        require.tensor(operator, "bias", bias, (O,), like=("x", x))
+    require.boolean(operator, "normalize", normalize)
     geometry = _geometry(operator, stride, padding, dilation)
     size = _output_size(operator, "x", x, K, *geometry)
     if residual is not None:
-        _tensor(operator, "residual", residual, (B, O, *size), device_of=("x", x))
+        require.tensor(operator, "residual", residual, (B, O, *size), device_of=("x", x))
         # A convolution of half precision may be added to a stream of float32.
         wide = torch.promote_types(x.dtype, torch.float32)
         if residual.dtype not in (x.dtype, wide):
-            _fail(operator, "residual", f"have dtype {x.dtype}, as x, or {wide}", residual.dtype)
-    _number(operator, "alpha", alpha)
+            require.fail(operator, "residual", f"have dtype {x.dtype}, as x, or {wide}", residual.dtype)
+    require.number(operator, "alpha", alpha)
     if quantum is not None:
-        _number(operator, "quantum", quantum, positive=True)
+        require.number(operator, "quantum", quantum, positive=True)
         power = _LEAST_QUANTUM <= quantum <= _LARGEST_QUANTUM and math.frexp(quantum)[0] == 0.5
         # An integer beyond 2^53 is rounded by frexp.
         if not power or float(quantum) != quantum:
-            _fail(operator, "quantum", "be a power of two from 2^-126 to 2^127", quantum)
+            require.fail(operator, "quantum", "be a power of two from 2^-126 to 2^127", quantum)
     return geometry
 
 
 def pac_conv2d_(residual, x, guide, weight, bias, stride, padding, dilation, normalize, alpha, quantum):
     """Checks as :func:`pac_conv2d`, and that writing into residual harms nothing."""
     operator = "pac_conv2d_"
-    _tensor(operator, "residual", residual, ("B", "O", "H'", "W'"))
+    require.tensor(operator, "residual", residual, ("B", "O", "H'", "W'"))
     geometry = pac_conv2d(
         operator, x, guide, weight, bias, stride, padding, dilation, normalize, residual, alpha, quantum
     )
     if not residual.is_contiguous():
-        _fail(operator, "residual", "be contiguous", f"strides {list(residual.stride())} for {_shape(residual)}")
+        require.fail(
+            operator, "residual", "be contiguous", f"strides {list(residual.stride())} for {require.shape_of(residual)}"
+        )
     if torch.is_grad_enabled():
         for argument, value in dict(residual=residual, x=x, guide=guide, weight=weight, bias=bias).items():
             if value is not None and value.requires_grad:
-                _fail(operator, argument, "require no gradient (use pac_conv2d, or torch.no_grad())", "one that does")
+                require.fail(
+                    operator, argument, "require no gradient (use pac_conv2d, or torch.no_grad())", "one that does"
+                )
     if torch.compiler.is_compiling():  # which knows neither what follows nor addresses; the op looks at these
         return geometry
     if residual.is_inference() and not torch.is_inference_mode_enabled():
-        _fail(operator, "residual", "be written to inside torch.inference_mode() alone", "one that was made there")
+        require.fail(
+            operator, "residual", "be written to inside torch.inference_mode() alone", "one that was made there"
+        )
     apart(operator, ("residual", residual), dict(x=x, guide=guide, weight=weight, bias=bias))
     return geometry
 
@@ -108,15 +113,15 @@ def apart(operator, written, others):
         # Cautious for interleaved views, which are rare.
         other_first, other_end = _addresses(value)
         if first < other_end and other_first < end:
-            _fail(operator, argument, f"share no memory with {name}, which is written to", "overlapping tensors")
+            require.fail(operator, argument, f"share no memory with {name}, which is written to", "overlapping tensors")
 
 
 def pac_kernel2d(guide, kernel_size, stride, padding, dilation, normalize):
     """Checks a kernel to look at; returns stride, padding and dilation as pairs."""
     operator = "pac_kernel2d"
-    _tensor(operator, "guide", guide, ("B", "G", "H", "W"))
+    require.tensor(operator, "guide", guide, ("B", "G", "H", "W"))
     _kernel_size(operator, kernel_size)
-    _boolean(operator, "normalize", normalize)
+    require.boolean(operator, "normalize", normalize)
     geometry = _geometry(operator, stride, padding, dilation)
     _output_size(operator, "guide", guide, kernel_size, *geometry)
     return geometry
@@ -127,23 +132,23 @@ def pac_conv2d_module(
 ):
     """Checks the arguments of PacConv2d."""
     operator = "PacConv2d"
-    _integer(operator, "in_channels", in_channels, 1)
-    _integer(operator, "out_channels", out_channels, 1)
+    require.integer(operator, "in_channels", in_channels, 1)
+    require.integer(operator, "out_channels", out_channels, 1)
     _kernel_size(operator, kernel_size)
     _geometry(operator, stride, padding, dilation)
     for argument, value in dict(bias=bias, normalize_kernel=normalize, shared_filters=shared_filters).items():
-        _boolean(operator, argument, value)
+        require.boolean(operator, argument, value)
     if shared_filters and in_channels != out_channels:
-        _fail(operator, "out_channels", f"equal in_channels = {in_channels} with shared_filters", out_channels)
+        require.fail(operator, "out_channels", f"equal in_channels = {in_channels} with shared_filters", out_channels)
 
 
 def sample_neighbors(height, width, num_anchors, generator):
     """Checks a draw of anchors."""
     operator = "sample_neighbors"
-    _integer(operator, "height", height, 3)
-    _integer(operator, "width", width, 3)
+    require.integer(operator, "height", height, 3)
+    require.integer(operator, "width", width, 3)
     if height * width > _MOST_PLACES:
-        _fail(operator, "height and width", "have at most 2^40 places", f"{height} x {width}")
+        require.fail(operator, "height and width", "have at most 2^40 places", f"{height} x {width}")
     _anchors(operator, "num_anchors", num_anchors, height, width)
     _generator(operator, generator)
 
@@ -151,9 +156,9 @@ def sample_neighbors(height, width, num_anchors, generator):
 def neighbor_difference(features, anchors, neighbors):
     """Checks features and the places in them."""
     operator = "neighbor_difference"
-    _, _, H, W = _tensor(operator, "features", features, ("B", "C", "H", "W"))
-    (N,) = _tensor(operator, "anchors", anchors, ("N",), device_of=("features", features), dtypes=(torch.int64,))
-    _tensor(operator, "neighbors", neighbors, (N, 8), device_of=("features", features), dtypes=(torch.int64,))
+    _, _, H, W = require.tensor(operator, "features", features, ("B", "C", "H", "W"))
+    (N,) = require.tensor(operator, "anchors", anchors, ("N",), device_of=("features", features), dtypes=(torch.int64,))
+    require.tensor(operator, "neighbors", neighbors, (N, 8), device_of=("features", features), dtypes=(torch.int64,))
     if torch.compiler.is_compiling() or not _are_calls_run():
         return
     if not (_has_addresses(anchors) and _has_addresses(neighbors)):
@@ -161,11 +166,11 @@ def neighbor_difference(features, anchors, neighbors):
     for argument, places in (("anchors", anchors), ("neighbors", neighbors)):
         first, last = places.min().item(), places.max().item()
         if first < 0 or last >= H * W:
-            _fail(operator, argument, f"lie in 0 to {H * W - 1}, the places of {H} x {W}", f"{first} to {last}")
+            require.fail(operator, argument, f"lie in 0 to {H * W - 1}, the places of {H} x {W}", f"{first} to {last}")
     rows, columns = anchors // W, anchors % W
     border = (rows == 0) | (rows == H - 1) | (columns == 0) | (columns == W - 1)
     if border.any():
-        _fail(
+        require.fail(
             operator, "anchors", f"lie off the border of {H} x {W}, to have eight neighbours", anchors[border][0].item()
         )
 
@@ -173,35 +178,37 @@ def neighbor_difference(features, anchors, neighbors):
 def info_nce(query, key, temperature):
     """Checks the rows of a contrastive loss."""
     operator = "info_nce"
-    shape = _tensor(operator, "query", query, ("B", "S", "D"))
-    _tensor(operator, "key", key, shape, like=("query", query))
-    _number(operator, "temperature", temperature, positive=True)
+    shape = require.tensor(operator, "query", query, ("B", "S", "D"))
+    require.tensor(operator, "key", key, shape, like=("query", query))
+    require.number(operator, "temperature", temperature, positive=True)
 
 
 def ccpl_loss(features, targets, num_anchors, temperature, projections, generator):
     """Checks the layers of the loss; returns the number of anchors and the projection of each."""
     operator = "ccpl_loss"
-    _sequence(operator, "features", features)
-    _sequence(operator, "targets", targets, len(features))
+    require.sequence(operator, "features", features)
+    require.sequence(operator, "targets", targets, len(features))
     first = ("features[0]", features[0])
     for layer, (feature, target) in enumerate(zip(features, targets, strict=True)):
-        shape = _tensor(operator, f"features[{layer}]", feature, ("B", "C", "H", "W"), device_of=first)
-        _tensor(operator, f"targets[{layer}]", target, shape, like=(f"features[{layer}]", feature))
-    _number(operator, "temperature", temperature, positive=True)
+        shape = require.tensor(operator, f"features[{layer}]", feature, ("B", "C", "H", "W"), device_of=first)
+        require.tensor(operator, f"targets[{layer}]", target, shape, like=(f"features[{layer}]", feature))
+    require.number(operator, "temperature", temperature, positive=True)
     each = isinstance(num_anchors, (tuple, list))
     if not each:
         num_anchors = [num_anchors] * len(features)
     if projections is None:
         projections = [None] * len(features)
-    _sequence(operator, "num_anchors", num_anchors, len(features))
-    _sequence(operator, "projections", projections, len(features))
+    require.sequence(operator, "num_anchors", num_anchors, len(features))
+    require.sequence(operator, "projections", projections, len(features))
     for layer, projection in enumerate(projections):
         if projection is not None and not callable(projection):
-            _fail(operator, f"projections[{layer}]", "be a module or None", _kind(projection), TypeError)
+            require.fail(
+                operator, f"projections[{layer}]", "be a module or None", require.kind_of(projection), TypeError
+            )
     for layer, (feature, count) in enumerate(zip(features, num_anchors, strict=True)):
         H, W = feature.shape[2:]
         if H < 3 or W < 3:
-            _fail(operator, f"features[{layer}]", "be at least 3 x 3", f"{H} x {W}")
+            require.fail(operator, f"features[{layer}]", "be at least 3 x 3", f"{H} x {W}")
         _anchors(operator, f"num_anchors[{layer}]" if each else "num_anchors", count, H, W)
     _generator(operator, generator)
     return num_anchors, projections
@@ -210,109 +217,78 @@ def ccpl_loss(features, targets, num_anchors, temperature, projections, generato
 def ccpl_projection(layer, rows, projected):
     """Checks what the projection of a layer made of rows [B, S, C]."""
     error = ValueError
-    if not isinstance(projected, torch.Tensor) or not _is_dense(projected):
-        got, error = _kind(projected), TypeError
-    elif projected.dtype not in _DTYPES:
+    if not isinstance(projected, torch.Tensor) or not require.is_dense(projected):
+        got, error = require.kind_of(projected), TypeError
+    elif projected.dtype not in require.DTYPES:
         got = projected.dtype
     elif projected.ndim != 3 or projected.shape[:2] != rows.shape[:2] or projected.shape[2] == 0:
-        got = _shape(projected)
+        got = require.shape_of(projected)
     else:
         return
-    must = f"return a floating-point tensor of shape {_named((*rows.shape[:2], 'D'))}"
-    _fail("ccpl_loss", f"projections[{layer}]", must, got, error)
+    must = f"return a floating-point tensor of shape {require.named((*rows.shape[:2], 'D'))}"
+    require.fail("ccpl_loss", f"projections[{layer}]", must, got, error)
 
 
 def ccpl_loss_module(channels, num_anchors, temperature, project):
     """Checks the arguments of CCPLoss."""
     operator = "CCPLoss"
-    _boolean(operator, "project", project)
-    _sequence(operator, "channels", channels)
+    require.boolean(operator, "project", project)
+    require.sequence(operator, "channels", channels)
     for layer, count in enumerate(channels):
-        _integer(operator, f"channels[{layer}]", count, 1)
+        require.integer(operator, f"channels[{layer}]", count, 1)
     each = isinstance(num_anchors, (tuple, list))
     if each:
-        _sequence(operator, "num_anchors", num_anchors, len(channels) if project else None)
+        require.sequence(operator, "num_anchors", num_anchors, len(channels) if project else None)
     for layer, count in enumerate(num_anchors if each else [num_anchors]):
-        _integer(operator, f"num_anchors[{layer}]" if each else "num_anchors", count, 1)
-    _number(operator, "temperature", temperature, positive=True)
+        require.integer(operator, f"num_anchors[{layer}]" if each else "num_anchors", count, 1)
+    require.number(operator, "temperature", temperature, positive=True)
 
 
 def matting_laplacian(operator, image, guide, eps, radius):
     """Checks an image and the guide whose colours explain it."""
-    B, _, H, W = _tensor(operator, "image", image, ("B", "C", "H", "W"))
-    _tensor(operator, "guide", guide, (B, 3, H, W), like=("image", image))
+    B, _, H, W = require.tensor(operator, "image", image, ("B", "C", "H", "W"))
+    require.tensor(operator, "guide", guide, (B, 3, H, W), like=("image", image))
     _window(operator, eps, radius)
 
 
 def matting_laplacian_matrix(guide, eps, radius):
     """Checks the one guide of a sparse matrix."""
     operator = "matting_laplacian_matrix"
-    _tensor(operator, "guide", guide, (3, "H", "W"))
+    require.tensor(operator, "guide", guide, (3, "H", "W"))
     _window(operator, eps, radius)
 
 
 def dual_pool_attention(x, weight, pool_size, operator="dual_pool_attention"):
     """Checks feature maps and the filter over their channels."""
-    _tensor(operator, "x", x, ("B", "C", "H", "W"))
-    (k,) = _tensor(operator, "weight", weight, ("k",), like=("x", x))
+    require.tensor(operator, "x", x, ("B", "C", "H", "W"))
+    (k,) = require.tensor(operator, "weight", weight, ("k",), like=("x", x))
     if k % 2 == 0:
-        _fail(operator, "weight", "have an odd number of entries", k)
-    _integer(operator, "pool_size", pool_size, 1, _MOST_BINS)
+        require.fail(operator, "weight", "have an odd number of entries", k)
+    require.integer(operator, "pool_size", pool_size, 1, _MOST_BINS)
 
 
 def dual_pool_attention_pad2d(x, weight, padding, pool_size, dtype, grad_addend):
     """Checks as :func:`dual_pool_attention`, that there is something to reflect, and what the gradient starts from."""
     operator = "dual_pool_attention_pad2d"
     dual_pool_attention(x, weight, pool_size, operator)
-    _integer(operator, "padding", padding, 0)
+    require.integer(operator, "padding", padding, 0)
     if padding >= min(x.shape[2:]):
-        _fail(operator, "padding", f"be less than both sides of x, {list(x.shape[2:])}", padding)
-    if dtype is not None and dtype not in _DTYPES:
-        _fail(operator, "dtype", f"be None or one of {', '.join(map(str, _DTYPES))}", dtype)
+        require.fail(operator, "padding", f"be less than both sides of x, {list(x.shape[2:])}", padding)
+    if dtype is not None and dtype not in require.DTYPES:
+        require.fail(operator, "dtype", f"be None or one of {', '.join(map(str, require.DTYPES))}", dtype)
     if grad_addend is not None:
-        _tensor(operator, "grad_addend", grad_addend, tuple(x.shape), like=("x", x))
+        require.tensor(operator, "grad_addend", grad_addend, tuple(x.shape), like=("x", x))
         if grad_addend.requires_grad:
-            _fail(operator, "grad_addend", "be without gradients", "one that requires them")
+            require.fail(operator, "grad_addend", "be without gradients", "one that requires them")
 
 
 def relu_split(x, channels):
     """Checks feature maps and where they are split."""
     operator = "relu_split"
-    _, C, _, _ = _tensor(operator, "x", x, ("B", "C", "H", "W"))
+    _, C, _, _ = require.tensor(operator, "x", x, ("B", "C", "H", "W"))
     if C < 2:
-        _fail(operator, "x", "have at least 2 channels", C)
-    _integer(operator, "channels", channels, 1, C - 1)
-
-
-def _fail(operator, argument, must, got, error=ValueError):
-    """Raises the one error of the package's grammar."""
-    raise error(f"{operator}: {argument} must {must}, got {got}")
-
-
-def _tensor(operator, argument, value, shape, *, like=None, device_of=None, dtypes=_DTYPES):
-    """Checks kind, shape, dtype and device; returns the sizes. A name in shape stands for any size but 0, B for any."""
-    if not isinstance(value, torch.Tensor) or not _is_dense(value):
-        _fail(operator, argument, f"be a dense tensor of shape {_named(shape)}", _kind(value), TypeError)
-    sizes = tuple(value.shape)
-    if len(sizes) != len(shape):
-        _fail(operator, argument, f"be of shape {_named(shape)}", _shape(value))
-    empty = False
-    # A loop: any() of an expression takes twice as long.
-    for size, wanted in zip(sizes, shape, strict=True):
-        if isinstance(wanted, str):
-            empty = empty or (size == 0 and wanted != "B")
-        elif size != wanted:
-            _fail(operator, argument, f"be of shape {_named(shape)}", _shape(value))
-    if empty:
-        _fail(operator, argument, f"be empty along no axis of {_named(shape)} but B", _shape(value))
-    dtype = value.dtype
-    if like is not None and dtype != like[1].dtype:
-        _fail(operator, argument, f"have the dtype of {like[0]}, {like[1].dtype}", dtype)
-    if dtype not in dtypes:
-        _fail(operator, argument, f"have dtype {' or '.join(map(str, dtypes))}", dtype)
-    if (other := like or device_of) is not None and value.device != other[1].device:
-        _fail(operator, argument, f"be on the device of {other[0]}, {other[1].device}", value.device)
-    return sizes
+        require.fail(operator, "x", "have at least 2 channels", C)
+    require.integer(operator, "channels", channels, 1, C - 1)
 
 
 def _geometry(operator, stride, padding, dilation):
@@ -326,14 +302,16 @@ def _geometry(operator, stride, padding, dilation):
 def _pair(operator, argument, value, least):
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     # In full: all() of an expression takes twice as long.
-    if len(pair) != 2 or not (_is_integer(pair[0]) and _is_integer(pair[1]) and pair[0] >= least and pair[1] >= least):
-        _fail(operator, argument, f"be an integer of at least {least} or a pair of them", repr(value))
+    if len(pair) != 2 or not (
+        require.is_integer(pair[0]) and require.is_integer(pair[1]) and pair[0] >= least and pair[1] >= least
+    ):
+        require.fail(operator, argument, f"be an integer of at least {least} or a pair of them", repr(value))
     return pair
 
 
 def _kernel_size(operator, kernel_size):
-    if not _is_integer(kernel_size) or kernel_size < 1 or kernel_size % 2 == 0:
-        _fail(operator, "kernel_size", "be an odd integer of at least 1", repr(kernel_size))
+    if not require.is_integer(kernel_size) or kernel_size < 1 or kernel_size % 2 == 0:
+        require.fail(operator, "kernel_size", "be an odd integer of at least 1", repr(kernel_size))
 
 
 def output_size(image, kernel_size, stride, padding, dilation):
@@ -349,63 +327,27 @@ def _output_size(operator, argument, image, kernel_size, stride, padding, dilati
     if min(size) < 1:
         H, W = image.shape[2:]
         reach = [dilation[axis] * (kernel_size - 1) + 1 - 2 * padding[axis] for axis in (0, 1)]
-        _fail(operator, argument, f"be at least {reach[0]} x {reach[1]} to give an output", f"{H} x {W}")
+        require.fail(operator, argument, f"be at least {reach[0]} x {reach[1]} to give an output", f"{H} x {W}")
     return size
 
 
 def _anchors(operator, argument, count, height, width):
-    _integer(operator, argument, count, 1)
+    require.integer(operator, argument, count, 1)
     places = (height - 2) * (width - 2)
     if count > places:
-        _fail(operator, argument, f"be at most the {places} interior places of {height} x {width}", count)
+        require.fail(operator, argument, f"be at most the {places} interior places of {height} x {width}", count)
 
 
 def _generator(operator, generator):
     if generator is not None and not isinstance(generator, torch.Generator):
-        _fail(operator, "generator", "be a torch.Generator or None", _kind(generator), TypeError)
+        require.fail(operator, "generator", "be a torch.Generator or None", require.kind_of(generator), TypeError)
 
 
 def _window(operator, eps, radius):
-    _number(operator, "eps", eps, positive=True)
+    require.number(operator, "eps", eps, positive=True)
     if eps < _LEAST_EPS:
-        _fail(operator, "eps", f"be at least {_LEAST_EPS}", eps)
-    _integer(operator, "radius", radius, 1, 3)
-
-
-def _integer(operator, argument, value, least, most=None):
-    if not _is_integer(value) or value < least or (most is not None and value > most):
-        span = f"of at least {least}" if most is None else f"from {least} to {most}"
-        _fail(operator, argument, f"be an integer {span}", repr(value))
-
-
-def _boolean(operator, argument, value):
-    if not isinstance(value, bool):
-        _fail(operator, argument, "be True or False", repr(value))
-
-
-def _number(operator, argument, value, *, positive=False):
-    # Comparisons alone: of a number that torch.compile takes for a variable nothing else can be asked.
-    number = isinstance(value, _NUMBERS) and not isinstance(value, bool)
-    finite = number and -sys.float_info.max <= value <= sys.float_info.max
-    if not finite or (positive and value <= 0):
-        _fail(operator, argument, f"be a finite{' positive' if positive else ''} number", repr(value))
-
-
-def _sequence(operator, argument, value, length=None):
-    if not isinstance(value, (tuple, list, torch.nn.ModuleList)):
-        _fail(operator, argument, "be a list with one entry for each layer", _kind(value), TypeError)
-    if len(value) == 0 and length is None:
-        _fail(operator, argument, "have one entry for each layer", "none")
-    if length is not None and len(value) != length:
-        _fail(operator, argument, f"have {length} entries, one for each layer", len(value))
-
-
-def _is_integer(value):
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
-
-
-def _is_dense(tensor):
-    return tensor.layout == torch.strided and not tensor.is_nested
+        require.fail(operator, "eps", f"be at least {_LEAST_EPS}", eps)
+    require.integer(operator, "radius", radius, 1, 3)
 
 
 def _are_calls_run():
@@ -430,19 +372,3 @@ def _addresses(tensor):
         return first, first + tensor.nbytes
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return first, first + (reach + 1) * tensor.element_size()
-
-
-def _named(shape):
-    return f"[{', '.join(map(str, shape))}]"
-
-
-def _shape(value):
-    return f"shape {list(value.shape)}"
-
-
-def _kind(value):
-    if not isinstance(value, torch.Tensor):
-        return type(value).__name__
-    if value.layout != torch.strided:
-        return f"a tensor of layout {value.layout}"
-    return "a nested tensor" if value.is_nested else "a tensor"
