@@ -175,7 +175,7 @@ def tile_places(tile, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def pixel_count(height, width):
-    """In 64 bits: planes of more than 2^31 pixels have offsets too."""
+    """In 64 bits, as offsets of channels are its multiples."""
     return tl.full([], height, tl.int64) * width
 
 

@@ -124,7 +124,7 @@ def test_layouts(backend, sample, layout):
 def test_edge_shapes(backend, sample):
     compare.check_empty_batch(backend, sample, batched=("image", "guide"))
     function = compare.public(sample.operator, backend)
-    for size in ((1, 1), (2, 5), (5, 2)):
+    for size in ((1, 1), (1, 3), (3, 1), (2, 5), (5, 2)):
         pair = torch.rand(2, 2, 3, *size, device=compare.device(backend))
         arguments = dict(zip(("image", "guide"), pair, strict=True))
         for name, result in compare.differentiate(function, arguments, ("image",)).items():

@@ -85,7 +85,8 @@ def test_values_under_the_interpreter(tmp_path, module):
     """The judge of every operator, on forward and backward."""
     values = "(test_backward and not float64) or test_edge_shapes or (test_in_place and float32)"
     guides = "test_spoiled_guide or test_guide_of_any_magnitude"
-    others = f"test_many_tiles or {guides} or test_half_precision or test_quantum or beyond_32_bits"
+    numbers = "(test_special_numbers and float32) or test_the_least_quantum or test_identity_grad_x"
+    others = f"test_many_tiles or {guides} or test_half_precision or test_quantum or beyond_32_bits or {numbers}"
     cases = interpreted(tmp_path / "report.xml", [module], f"({values} or {others}) and not ({TOO_LONG} or {LONG})")
     judged = {name for name in OPERATORS if any(f"triton-{name}-" in case for case in cases)}
     assert judged == {name for name in WRITTEN_IN_TRITON if written_in(name) == module}
