@@ -60,13 +60,11 @@ class Operator:
 
     def why_not(self, backend, **arguments):
         """None if the backend can run this call on this machine, else the reason."""
-        return self._why_not(backend, _device(arguments.values()), arguments)
-
-    def _why_not(self, backend, device, arguments):
         if not self.has(backend):
             return f"no {backend} kernel in this version"
         if backend == "reference":
             return None
+        device = _device(arguments.values())
         return why_not_on(backend, device) or _why_not_now() or self._predicates[backend](**arguments)
 
     def run(self, wish, **arguments):
@@ -87,11 +85,11 @@ class Operator:
             wish, source = _ambient_wish()
         if wish is not None:
             _checks.backend(self.name, wish, source, BACKENDS)
-            if self._why_not(wish, device, arguments) is None:
+            if self.why_not(wish, **arguments) is None:
                 return wish
             _checks.able(self.name, wish, source, {name: self.why_not(name, **arguments) for name in BACKENDS})
         for name in _FOR_CPU_TENSORS if device.type == "cpu" else BACKENDS:
-            if self._why_not(name, device, arguments) is None:
+            if self.why_not(name, **arguments) is None:
                 break
         if not torch.compiler.is_compiling():
             self._report(name, device, arguments)

@@ -57,7 +57,7 @@ def pac_conv2d(operator, x, guide, weight, bias, stride, padding, dilation, norm
         require.tensor(operator, "bias", bias, (O,), like=("x", x))
     require.boolean(operator, "normalize", normalize)
     geometry = _geometry(operator, stride, padding, dilation)
-    size = _output_size(operator, "x", x, K, *geometry)
+    size = _checked_output_size(operator, "x", x, K, *geometry)
     if residual is not None:
         require.tensor(operator, "residual", residual, (B, O, *size), device_of=("x", x))
         # A convolution of half precision may be added to a stream of float32.
@@ -123,7 +123,7 @@ def pac_kernel2d(guide, kernel_size, stride, padding, dilation, normalize):
     _kernel_size(operator, kernel_size)
     require.boolean(operator, "normalize", normalize)
     geometry = _geometry(operator, stride, padding, dilation)
-    _output_size(operator, "guide", guide, kernel_size, *geometry)
+    _checked_output_size(operator, "guide", guide, kernel_size, *geometry)
     return geometry
 
 
@@ -159,9 +159,8 @@ def neighbor_difference(features, anchors, neighbors):
     _, _, H, W = require.tensor(operator, "features", features, ("B", "C", "H", "W"))
     (N,) = require.tensor(operator, "anchors", anchors, ("N",), device_of=("features", features), dtypes=(torch.int64,))
     require.tensor(operator, "neighbors", neighbors, (N, 8), device_of=("features", features), dtypes=(torch.int64,))
-    if torch.compiler.is_compiling() or not _are_calls_run():
-        return
-    if not (_has_addresses(anchors) and _has_addresses(neighbors)):
+    is_run = not torch.compiler.is_compiling() and _are_calls_run()
+    if not (is_run and _has_addresses(anchors) and _has_addresses(neighbors)):
         return
     for argument, places in (("anchors", anchors), ("neighbors", neighbors)):
         first, last = places.min().item(), places.max().item()
@@ -322,7 +321,7 @@ def output_size(image, kernel_size, stride, padding, dilation):
     )
 
 
-def _output_size(operator, argument, image, kernel_size, stride, padding, dilation):
+def _checked_output_size(operator, argument, image, kernel_size, stride, padding, dilation):
     size = output_size(image, kernel_size, stride, padding, dilation)
     if min(size) < 1:
         H, W = image.shape[2:]
