@@ -301,15 +301,13 @@ def _geometry(operator, stride, padding, dilation):
 def _pair(operator, argument, value, least):
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     # In full: all() of an expression takes twice as long.
-    if len(pair) != 2 or not (
-        require.is_integer(pair[0]) and require.is_integer(pair[1]) and pair[0] >= least and pair[1] >= least
-    ):
+    if len(pair) != 2 or not (require.is_integer(pair[0], least) and require.is_integer(pair[1], least)):
         require.fail(operator, argument, f"be an integer of at least {least} or a pair of them", repr(value))
     return pair
 
 
 def _kernel_size(operator, kernel_size):
-    if not require.is_integer(kernel_size) or kernel_size < 1 or kernel_size % 2 == 0:
+    if not require.is_integer(kernel_size, 1) or kernel_size % 2 == 0:
         require.fail(operator, "kernel_size", "be an odd integer of at least 1", repr(kernel_size))
 
 
@@ -350,7 +348,7 @@ def _window(operator, eps, radius):
 
 
 def _are_calls_run():
-    """And not only written down, or looked at for shapes."""
+    """Whether torch computes what is called, and does not only write it down or follow its shapes."""
     return all(torch._C._get_dispatch_mode(mode) is None for mode in _MODES_WITHOUT_NUMBERS)
 
 

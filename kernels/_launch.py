@@ -17,7 +17,6 @@ from . import _backend
 # The C library gives memory of this size and more back to the system, so that a new tensor's is always fresh from it.
 _ALWAYS_FRESH_BYTES = 32 << 20
 _LARGE_PAGE_BYTES = 2 << 20
-_NO_CONTEXT = contextlib.nullcontext()
 
 # A fork copies only the calling thread, and a parallel region of the child would wait for OpenMP's others for ever. The
 # extension minds forks once it is loaded: before the first one, as torch may have started the threads already.
@@ -102,4 +101,4 @@ def convolves_in_tf32():
 
 def on_device(device):
     """Context in which kernels start on this device, a CPU included."""
-    return torch.cuda.device(device) if device.type == "cuda" else _NO_CONTEXT
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

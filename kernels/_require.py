@@ -1,6 +1,7 @@
 """The questions that every input check is made of, and the one wording of their errors.
 
-Each takes the operator's name, and the argument's with its value, and raises ValueError or TypeError.
+Each that demands something takes the operator's name, and the argument's with its value, and raises ValueError or
+TypeError. The others, at the end, answer or put into words.
 """
 
 import sys
@@ -43,7 +44,7 @@ def tensor(operator, argument, value, shape, *, like=None, device_of=None, dtype
 
 
 def integer(operator, argument, value, least, most=None):
-    if not is_integer(value) or value < least or (most is not None and value > most):
+    if not is_integer(value, least) or (most is not None and value > most):
         span = f"of at least {least}" if most is None else f"from {least} to {most}"
         fail(operator, argument, f"be an integer {span}", repr(value))
 
@@ -70,8 +71,9 @@ def sequence(operator, argument, value, length=None):
         fail(operator, argument, f"have {length} entries, one for each layer", len(value))
 
 
-def is_integer(value):
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+def is_integer(value, least):
+    """Whether it is one of at least `least`."""
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool) and value >= least
 
 
 def is_dense(value):

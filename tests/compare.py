@@ -142,6 +142,11 @@ def judge(name, ours, exact, plain=None, ulps=ULPS):
         )
 
 
+def kernel_ulps(dtype):
+    """Of a kernel. Nothing is more exact than float64, so there the rounding of the exact values counts."""
+    return REFERENCE_ULPS[dtype] if dtype == torch.float64 else ULPS
+
+
 def judge_all(ours, exact, plain=None, ulps=ULPS):
     """The judge for an output and gradients by name."""
     assert ours.keys() == exact.keys()
@@ -167,11 +172,9 @@ def check_values(backend, sample, dtype, definition, names=()):
     if backend == "reference":
         judge_all(ours, exact, ulps=REFERENCE_ULPS[dtype])
     else:
-        # Nothing is more exact than float64, so there the rounding of the exact values counts.
-        ulps = REFERENCE_ULPS[dtype] if dtype == torch.float64 else ULPS
         plain = differentiate(reference, arguments, names)
         assert {name: value.dtype for name, value in ours.items()} == {name: plain[name].dtype for name in ours}
-        judge_all(ours, exact, plain, ulps)
+        judge_all(ours, exact, plain, kernel_ulps(dtype))
 
 
 def check_gradcheck(backend, sample):

@@ -12,6 +12,10 @@ OPERATOR = "pac_conv2d"
 GRADIENTS = ("x", "guide", "weight", "bias", "residual")
 
 
+def sample_named(name):
+    return next(sample for sample in samples(OPERATOR) if sample.name == name)
+
+
 def definition(
     x,
     guide,
@@ -144,7 +148,7 @@ def test_only_requested_grads(backend, sample):
 
 @compare.every_backend(OPERATOR)
 def test_backward_to_a_shared_filter_alone(backend):
-    sample = next(sample for sample in samples(OPERATOR) if sample.name == "shared")
+    sample = sample_named("shared")
     arguments = compare.arguments_for(backend, sample, torch.float32)
     function = compare.public(OPERATOR, backend)
     alone, all_of_them = (compare.differentiate(function, arguments, names) for names in (("weight",), GRADIENTS))
@@ -201,7 +205,7 @@ def test_identity_distant_guide(backend):
 @pytest.mark.parametrize("magnitude", [1e-40, 1e-20, 1e4, 1e30])
 def test_guide_of_any_magnitude(backend, magnitude):
     """Denormal, tiny, huge and overflowing differences give kernels of 1 or 0 and finite gradients."""
-    same = next(sample for sample in samples(OPERATOR) if sample.name == "same")
+    same = sample_named("same")
     arguments = compare.arguments_for(backend, same, torch.float32)
     arguments["guide"] *= magnitude
     results = compare.differentiate(compare.public(OPERATOR, backend), arguments, GRADIENTS)
@@ -225,7 +229,7 @@ def test_backward_of_many_channels_of_two_images(backend):
 @compare.every_backend(OPERATOR)
 def test_backward_where_all_kernels_are_zero(backend):
     """Outside the image the centre is 0: far from all colours inside, which leaves nothing to divide by."""
-    sample = next(sample for sample in samples(OPERATOR) if sample.name == "no_tap_inside")
+    sample = sample_named("no_tap_inside")
     arguments = compare.arguments_for(backend, sample, torch.float32)
     arguments["guide"] = 1e4 + arguments["guide"]
     results = compare.differentiate(compare.public(OPERATOR, backend), arguments, GRADIENTS)
@@ -302,7 +306,7 @@ def test_the_least_quantum_leaves_finite_numbers_as_they_are(backend):
 @pytest.mark.parametrize("spoiled", [torch.inf, torch.nan])
 def test_spoiled_guide_stays_local(backend, spoiled):
     """One pixel of Inf or NaN in the guide is felt in the nine pixels around it, forward and backward."""
-    same = next(sample for sample in samples(OPERATOR) if sample.name == "same")
+    same = sample_named("same")
     arguments = compare.arguments_for(backend, same, torch.float32)
     function = compare.public(OPERATOR, backend)
     clean = compare.differentiate(function, arguments, ("x", "guide"))
@@ -323,7 +327,7 @@ def test_spoiled_guide_stays_local(backend, spoiled):
 @compare.every_backend(OPERATOR)
 def test_spoiled_guide_reaches_no_pixel_between_centres(backend):
     """With a stride, neighbours of which neither is a centre are joined by no kernel: Inf in one stays there."""
-    same = next(sample for sample in samples(OPERATOR) if sample.name == "same")
+    same = sample_named("same")
     arguments = {**compare.arguments_for(backend, same, torch.float32), "stride": 2}
     function = compare.public(OPERATOR, backend)
     clean = compare.differentiate(function, arguments, ("guide",))
@@ -337,7 +341,7 @@ def test_spoiled_guide_reaches_no_pixel_between_centres(backend):
 @pytest.mark.parametrize("column", [0, 63])
 def test_spoiled_guide_stays_at_its_edge(backend, column):
     """NaN at an end of a row is not felt at the other end of its neighbours, where rows follow without a gap."""
-    sample = next(sample for sample in samples(OPERATOR) if sample.name == "same")
+    sample = sample_named("same")
     arguments = compare.arguments_for(backend, sample, torch.float32)
     for name in ("x", "guide"):
         arguments[name] = torch.randn(2, arguments[name].shape[1], 5, 64).to(arguments[name])

@@ -27,8 +27,7 @@ def test_values(sample, dtype, order):
     reference = compare.public(sample.operator, "reference")
     ours = compare.differentiate(compare.public(sample.operator, "cuda"), arguments, names)
     exact = compare.differentiate(reference, compare.convert(arguments, torch.float64, "cpu"), names)
-    # Nothing is more exact than float64, so there the reference's own rounding counts.
-    ulps = compare.REFERENCE_ULPS[dtype] if dtype == torch.float64 else compare.ULPS
+    ulps = compare.kernel_ulps(dtype)
     compare.judge_all(ours, exact, compare.differentiate(reference, arguments, names), ulps)
 
 

@@ -58,8 +58,7 @@ def check_dual_pool_attention(shape, dtype, output_dtype, padding=None):
     exact = define_dual_pool_attention(x.double(), weight.double(), grad_y.double(), padding, grad_addend)
     plain = define_dual_pool_attention(x, weight, grad_y.to(dtype), padding, grad_addend)
     ours = run_dual_pool_attention(x, weight, grad_y, padding=padding, grad_addend=grad_addend)
-    # Nothing is more exact than float64, so there the definition's own rounding counts.
-    ulps = compare.REFERENCE_ULPS[dtype] if dtype == torch.float64 else compare.ULPS
+    ulps = compare.kernel_ulps(dtype)
     for name, result, right, reference in zip(("y", "grad_x", "grad_weight"), ours, exact, plain, strict=True):
         compare.judge(name, result, right, reference.to(result.dtype), ulps)
 

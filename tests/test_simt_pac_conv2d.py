@@ -40,8 +40,7 @@ def example(channels, outputs, guides, size, taps, *, dtype=torch.float32, batch
 def judge(arguments, plain=pac_conv2d):
     ours = pac_conv2d(**arguments, backend="cuda")
     exact = pac_conv2d(**compare.convert(arguments, torch.float64, "cpu"), backend="reference")
-    # Nothing is more exact than float64, so there the reference's own rounding counts.
-    ulps = compare.REFERENCE_ULPS[ours.dtype] if arguments["x"].dtype == torch.float64 else compare.ULPS
+    ulps = compare.kernel_ulps(arguments["x"].dtype)
     compare.judge("output", ours, exact, plain(**arguments, backend="reference"), ulps)
 
 

@@ -81,8 +81,7 @@ def judge_dtype(arguments, dtype, monkeypatch):
     arguments = convert(arguments, dtype, "cpu")
     if dtype == torch.float32:
         return judge_in_both_orders(arguments, monkeypatch)
-    # Nothing is more exact than float64, so there the reference's own rounding counts.
-    judge(arguments, compare.REFERENCE_ULPS[dtype] if dtype == torch.float64 else compare.ULPS)
+    judge(arguments, compare.kernel_ulps(dtype))
 
 
 @pytest.mark.parametrize("sample", TINY, ids=lambda sample: sample.name)
