@@ -64,6 +64,13 @@ def test_many_tiles(backend, channels, outputs, guides, size, options, dtype):
     check_against_reference(backend, channels, outputs, guides, size, 3, options, dtype)
 
 
+@compare.every_backend(OPERATOR)
+@pytest.mark.parametrize("options", [{"padding": 1}, {"stride": (2, 1), "normalize": True}], ids=["same", "stride"])
+def test_half_precision_on_tensor_cores(backend, options):
+    """As few channels as they multiply, and a few more, on so small a map that every run of Triton's interpreter can."""
+    check_against_reference(backend, 18, 17, 2, (3, 5), 3, options, torch.float16)
+
+
 @pytest.mark.parametrize(
     ("channels", "outputs", "options", "dtype"),
     [
@@ -88,6 +95,13 @@ def test_many_tiles_of_triton(monkeypatch, channels, outputs, options, dtype):
         check_against_reference("triton", channels, outputs, 3, (3, 17), 3, options, dtype)
         if number + 1 >= max(counts):
             break
+
+
+def test_many_tiles_of_one_program_of_triton(monkeypatch):
+    """Of maps so large that a program adds up the gradient of the weights over several tiles of places."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr("restoration_kernels.pac_conv2d_backward_weight_triton._PROGRAMS", 1)
+    check_against_reference("triton", 4, 5, 2, (5, 17), 3, {"padding": 1}, torch.float32)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
