@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _backend, _checks, _launch, _registration
-from .ccpl_reference import info_nce_reference, neighbor_difference_reference
+from .ccpl_info_nce import info_nce
+from .ccpl_reference import neighbor_difference_reference
 
-_NEIGHBOR_DIFFERENCE = _backend.Operator("neighbor_difference", neighbor_difference_reference)
-_INFO_NCE = _backend.Operator("info_nce", info_nce_reference)
+_OPERATOR = _backend.Operator("neighbor_difference", neighbor_difference_reference)
 
 # Bounds the gradient of the unit vector where a difference vanishes, yet shortens one of norm 0.1 by less than 1e-6.
 UNIT_LENGTH_EPS = 1e-4
@@ -113,34 +113,7 @@ def neighbor_difference(features: Tensor, anchors: Tensor, neighbors: Tensor, *,
     Source: Wu, Zhu, Du, Bai, CCPL: Contrastive Coherence Preserving Loss for Versatile Style Transfer (2022).
     """
     _checks.neighbor_difference(features, anchors, neighbors)
-    return _NEIGHBOR_DIFFERENCE.run(backend, features=features, anchors=anchors, neighbors=neighbors)
-
-
-def info_nce(query: Tensor, key: Tensor, temperature: float = 0.07, *, backend: str | None = None) -> Tensor:
-    """Contrastive loss of every row: how well query i finds key i among all keys of its image.
-
-    loss[b, i] = -log(exp(q_i·k_i / τ) / sum over j of exp(q_i·k_j / τ)). Rows are taken as they are, never normalised.
-
-    Args:
-        query, key: [B, S, D] of the same floating dtype. Under torch.autocast, half precision is cast to float32.
-        temperature: τ, positive.
-        backend: "cuda", "triton", "cpu" or "reference"; None leaves the choice to :func:`use_backend`.
-
-    Returns:
-        [B, S], in the dtype of query, or float32 where that is of half precision; at least 0. Products and sums are at
-        least float32. Memory: keys, widened, in backward twice, and on a CPU some rows a thread (docs/ccpl.md); the
-        reference holds 3·B·S² numbers. Gradients: query only, key is a constant; for rows of unit length that of
-        loss[b, i] is no longer than 2/τ. The reference can be differentiated twice.
-
-    Raises:
-        TypeError, ValueError: an argument is not as said here.
-        RuntimeError: the backend asked for cannot run this call.
-
-    Source: Sun, Zhang, Wu (2025), doi 10.1038/s40494-025-01595-0, eq. 7, without its sum over rows.
-    """
-    query, key = _backend.autocast((query, key), torch.float32)
-    _checks.info_nce(query, key, temperature)
-    return _INFO_NCE.run(backend, query=query, key=key, temperature=temperature)
+    return _OPERATOR.run(backend, features=features, anchors=anchors, neighbors=neighbors)
 
 
 def ccpl_loss(
@@ -198,7 +171,7 @@ def layer_loss(features, target, anchors, neighbors, projection, temperature, ba
 
     def directions(maps):
         # Straight to the operator: places just drawn need no check, for which a GPU would have to be waited for.
-        differences = _NEIGHBOR_DIFFERENCE.run(backend, features=maps, anchors=anchors, neighbors=neighbors)
+        differences = _OPERATOR.run(backend, features=maps, anchors=anchors, neighbors=neighbors)
         if projection is None:
             return _unit_length(differences)
         projected = projection(differences)
@@ -275,34 +248,27 @@ def _projection_head(channels):
     return nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, max(channels // 4, 1)))
 
 
-# The kernels. maps is what they call features in either layout, contiguous: [B, C, H, W], or [B, H, W, C] where
-# channels_last; places [N, 9] holds each anchor and its neighbours.
+# The kernels of neighbor_difference. maps is what they call features in either layout, contiguous: [B, C, H, W], or
+# [B, H, W, C] where channels_last; places [N, 9] holds each anchor and its neighbours.
 
 
-def _neighbor_difference(backend, features, anchors, neighbors):
-    channels_last = not features.is_contiguous() and features.is_contiguous(memory_format=torch.channels_last)
-    maps = features.permute(0, 2, 3, 1) if channels_last else features
-    places = torch.cat([anchors[:, None], neighbors], dim=1)
-    return _differentiable_difference(maps, places, channels_last, backend)
-
-
-def _allocate_difference_forward(maps, places, channels_last):
+def _allocate_forward(maps, places, channels_last):
     return (maps.new_empty(maps.shape[0], 8 * places.shape[0], maps.shape[3 if channels_last else 1]),)
 
 
-def _launch_difference_forward(backend, outputs, maps, places, channels_last):
+def _launch_forward(backend, outputs, maps, places, channels_last):
     (y,) = outputs
     tensors = {"x": maps, "places": places, "y": y}
-    _launch_difference("forward", backend, tensors, maps.shape, len(places), channels_last)
+    _launch_kernel("forward", backend, tensors, maps.shape, len(places), channels_last)
 
 
-def _allocate_difference_backward(grad_y, places, height, width, channels_last, wanted):
+def _allocate_backward(grad_y, places, height, width, channels_last, wanted):
     B, _, C = grad_y.shape
     shape = (B, height, width, C) if channels_last else (B, C, height, width)
     return [grad_y.new_empty(shape) if wish else None for wish in wanted]
 
 
-def _launch_difference_backward(backend, outputs, grad_y, places, height, width, channels_last, wanted):
+def _launch_backward(backend, outputs, grad_y, places, height, width, channels_last, wanted):
     (grad_x,) = outputs
     entries, order = places.flatten(), None
     _launch.fill_with_zeros(grad_x)
@@ -311,10 +277,10 @@ def _launch_difference_backward(backend, outputs, grad_y, places, height, width,
     if not atomic or torch.are_deterministic_algorithms_enabled():
         entries, order = entries.sort(stable=True)
     tensors = {"grad_y": grad_y, "places": entries, "order": order, "grad_x": grad_x}
-    _launch_difference("backward", backend, tensors, grad_x.shape, len(places), channels_last)
+    _launch_kernel("backward", backend, tensors, grad_x.shape, len(places), channels_last)
 
 
-def _launch_difference(direction, backend, tensors, shape, anchors, channels_last):
+def _launch_kernel(direction, backend, tensors, shape, anchors, channels_last):
     batch, channels, height, width = (shape[axis] for axis in ((0, 3, 1, 2) if channels_last else range(4)))
     channel_stride, place_stride = (1, channels) if channels_last else (height * width, 1)
     sizes = {
@@ -325,96 +291,40 @@ def _launch_difference(direction, backend, tensors, shape, anchors, channels_las
         "channel_stride": channel_stride,
         "place_stride": place_stride,
     }
-    _launch_kernel(f"neighbor_difference_{direction}", backend, tensors, sizes)
+    if backend == "triton":
+        getattr(_launch.triton("ccpl"), direction)(**tensors, **sizes)
+        return
+    dtype = tensors["x" if direction == "forward" else "grad_y"].dtype
+    _launch.run(f"neighbor_difference_{direction}", backend, tensors, sizes, dtype)
 
 
-def _save_difference(inputs, outputs):
+def _save_for_backward(inputs, outputs):
     maps, places, channels_last, _ = inputs
     height, width = maps.shape[1:3] if channels_last else maps.shape[2:]
     return places, height, width, channels_last
 
 
-def _info_nce(backend, query, key, temperature):
-    return _differentiable_nce(query, key.detach(), temperature, backend)[0]
-
-
-def _allocate_nce_forward(query, key, temperature):
-    rows = functools.partial(query.new_empty, query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
-    return rows(), rows()
-
-
-def _launch_nce_forward(backend, outputs, query, key, temperature):
-    loss, log_sum = outputs
-    _launch_nce("forward", backend, {"query": query, "key": key, "loss": loss, "log_sum": log_sum}, temperature)
-
-
-def _allocate_nce_backward(grad_loss, query, key, log_sum, temperature, wanted):
-    return [query.new_empty(query.shape) if wish else None for wish in wanted]
-
-
-def _launch_nce_backward(backend, outputs, grad_loss, query, key, log_sum, temperature, wanted):
-    (grad_query,) = outputs
-    tensors = {"grad_loss": grad_loss, "query": query, "key": key, "log_sum": log_sum, "grad_query": grad_query}
-    _launch_nce("backward", backend, tensors, temperature)
-
-
-def _launch_nce(direction, backend, tensors, temperature):
-    sizes = dict(zip(("batch", "rows", "width"), tensors["query"].shape, strict=True))
-    _launch_kernel(f"info_nce_{direction}", backend, tensors, {**sizes, "temperature": temperature})
-
-
-def _save_nce(inputs, outputs):
-    query, key, temperature, _ = inputs
-    return query, key, outputs[1], temperature
-
-
-def _launch_kernel(kernel, backend, tensors, sizes):
-    if backend == "triton":
-        getattr(_launch.triton("ccpl"), kernel)(**tensors, **sizes)
-        return
-    dtype = next(tensor.dtype for name, tensor in tensors.items() if name in ("x", "grad_y", "query"))
-    _launch.run(kernel, backend, tensors, sizes, dtype)
-
-
-_difference_forward = _registration.define(
+_forward = _registration.define(
     "neighbor_difference(Tensor maps, Tensor places, bool channels_last, str backend) -> Tensor",
-    _allocate_difference_forward,
-    _launch_difference_forward,
+    _allocate_forward,
+    _launch_forward,
 )
-_difference_backward = _registration.define(
+_backward = _registration.define(
     "neighbor_difference_backward(Tensor grad_y, Tensor places, SymInt height, SymInt width, bool channels_last,"
     " bool[] wanted, str backend) -> Tensor[]",
-    _allocate_difference_backward,
-    _launch_difference_backward,
+    _allocate_backward,
+    _launch_backward,
 )
-_differentiable_difference = _registration.differentiate(
-    _difference_forward, _difference_backward, _save_difference, count=1
-)
-
-_nce_forward = _registration.define(
-    "info_nce(Tensor query, Tensor key, float temperature, str backend) -> (Tensor loss, Tensor log_sum)",
-    _allocate_nce_forward,
-    _launch_nce_forward,
-)
-_nce_backward = _registration.define(
-    "info_nce_backward(Tensor grad_loss, Tensor query, Tensor key, Tensor log_sum, float temperature, bool[] wanted,"
-    " str backend) -> Tensor[]",
-    _allocate_nce_backward,
-    _launch_nce_backward,
-)
-_differentiable_nce = _registration.differentiate(_nce_forward, _nce_backward, _save_nce, count=1)
+_differentiable = _registration.differentiate(_forward, _backward, _save_for_backward, count=1)
 
 
-def _cpu_cannot(features=None, query=None, **_):
-    return _backend.no_float16(features if query is None else query)
+def _run(backend, features, anchors, neighbors):
+    channels_last = not features.is_contiguous() and features.is_contiguous(memory_format=torch.channels_last)
+    maps = features.permute(0, 2, 3, 1) if channels_last else features
+    places = torch.cat([anchors[:, None], neighbors], dim=1)
+    return _differentiable(maps, places, channels_last, backend)
 
 
-def _triton_cannot(query=None, **others):
-    # CUDA's limit of a grid's second axis.
-    return "its kernel takes at most 65,535 images" if query is not None and len(query) > 65_535 else None
-
-
-for _operator, _run in ((_NEIGHBOR_DIFFERENCE, _neighbor_difference), (_INFO_NCE, _info_nce)):
-    _operator.register("cuda", functools.partial(_run, "cuda"))
-    _operator.register("triton", functools.partial(_run, "triton"), _triton_cannot)
-    _operator.register("cpu", functools.partial(_run, "cpu"), _cpu_cannot)
+_OPERATOR.register("cuda", functools.partial(_run, "cuda"))
+_OPERATOR.register("triton", functools.partial(_run, "triton"))
+_OPERATOR.register("cpu", functools.partial(_run, "cpu"), lambda features, **_: _backend.no_float16(features))

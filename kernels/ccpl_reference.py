@@ -1,4 +1,4 @@
-"""Contrastive coherence loss in plain PyTorch: the definition that every backend is measured against."""
+"""Differences of neighbouring features in plain PyTorch: the definition that every backend is measured against."""
 
 import torch
 
@@ -10,11 +10,3 @@ def neighbor_difference_reference(features, anchors, neighbors):
     # One gather for both: its backward writes one dense gradient of the features, not two.
     values = features.flatten(2).gather(2, places.flatten().expand(batch, channels, -1)).unflatten(2, places.shape)
     return (values[..., :1] - values[..., 1:]).flatten(2).transpose(1, 2)
-
-
-def info_nce_reference(query, key, temperature=0.07):
-    """-log(exp(q_i·k_i/τ) / sum over j of exp(q_i·k_j/τ)) for every row i (Sun 2025, eq. 7); key is a constant."""
-    accumulated = torch.promote_types(query.dtype, torch.float32)
-    query, key = query.to(accumulated), key.detach().to(accumulated)
-    logits = query @ key.transpose(1, 2) / temperature
-    return torch.logsumexp(logits, dim=2) - torch.diagonal(logits, dim1=1, dim2=2)

@@ -7,59 +7,48 @@ import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from restoration_kernels import CCPLoss, _backend, ccpl_loss, info_nce, neighbor_difference, sample_neighbors
+from restoration_kernels import CCPLoss, _backend, ccpl_loss, neighbor_difference, sample_neighbors
 from restoration_kernels.ccpl import UNIT_LENGTH_EPS
 
-OPERATORS = ("neighbor_difference", "info_nce")
+OPERATOR = "neighbor_difference"
 TEMPERATURE = 0.07
 
 
-def definition(**arguments):
-    return info_nce_definition(**arguments) if "query" in arguments else neighbor_difference_definition(**arguments)
-
-
-def neighbor_difference_definition(features, anchors, neighbors):
+def definition(features, anchors, neighbors):
     """One difference after the other."""
     places = features.flatten(2)
     rows = [places[:, :, anchors[n]] - places[:, :, neighbors[n, j]] for n in range(len(anchors)) for j in range(8)]
     return torch.stack(rows, 1)
 
 
-def info_nce_definition(query, key, temperature):
-    """The cross-entropy of one row after the other, with the row's own number as its class."""
-    images = [q @ k.T / temperature for q, k in zip(query, key, strict=True)]
-    losses = [[F.cross_entropy(row, torch.tensor(i)) for i, row in enumerate(logits)] for logits in images]
-    return torch.stack([torch.stack(image) for image in losses])
-
-
-@compare.every_case(*OPERATORS)
+@compare.every_case(OPERATOR)
 @compare.every_dtype()
 def test_forward(backend, sample, dtype):
     compare.check_values(backend, sample, dtype, definition)
 
 
-@compare.every_case(*OPERATORS)
+@compare.every_case(OPERATOR)
 @compare.every_dtype()
 def test_backward(backend, sample, dtype):
-    compare.check_values(backend, sample, dtype, definition, ("features", "query"))
+    compare.check_values(backend, sample, dtype, definition, ("features",))
 
 
-@compare.every_tiny_case(*OPERATORS)
+@compare.every_tiny_case(OPERATOR)
 def test_gradcheck(backend, sample):
     compare.check_gradcheck(backend, sample)
 
 
-@compare.one_case(*OPERATORS, backends=compare.KERNELS)
+@compare.one_case(OPERATOR, backends=compare.KERNELS)
 def test_second_derivatives_refused(backend, sample):
     compare.check_second_derivatives_refused(backend, sample)
 
 
-@compare.every_tiny_case(*OPERATORS, backends=compare.KERNELS)
+@compare.every_tiny_case(OPERATOR, backends=compare.KERNELS)
 def test_opcheck(backend, sample):
     compare.check_opcheck(backend, sample)
 
 
-@compare.one_case(*OPERATORS)
+@compare.one_case(OPERATOR)
 def test_compile(backend, sample):
     # The reference is plain PyTorch, of which inductor makes C++ that takes ten seconds to compile.
     compare.check_compile(backend, sample, "aot_eager" if backend == "reference" else "inductor")
@@ -77,10 +66,6 @@ def test_compile_varying_numbers():
     compiled = torch.compile(loss, backend="aot_eager")
     for num_anchors, temperature in ((12, 0.07), (20, 0.1), (16, 0.2)):
         assert torch.isfinite(compiled(num_anchors, temperature))
-    query, key = F.normalize(torch.randn(2, 1, 6, 4), dim=-1)
-    compiled = torch.compile(info_nce, backend="aot_eager", fullgraph=True)
-    for temperature in (0.07, 0.1, 0.2):
-        assert torch.equal(compiled(query, key, temperature), info_nce(query, key, temperature))
 
 
 def test_shapes_without_numbers():
@@ -99,40 +84,40 @@ def test_make_fx_traces_places():
 
 
 @pytest.mark.slow
-@compare.one_case(*OPERATORS, backends=("reference",))
+@compare.one_case(OPERATOR, backends=("reference",))
 def test_compile_reference(backend, sample):
     compare.check_compile(backend, sample, "inductor")
 
 
-@compare.one_case(*OPERATORS)
+@compare.one_case(OPERATOR)
 def test_export(backend, sample):
     # Not W: places would be others, and some on the border.
-    axes = {"features": (0, 1, 2), "anchors": (0,), "neighbors": (0,), "query": (0, 1, 2), "key": (0, 1, 2)}
+    axes = {"features": (0, 1, 2), "anchors": (0,), "neighbors": (0,)}
     compare.check_export(backend, sample, axes)
 
 
-@compare.one_case(*OPERATORS)
+@compare.one_case(OPERATOR)
 @compare.every_layout()
 def test_layouts(backend, sample, layout):
     compare.check_layouts(backend, sample, layout)
 
 
-@compare.one_case(*OPERATORS)
+@compare.one_case(OPERATOR)
 def test_edge_shapes(backend, sample):
-    compare.check_empty_batch(backend, sample, batched=("features", "query", "key"))
+    compare.check_empty_batch(backend, sample, batched=("features",))
 
 
-@compare.one_case(*OPERATORS)
+@compare.one_case(OPERATOR)
 def test_only_requested_grads(backend, sample):
     compare.check_only_requested_grads(backend, sample)
 
 
-@compare.every_case(*OPERATORS)
+@compare.every_case(OPERATOR)
 def test_deterministic(backend, sample):
     compare.check_deterministic(backend, sample)
 
 
-@compare.one_case("neighbor_difference")
+@compare.one_case(OPERATOR)
 def test_autocast_keeps_features(backend, sample):
     arguments = compare.arguments_for(backend, sample, torch.float32)
     with torch.autocast(arguments["features"].device.type, torch.bfloat16):
@@ -140,17 +125,7 @@ def test_autocast_keeps_features(backend, sample):
     assert torch.equal(output, neighbor_difference(**arguments, backend=backend))
 
 
-@compare.one_case("info_nce")
-def test_autocast_widens_rows(backend, sample):
-    arguments = compare.arguments_for(backend, sample, torch.bfloat16)
-    query, key = arguments["query"].float(), arguments["key"].float()
-    with torch.autocast(query.device.type, torch.bfloat16):
-        output = info_nce(query, arguments["key"], backend=backend)
-    assert output.dtype == torch.float32
-    assert torch.equal(output, info_nce(query, key, backend=backend))
-
-
-@compare.every_backend("neighbor_difference")
+@compare.every_backend(OPERATOR)
 def test_edge_shapes_of_places(backend):
     """More channels than one of Triton's programs takes."""
     features = torch.randn(1, 70, 4, 4, dtype=torch.float64, device=compare.device(backend))
@@ -159,12 +134,12 @@ def test_edge_shapes_of_places(backend):
     compare.skip_unless_able(backend, "neighbor_difference", arguments)
     ours, exact = (
         compare.differentiate(function, arguments, ("features",))
-        for function in (compare.public("neighbor_difference", backend), neighbor_difference_definition)
+        for function in (compare.public("neighbor_difference", backend), definition)
     )
     compare.judge_all(ours, exact, ulps=compare.REFERENCE_ULPS[torch.float64])
 
 
-@compare.every_backend("neighbor_difference")
+@compare.every_backend(OPERATOR)
 @pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "atomic"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
 def test_repeated_places_accumulate(backend, deterministic, layout):
@@ -176,7 +151,7 @@ def test_repeated_places_accumulate(backend, deterministic, layout):
     compare.skip_unless_able(backend, "neighbor_difference", arguments)
     ours = compare.differentiate(compare.public("neighbor_difference", backend), arguments, ("features",))
     exact = {**arguments, "features": features.double()}
-    compare.judge_all(ours, compare.differentiate(neighbor_difference_definition, exact, ("features",)))
+    compare.judge_all(ours, compare.differentiate(definition, exact, ("features",)))
     assert backend == "reference" or ours["features"].is_contiguous(memory_format=layout)
 
 
@@ -217,8 +192,9 @@ def test_ccpl_is_made_of_its_parts():
     projection = torch.nn.Linear(3, 2).double()
     loss = ccpl_loss([maps[0]], [maps[1]], 5, 0.5, projections=[projection], generator=compare.seeded(3))
     places = sample_neighbors(6, 7, 5, generator=compare.seeded(3))
-    query, key = (F.normalize(projection(neighbor_difference_definition(each, *places)), dim=-1) for each in maps)
-    torch.testing.assert_close(loss, info_nce_definition(query, key, 0.5).mean(), rtol=1e-7, atol=0)
+    query, key = (F.normalize(projection(definition(each, *places)), dim=-1) for each in maps)
+    losses = [F.cross_entropy(q @ k.T / 0.5, torch.arange(40)) for q, k in zip(query, key, strict=True)]
+    torch.testing.assert_close(loss, torch.stack(losses).mean(), rtol=1e-7, atol=0)
 
 
 @compare.every_backend("info_nce")
@@ -229,7 +205,7 @@ def test_ccpl_hands_its_backend_on(backend):
     with compare.Recorder() as recorder:
         ccpl_loss([features], [features], 2, backend=backend).backward()
     operators = {(op.name().partition("::")[2], args[-1]) for op, args in recorder.calls}
-    names = {name + suffix for name in OPERATORS for suffix in ("", "_backward")}
+    names = {name + suffix for name in (OPERATOR, "info_nce") for suffix in ("", "_backward")}
     assert operators == ({(name, backend) for name in names} if backend != "reference" else set())
 
 
@@ -247,8 +223,6 @@ def test_targets_are_projected_without_gradients():
 
 def test_documented_defaults():
     """64 anchors for each layer and a temperature of 0.07."""
-    query, key = torch.randn(2, 1, 5, 3)
-    assert torch.equal(info_nce(query, key), info_nce(query, key, TEMPERATURE))
     features, targets = ([maps] for maps in torch.randn(2, 1, 3, 12, 12))
     expected = ccpl_loss(features, targets, 64, TEMPERATURE, generator=compare.seeded(3))
     assert torch.equal(ccpl_loss(features, targets, generator=compare.seeded(3)), expected)
@@ -324,7 +298,7 @@ def test_module_without_heads_takes_a_number_of_anchors_for_each_layer():
     assert torch.equal(loss, ccpl_loss(layers, layers, counts, generator=compare.seeded(0)))
 
 
-FEATURES, ROWS = torch.randn(1, 2, 4, 5), torch.randn(1, 6, 3)
+FEATURES = torch.randn(1, 2, 4, 5)
 ANCHORS, NEIGHBORS = sample_neighbors(4, 5, 2)
 
 
@@ -346,7 +320,7 @@ ANCHORS, NEIGHBORS = sample_neighbors(4, 5, 2)
         ((FEATURES, ANCHORS, NEIGHBORS * 0 - 1), r"neighbors must lie in 0 to 19, .* of 4 x 5, got -1 to -1"),
     ],
 )
-@compare.every_backend("neighbor_difference")
+@compare.every_backend(OPERATOR)
 def test_rejects_places(arguments, message, backend):
     with pytest.raises(ValueError, match=f"^neighbor_difference: {message}$"):
         neighbor_difference(*arguments, backend=backend)
@@ -363,27 +337,16 @@ def test_places_of_a_compiled_graph_are_looked_at_by_the_kernel(place):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((ROWS, ROWS[:, 1:]), r"key must be of shape \[1, 6, 3\], got shape \[1, 5, 3\]"),
-        ((ROWS, ROWS.double()), r"key must have the dtype of query, torch.float32, got torch.float64"),
-        ((ROWS, ROWS, 0), r"temperature must be a finite positive number, got 0"),
-        ((ROWS, ROWS, math.nan), r"temperature must be a finite positive number, got nan"),
-    ],
-)
-@compare.every_backend("info_nce")
-def test_rejects(arguments, message, backend):
-    with pytest.raises(ValueError, match=f"^info_nce: {message}$"):
-        info_nce(*arguments, backend=backend)
-
-
-@pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
         ((FEATURES, FEATURES), {}, r"ccpl_loss: features must be a list with one entry for each layer, got a tensor"),
         (([], []), {}, r"ccpl_loss: features must have one entry for each layer, got none"),
         (([FEATURES], [FEATURES] * 2), {}, r"ccpl_loss: targets must have 1 entries, one for each layer, got 2"),
-        (([FEATURES], [ROWS]), {}, r"ccpl_loss: targets\[0\] must be of shape .*, got shape \[1, 6, 3\]"),
+        (
+            ([FEATURES], [torch.randn(1, 6, 3)]),
+            {},
+            r"ccpl_loss: targets\[0\] must be of shape .*, got shape \[1, 6, 3\]",
+        ),
         (([FEATURES], [FEATURES]), {"projections": []}, r"ccpl_loss: projections must have 1 entries, .*, got 0"),
         (
             ([FEATURES], [FEATURES], 1),

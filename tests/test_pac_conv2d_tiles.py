@@ -67,7 +67,7 @@ def test_many_tiles(backend, channels, outputs, guides, size, options, dtype):
 @compare.every_backend(OPERATOR)
 @pytest.mark.parametrize("options", [{"padding": 1}, {"stride": (2, 1), "normalize": True}], ids=["same", "stride"])
 def test_half_precision_on_tensor_cores(backend, options):
-    """As few channels as they multiply, and a few more, on so small a map that every run of Triton's interpreter can."""
+    """As few channels as they multiply and a few more, on a map small enough for every run of Triton's interpreter."""
     check_against_reference(backend, 18, 17, 2, (3, 5), 3, options, torch.float16)
 
 
