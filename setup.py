@@ -1,7 +1,7 @@
 """Builds the extension restoration_kernels._C from csrc with CMake and Ninja; the rest is in pyproject.toml.
 
 Environment: RESTORATION_CUDA=0 leaves the CUDA kernels out, 1 demands them (default: where nvcc is found);
-RESTORATION_CUDA_ARCHS names the architectures as CMake does, as in "86-real,90"; CXX and CUDACXX name the compilers.
+RESTORATION_CUDA_ARCHS names the architectures by number, as in "86-real,90"; CXX and CUDACXX name the compilers.
 """
 
 import hashlib

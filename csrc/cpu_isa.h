@@ -57,7 +57,7 @@ int choose_cpu_isa() {
   }
 #endif
   const char* wish = std::getenv("RESTORATION_CPU_ISA");
-  if (wish == nullptr) return best;
+  if (wish == nullptr || *wish == 0) return best;
   std::string known;
   for (int isa = 0; isa <= best; ++isa) {
     if (std::string(wish) == kCpuIsaNames[isa]) return isa;

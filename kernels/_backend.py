@@ -16,6 +16,8 @@ from . import _checks
 # Fastest first: the automatic choice takes the first that can run the call.
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 ENVIRONMENT_VARIABLE = "RESTORATION_BACKEND"
+# Read by the extension, which fails to load where it names what the processor does not run.
+_CPU_ISA_VARIABLE = "RESTORATION_CPU_ISA"
 # Triton asks for its interpreter, which runs kernels in Python for tests and debugging, when it is imported.
 _ON_ANY_DEVICE = ("triton",) if os.environ.get("TRITON_INTERPRET") == "1" else ()
 # Those that a CPU's tensors may have; to ask others for the reason why not takes as long as a kernel on a small map.
@@ -164,6 +166,9 @@ def extension():
     try:
         return importlib.import_module("restoration_kernels._C"), None
     except ImportError as error:
+        # Not one to be passed over in silence: nobody who wishes for certain instructions wants the reference.
+        if str(error).startswith(_CPU_ISA_VARIABLE):
+            raise ValueError(str(error)) from error
         return None, f"the compiled extension failed to load ({error}); reinstall the package"
 
 

@@ -16,8 +16,10 @@ _MODES_WITHOUT_NUMBERS = (_MODES.FAKE, _MODES.PROXY, _MODES.FUNCTIONAL)
 _MOST_BINS = 2**20
 # Places are drawn as the rest of 62 random bits: so few that none is favoured by more than one part in 2^22.
 _MOST_PLACES = 2**40
-# Kernels divide by eps, and the inverse of the least float64 numbers is infinite.
-_LEAST_EPS = 1e-300
+# Kernels multiply by their inverses, which must be finite: that of eps in float64, of a temperature in float32.
+_LEAST_EPS, _LEAST_TEMPERATURE = 1e-300, 1e-30
+# Steps of a convolution, of which no sum then leaves 64 bits.
+_LARGEST_STEP = 2**30
 # float32's powers of two: multiples of others cannot be computed in it.
 _LEAST_QUANTUM, _LARGEST_QUANTUM = 2.0**-126, 2.0**127
 
@@ -142,7 +144,7 @@ def pac_conv2d_module(
         require.fail(operator, "out_channels", f"equal in_channels = {in_channels} with shared_filters", out_channels)
 
 
-def sample_neighbors(height, width, num_anchors, generator):
+def sample_neighbors(height, width, num_anchors, generator, device):
     """Checks a draw of anchors."""
     operator = "sample_neighbors"
     require.integer(operator, "height", height, 3)
@@ -151,6 +153,10 @@ def sample_neighbors(height, width, num_anchors, generator):
         require.fail(operator, "height and width", "have at most 2^40 places", f"{height} x {width}")
     _anchors(operator, "num_anchors", num_anchors, height, width)
     _generator(operator, generator)
+    try:
+        torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError):
+        require.fail(operator, "device", "be a torch.device, the name of one, or None", repr(device))
 
 
 def neighbor_difference(features, anchors, neighbors):
@@ -179,7 +185,7 @@ def info_nce(query, key, temperature):
     operator = "info_nce"
     shape = require.tensor(operator, "query", query, ("B", "S", "D"))
     require.tensor(operator, "key", key, shape, like=("query", query))
-    require.number(operator, "temperature", temperature, positive=True)
+    _not_below(operator, "temperature", temperature, _LEAST_TEMPERATURE)
 
 
 def ccpl_loss(features, targets, num_anchors, temperature, projections, generator):
@@ -191,7 +197,7 @@ def ccpl_loss(features, targets, num_anchors, temperature, projections, generato
     for layer, (feature, target) in enumerate(zip(features, targets, strict=True)):
         shape = require.tensor(operator, f"features[{layer}]", feature, ("B", "C", "H", "W"), device_of=first)
         require.tensor(operator, f"targets[{layer}]", target, shape, like=(f"features[{layer}]", feature))
-    require.number(operator, "temperature", temperature, positive=True)
+    _not_below(operator, "temperature", temperature, _LEAST_TEMPERATURE)
     each = isinstance(num_anchors, (tuple, list))
     if not each:
         num_anchors = [num_anchors] * len(features)
@@ -240,7 +246,7 @@ def ccpl_loss_module(channels, num_anchors, temperature, project):
         require.sequence(operator, "num_anchors", num_anchors, len(channels) if project else None)
     for layer, count in enumerate(num_anchors if each else [num_anchors]):
         require.integer(operator, f"num_anchors[{layer}]" if each else "num_anchors", count, 1)
-    require.number(operator, "temperature", temperature, positive=True)
+    _not_below(operator, "temperature", temperature, _LEAST_TEMPERATURE)
 
 
 def matting_laplacian(operator, image, guide, eps, radius):
@@ -303,6 +309,8 @@ def _pair(operator, argument, value, least):
     # In full: all() of an expression takes twice as long.
     if len(pair) != 2 or not (require.is_integer(pair[0], least) and require.is_integer(pair[1], least)):
         require.fail(operator, argument, f"be an integer of at least {least} or a pair of them", repr(value))
+    if max(pair) > _LARGEST_STEP:
+        require.fail(operator, argument, "be at most 2^30", repr(value))
     return pair
 
 
@@ -341,10 +349,14 @@ def _generator(operator, generator):
 
 
 def _window(operator, eps, radius):
-    require.number(operator, "eps", eps, positive=True)
-    if eps < _LEAST_EPS:
-        require.fail(operator, "eps", f"be at least {_LEAST_EPS}", eps)
+    _not_below(operator, "eps", eps, _LEAST_EPS)
     require.integer(operator, "radius", radius, 1, 3)
+
+
+def _not_below(operator, argument, value, least):
+    require.number(operator, argument, value, positive=True)
+    if value < least:
+        require.fail(operator, argument, f"be at least {least}", value)
 
 
 def _are_calls_run():

@@ -43,7 +43,7 @@ def sample_neighbors(
     Raises:
         TypeError, ValueError: an argument is not as said here.
     """
-    _checks.sample_neighbors(height, width, num_anchors, generator)
+    _checks.sample_neighbors(height, width, num_anchors, generator, device)
     return _sample_maps([(height, width)], [num_anchors], generator, device)[0]
 
 
@@ -137,7 +137,7 @@ def ccpl_loss(
         features: list of [B, C, H, W], one a layer, at least 3 x 3 pixels.
         targets: list like features; they and their projections are constants.
         num_anchors: N for every layer, or a list with one number for each. Each at most (H - 2)·(W - 2).
-        temperature: τ, positive.
+        temperature: τ, at least 1e-30.
         projections: one module for each layer, [B, 8N, C] -> [B, 8N, D] of any floating dtype, applied to both sides;
             None leaves them out.
         generator: source of the anchors, see :func:`sample_neighbors`; None inside of torch.compile(fullgraph=True).

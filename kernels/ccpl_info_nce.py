@@ -18,14 +18,14 @@ def info_nce(query: Tensor, key: Tensor, temperature: float = 0.07, *, backend: 
 
     Args:
         query, key: [B, S, D] of the same floating dtype. Under torch.autocast, half precision is cast to float32.
-        temperature: τ, positive.
+        temperature: τ, at least 1e-30.
         backend: "cuda", "triton", "cpu" or "reference"; None leaves the choice to :func:`use_backend`.
 
     Returns:
         [B, S], in the dtype of query, or float32 where that is of half precision; at least 0. Products and sums are at
         least float32. Memory: keys, widened, in backward twice, and on a CPU some rows a thread (docs/ccpl.md); the
-        reference holds 3·B·S² numbers. Gradients: query only, key is a constant; for rows of unit length that of
-        loss[b, i] is no longer than 2/τ. The reference can be differentiated twice.
+        reference holds B·S² numbers, and five times as many in backward. Gradients: query only, key is a constant; for
+        rows of unit length that of loss[b, i] is no longer than 2/τ. The reference can be differentiated twice.
 
     Raises:
         TypeError, ValueError: an argument is not as said here.

@@ -44,8 +44,8 @@ def matting_laplacian_energy(
         energy: 0. As nearly grey guides make nearly singular fits, everything is float64 inside, or pairs of float32
         whose result is as exact (docs/matting_laplacian.md). Half precision arguments are cast to float32. Gradients:
         image, computed in the same pass as the energy and kept, so that training holds one tensor like image; the
-        reference holds about 7·(n + 3)·(C + 1) float64 numbers a pixel. By the reference alone, which can be
-        differentiated twice, also guide.
+        reference holds about 3.5·(n + 3)·(C + 1) float64 numbers a pixel. By the reference alone, which can be
+        differentiated twice, also guide, for which it holds twice as many.
 
     Raises:
         TypeError, ValueError: an argument is not as said here.

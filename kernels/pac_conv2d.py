@@ -49,7 +49,7 @@ def pac_conv2d(
         guide: [B, G, H, W], any number of channels.
         weight: [O, C, K, K], K odd; or [1, 1, K, K], one filter that every channel shares (O = C).
         bias: [O] or None. All these have the dtype and device of x; torch.autocast casts them as for conv2d.
-        stride, padding, dilation: integer or (vertical, horizontal), as in conv2d.
+        stride, padding, dilation: integer up to 2^30 or (vertical, horizontal), as in conv2d.
         normalize: divide k_t(p) by the sum of k(p) over the taps inside the image; a place with none gives the bias.
         residual: [B, O, H', W'], added at the end, in the dtype of x, or float32 where x is of half precision; or None.
         alpha: a finite factor; -1 inverts a reversible block.
@@ -64,13 +64,14 @@ def pac_conv2d(
         thread (more with K above 7) and a copy of weight, in backward another copy a thread and, in bfloat16, the
         gradients of x and guide in float32; in CUDA a copy of weight and, in backward, K² numbers of float32 for each
         output place (twice as many with normalize or more than 64 channels, 8 of a shared filter) and at most 8 MB
-        more; in Triton likewise, with K² numbers and K² more for every 64 channels (16 without tensor cores) and at
-        most 16 MB; the reference holds about K²·(2C + G) numbers for each output place. Triton compares tiles in its
-        first call with a number of channels and a dtype, not under torch.use_deterministic_algorithms; as of any Triton
-        kernel, the first call must not be while a CUDA graph is captured. On GPUs products of float32 are rounded to
-        tf32 where torch.backends.cudnn.allow_tf32 (or conv.fp32_precision there) asks for it, as in conv2d. Inf or NaN
-        in the guide spoils the output and the gradients of x and guide in reach of one kernel only: next to a pixel of
-        Inf the taps vanish, at it the centre remains, and the guide's gradient is NaN there.
+        more, or one more copy of weight where that is larger; in Triton likewise, with K² numbers and K² more for every
+        64 channels (16 without tensor cores) and at most 16 MB, or such a copy; the reference holds about K²·(2C + G)
+        numbers for each output place. Triton compares tiles in its first call with a number of channels and a dtype,
+        not under torch.use_deterministic_algorithms; as of any Triton kernel, the first call must not be while a CUDA
+        graph is captured. On GPUs products of float32 are rounded to tf32 where torch.backends.cudnn.allow_tf32 (or
+        conv.fp32_precision there) asks for it, as in conv2d. Inf or NaN in the guide spoils the output and the
+        gradients of x and guide in reach of one kernel only: next to a pixel of Inf the taps vanish, at it the centre
+        remains, and the guide's gradient is NaN there.
 
     Raises:
         TypeError, ValueError: an argument is not as said here.

@@ -82,7 +82,7 @@ def _rounded(y, quantum):
     # float16 overflows when divided by a small quantum; a power of two makes the division itself exact. Casts stay
     # outside of the Function: compiled by PyTorch 2.11, one that ends with a cast to what it is has no gradient.
     wide = y.to(torch.promote_types(y.dtype, torch.float32))
-    return rounding.apply(wide, quantum).to(y.dtype)
+    return rounding.apply(wide, float(quantum)).to(y.dtype)
 
 
 class _RoundToMultiple(torch.autograd.Function):

@@ -23,7 +23,7 @@ STREAM_LIMIT = 2.0**8
 GUIDE_CHANNELS = 8  # enough to tell neighbouring materials apart; each one costs nine subtractions a pixel
 ATTENTION_TAPS = 5  # neighbouring channels that decide together on a channel's weight (the paper's k)
 GUIDE_INIT_SCALE = 0.1  # guides start nearly flat, so that training starts near an ordinary convolution
-OUTPUT_INIT_SCALE = 0.1  # 22 residual sums deep, outputs of unit scale would leave the streams' exact range
+OUTPUT_INIT_SCALE = 0.1  # 16 residual sums later, outputs of unit scale would leave the streams' exact range
 
 
 def round_to_quantum(x: Tensor) -> Tensor:

@@ -205,6 +205,19 @@ def test_reference_works_without_the_extension(extension, load, reason, capsys):
     assert f"compiled extension: {reason}\n" in capsys.readouterr().out
 
 
+def test_a_wish_for_instructions_is_not_passed_over(extension):
+    """Without the extension every call would take the slow reference, and say nothing."""
+    message = "RESTORATION_CPU_ISA must be one that this processor runs (baseline), got avx9000"
+
+    def refuse(name):
+        raise ImportError(message)
+
+    extension(refuse)
+    with pytest.raises(ValueError) as raised:
+        dual_pool_attention(torch.randn(1, 3, 4, 4), torch.randn(3))
+    assert str(raised.value) == message
+
+
 def test_wish_for_an_absent_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(_backend, "_ON_ANY_DEVICE", ("reference",))

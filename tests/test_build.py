@@ -138,6 +138,13 @@ print(all(torch.isclose(total, expected.sum(dtype=torch.float64)) for total in l
 
 
 @needs_extension
+def test_empty_instruction_set_is_none():
+    """As of every other variable."""
+    best = EXTENSION.build_info()["cpu_isa"]
+    run_script(f"assert _backend.extension()[0].build_info()['cpu_isa'] == {best!r}", RESTORATION_CPU_ISA="")
+
+
+@needs_extension
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_lesser_instruction_sets(isa, tmp_path):
     """What the kernels do on older processors; all other tests run the best that this one has."""

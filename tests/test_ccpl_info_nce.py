@@ -117,6 +117,7 @@ def test_documented_temperature():
         ((ROWS, ROWS[:, 1:]), r"key must be of shape \[1, 6, 3\], got shape \[1, 5, 3\]"),
         ((ROWS, ROWS.double()), r"key must have the dtype of query, torch.float32, got torch.float64"),
         ((ROWS, ROWS, 0), r"temperature must be a finite positive number, got 0"),
+        ((ROWS, ROWS, 9e-31), r"temperature must be at least 1e-30, got 9e-31"),
         ((ROWS, ROWS, math.nan), r"temperature must be a finite positive number, got nan"),
     ],
 )

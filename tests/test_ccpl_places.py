@@ -101,3 +101,7 @@ def test_rejects_draws(arguments, message):
         sample_neighbors(*arguments)
     with pytest.raises(TypeError, match=r"^sample_neighbors: generator must be a torch.Generator or None, got int$"):
         sample_neighbors(4, 5, 1, generator=3)
+    for device in ("foo", 2.5):
+        message = f"^sample_neighbors: device must be a torch.device, the name of one, or None, got {device!r}$"
+        with pytest.raises(ValueError, match=message):
+            sample_neighbors(4, 5, 1, device=device)

@@ -178,6 +178,7 @@ def test_matrix(sample):
     guide, options = arguments["guide"][0], {name: arguments[name] for name in ("eps", "radius") if name in arguments}
     matrix = matting_laplacian_matrix(guide, **options)
     assert matrix.has_sorted_indices
+    assert matrix.indices.dtype == matrix.indptr.dtype == np.int32  # of 12 bytes an entry as said
     dense = matrix.toarray()
     np.testing.assert_allclose(dense, dense_matrix(guide.numpy(), **{"eps": 1e-7, "radius": 1, **options}), atol=1e-9)
     np.testing.assert_array_equal(dense, dense.T)
