@@ -165,8 +165,8 @@ void launch(const MattingLaplacian& arguments, const MattingLaplacianSizes& size
 
 // Instructions of a TwoFloat for one of float64, about.
 constexpr int kTwoFloatInstructions = 13;
-// TwoFloat's 46 bits are enough for a fit as nearly singular as this eps allows it to be.
-constexpr double kLeastTwoFloatEps = 1e-15;
+// TwoFloat's 46 bits are enough for a fit as nearly singular as the least eps allows it to be; it overflows as float32 does.
+constexpr double kLeastTwoFloatEps = 1e-15, kMostTwoFloatEps = 1e30;
 
 // Whether this device computes quicker in TwoFloat: it then takes 32 or 64 times as long for float64 as for float32. Or as
 // the environment variable RESTORATION_CUDA_FLOAT64 says, with which tests run both on one machine.
@@ -195,7 +195,7 @@ void launch_matting_laplacian(const MattingLaplacian& arguments, const MattingLa
     constexpr int kRadius = decltype(radius)::value;
     auto* const own_stream = static_cast<cudaStream_t>(stream);
     if constexpr (std::is_same_v<T, float>) {
-      if (arguments.eps >= kLeastTwoFloatEps && prefers_two_float()) {
+      if (arguments.eps >= kLeastTwoFloatEps && arguments.eps <= kMostTwoFloatEps && prefers_two_float()) {
         return launch<T, TwoFloat, kRadius>(arguments, sizes, workspace, own_stream);
       }
     }

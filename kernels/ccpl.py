@@ -252,6 +252,11 @@ def _projection_head(channels):
 # [B, H, W, C] where channels_last; places [N, 9] holds each anchor and its neighbours.
 
 
+def _triton_cannot(features, **_):
+    # CUDA takes 65,535 blocks, of 64 channels, along the second axis of a grid.
+    return "its kernel takes at most 2^21 channels" if features.shape[1] > 2**21 else None
+
+
 def _allocate_forward(maps, places, channels_last):
     return (maps.new_empty(maps.shape[0], 8 * places.shape[0], maps.shape[3 if channels_last else 1]),)
 
@@ -326,5 +331,5 @@ def _run(backend, features, anchors, neighbors):
 
 
 _OPERATOR.register("cuda", functools.partial(_run, "cuda"))
-_OPERATOR.register("triton", functools.partial(_run, "triton"))
+_OPERATOR.register("triton", functools.partial(_run, "triton"), _triton_cannot)
 _OPERATOR.register("cpu", functools.partial(_run, "cpu"), lambda features, **_: _backend.no_float16(features))

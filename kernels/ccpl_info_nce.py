@@ -38,9 +38,17 @@ def info_nce(query: Tensor, key: Tensor, temperature: float = 0.07, *, backend: 
     return _OPERATOR.run(backend, query=query, key=key, temperature=temperature)
 
 
+# CUDA takes 65,535 blocks along the second and the third axis of a grid.
+def _cuda_cannot(query, **_):
+    # The third counts columns of 128 numbers; along the second, of images, kernels walk.
+    return "its kernel takes at most 2^22 numbers a row" if query.shape[2] > 2**22 else None
+
+
 def _triton_cannot(query, **_):
-    # CUDA's limit of a grid's second axis.
-    return "its kernel takes at most 65,535 images" if len(query) > 65_535 else None
+    if len(query) > 65_535:
+        return "its kernel takes at most 65,535 images"
+    # The third counts columns of 16 numbers or more.
+    return "its kernel takes at most 2^19 numbers a row" if query.shape[2] > 2**19 else None
 
 
 def _allocate_forward(query, key, temperature):
@@ -95,6 +103,6 @@ def _run(backend, query, key, temperature):
     return _differentiable(query, key.detach(), temperature, backend)[0]
 
 
-_OPERATOR.register("cuda", functools.partial(_run, "cuda"))
+_OPERATOR.register("cuda", functools.partial(_run, "cuda"), _cuda_cannot)
 _OPERATOR.register("triton", functools.partial(_run, "triton"), _triton_cannot)
 _OPERATOR.register("cpu", functools.partial(_run, "cpu"), lambda query, **_: _backend.no_float16(query))

@@ -253,6 +253,13 @@ def _gpu_cannot(x, weight, stride=1, padding=0, dilation=1, **others):
     return "its kernel counts the pixels of a padded plane in 32 bits" if height * width > _MOST_PIXELS else None
 
 
+def _triton_cannot(x, weight, **options):
+    # Offsets in weight are counted in 32 bits.
+    if weight.numel() > 2**31:
+        return "its kernel takes at most 2^31 weights"
+    return _gpu_cannot(x, weight, **options)
+
+
 def _out_channels(x, weight):
     return x.shape[1] if _is_shared(weight) else weight.shape[0]
 
@@ -382,7 +389,7 @@ def _run_in_place(backend, residual, x, guide, weight, bias, *, stride, padding,
 
 _OPERATOR.register("cuda", functools.partial(_run, "cuda"), _gpu_cannot)
 _IN_PLACE.register("cuda", functools.partial(_run_in_place, "cuda"), _gpu_cannot)
-_OPERATOR.register("triton", functools.partial(_run, "triton"), _gpu_cannot)
-_IN_PLACE.register("triton", functools.partial(_run_in_place, "triton"), _gpu_cannot)
+_OPERATOR.register("triton", functools.partial(_run, "triton"), _triton_cannot)
+_IN_PLACE.register("triton", functools.partial(_run_in_place, "triton"), _triton_cannot)
 _OPERATOR.register("cpu", functools.partial(_run, "cpu"), _backend.no_float16)
 _IN_PLACE.register("cpu", functools.partial(_run_in_place, "cpu"), _backend.no_float16)

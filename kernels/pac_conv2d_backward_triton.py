@@ -17,7 +17,6 @@ from .pac_conv2d_triton import (
     COLUMNS,
     LEAST_DOT,
     SIZES,
-    Steps,
     add_products,
     arithmetic,
     guides_at_once,
@@ -29,6 +28,7 @@ from .pac_conv2d_triton import (
     power_of_two,
     product_form,
     start,
+    steps_on,
     tile_count,
     tile_places,
     tuner,
@@ -63,7 +63,7 @@ def backward(
         grad_bias.copy_(alpha * grad_y.sum((0, 2, 3), dtype=accumulate))
     if grad_x is None and grad_guide is None and grad_weight is None:
         return
-    steps = Steps(*stride, *padding, *dilation)
+    steps = steps_on(x, stride, padding, dilation)
     kernels = _kernels(guide, grad_y, steps, weight.shape[-1], normalize, accumulate)
     if product_form(x, weight, grad_y.shape[1]) == "filter":
         grad_filter = grad_weight

@@ -52,6 +52,12 @@ class Steps(NamedTuple):
     column_dilation: int
 
 
+def steps_on(image, stride, padding, dilation):
+    """Strides beyond the padded image [B,C,H,W] leave one place, as one of its length: programs own what it skips."""
+    stride = [min(step, side + 2 * margin) for step, side, margin in zip(stride, image.shape[2:], padding, strict=True)]
+    return Steps(*stride, *padding, *dilation)
+
+
 def forward(x, guide, weight, bias, residual, y, stride, padding, dilation, normalize, alpha, quantum):
     """Fills y [B,O,H',W'], which may be residual."""
     B, C, H, W = x.shape
@@ -75,7 +81,7 @@ def forward(x, guide, weight, bias, residual, y, stride, padding, dilation, norm
         W,
         out_height,
         out_width,
-        Steps(*stride, *padding, *dilation),
+        steps_on(x, stride, padding, dilation),
         alpha,
         quantum or 0.0,
         quantum is not None,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextvars
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,61 @@ class Gradients:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """The parameters of a step at the time of one evaluation, and what tells whether they still are what they were."""
+
+    parameters: Sequence[Tensor] = ()
+    # Of the same memory, also where a parameter has been given another since, with a version that both share.
+    aliases: Sequence[Tensor] = ()
+    versions: Sequence[int] = ()
+    block: Sequence[tuple[int, ...]] = ()  # _identities of the parameters that the block computes with
+
+    def check(self) -> None:
+        if [alias._version for alias in self.aliases] != self.versions:
+            raise RuntimeError("a parameter was changed in place since forward: activations would be rebuilt as others")
+
+
+# Where a module keeps a parameter.
+Place = tuple[dict[str, nn.Parameter | None], str]
+
+
+def _places(module: nn.Module) -> list[Place]:
+    return [
+        (each._parameters, name)
+        for each in module.modules()
+        for name, parameter in each._parameters.items()
+        if parameter is not None
+    ]
+
+
+def _parameters_at(places: Sequence[Place]) -> list[Tensor]:
+    """One that is shared counts once, as in Module.parameters."""
+    return list(dict.fromkeys(parameters[name] for parameters, name in places))
+
+
+def _identities(parameters: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    return [(id(parameter), parameter.data_ptr(), parameter._version) for parameter in parameters]
+
+
+def _has_hooks(parameter: Tensor) -> bool:
+    return bool(parameter._backward_hooks)
+
+
+@contextmanager
+def _standing_in(places: Sequence[Place], stand_ins: Sequence[Tensor]) -> Iterator[None]:
+    """Context in which a module computes with stand_ins, in the order of _parameters_at."""
+    own = [parameters[name] for parameters, name in places]
+    of = dict(zip(dict.fromkeys(own), stand_ins, strict=True))
+    try:
+        for parameters, name in places:
+            parameters[name] = of[parameters[name]]
+        yield
+    finally:
+        for (parameters, name), parameter in zip(places, own, strict=True):
+            parameters[name] = parameter
+
+
+@dataclass(frozen=True)
 class Rearrangement:
     """A step that moves numbers to new tensors: `apply` and its inverse `undo`, which is also the gradient of it.
 
@@ -60,12 +116,13 @@ class Rearrangement:
         streams.clear()
         return list(self.apply(*taken))
 
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return []
+    def evaluation(self) -> Evaluation:
+        return Evaluation()
 
-    def backward(self, streams: Streams, gradients: Gradients) -> tuple[Streams, Gradients, list[Tensor]]:
-        """Streams and gradients on entering the step, of those on leaving it, and its parameters' gradients."""
+    def backward(
+        self, streams: Streams, gradients: Gradients, forward: Evaluation
+    ) -> tuple[Streams, Gradients, list[Tensor]]:
+        """Streams and gradients on entering the step, of those on leaving it, and its trained parameters' gradients."""
         if self.each_stream:
             before = Gradients(tuple(map(self.undo, gradients.of)), gradients.negated)
             return tuple(map(self.undo, streams)), before, []
@@ -78,7 +135,8 @@ class Coupling:
 
     block is a blocks.ReversibleBlock: both directions, in place where asked for, and add(residual, x, alpha,
     grad_addend), which is residual + alpha · F(x), and adds grad_addend to the gradient of x.
-    Where its parameters are copies in another precision, gradients go to those of source, in their order.
+    It computes with its parameters and arguments alone: what it draws or remembers would be other when it is evaluated
+    again. Where its parameters are copies in another precision, gradients go to those of source, in their order.
     """
 
     block: nn.Module
@@ -92,16 +150,43 @@ class Coupling:
 
     # Walking through a module takes as long as one of its kernels on a small map.
     @functools.cached_property
-    def parameters(self) -> list[nn.Parameter]:
-        return list((self.source or self.block).parameters())
+    def _own_places(self) -> list[Place]:
+        return _places(self.block)
 
     @functools.cached_property
-    def _trained(self) -> list[nn.Parameter]:
-        """Parameters of block, of which those of source take part in training."""
-        pairs = zip(self.block.parameters(), self.parameters, strict=True)
-        return [own for own, parameter in pairs if parameter.requires_grad]
+    def _source_places(self) -> list[Place]:
+        return self._own_places if self.source is None else _places(self.source)
 
-    def backward(self, streams: Streams, gradients: Gradients) -> tuple[Streams, Gradients, list[Tensor]]:
+    def evaluation(self) -> Evaluation:
+        """That which is about to be made."""
+        parameters = _parameters_at(self._source_places)
+        aliases = [parameter.detach() for parameter in parameters]
+        versions = [alias._version for alias in aliases]
+        return Evaluation(parameters, aliases, versions, _identities(_parameters_at(self._own_places)))
+
+    @contextmanager
+    def _as_in(self, forward: Evaluation) -> Iterator[list[Tensor]]:
+        """Context in which the block computes with the parameters of then: those that are trained.
+
+        Where its parameters were replaced or rounded anew since, as torch.func.functional_call does, others stand in
+        for them; so they do for those with hooks, which are to see the gradient that backward returns, and it alone.
+        """
+        own = _parameters_at(self._own_places)
+        stand_in = _identities(own) != forward.block or any(map(_has_hooks, own))
+        if stand_in:
+            own = [
+                alias.detach() if self.source is None else torch.empty_like(parameter).copy_(alias)
+                for parameter, alias in zip(own, forward.aliases, strict=True)
+            ]
+        trained = [
+            each.requires_grad_() for each, then in zip(own, forward.parameters, strict=True) if then.requires_grad
+        ]
+        with _standing_in(self._own_places, own) if stand_in else nullcontext():
+            yield trained
+
+    def backward(
+        self, streams: Streams, gradients: Gradients, forward: Evaluation
+    ) -> tuple[Streams, Gradients, list[Tensor]]:
         """As of Rearrangement. F is evaluated once: taking back what was added is also what is differentiated."""
         alpha = -1.0 if self.inverse else 1.0
         changing, keeping = (0, 1) if self.inverse else (1, 0)
@@ -109,10 +194,11 @@ class Coupling:
         gradients = gradients.opposed()
         grad_changed, grad_kept = gradients.of[changing], gradients.of[keeping]
         x = kept.detach().requires_grad_()
-        with torch.enable_grad():
+        forward.check()
+        with self._as_in(forward) as trained, torch.enable_grad():
             rebuilt = self.block.add(changed, x, -alpha, grad_kept)
         # rebuilt = changed - alpha F(x) where forward had + alpha F(x): the same derivatives but for their sign.
-        grad_kept, *found = torch.autograd.grad(rebuilt, (x, *self._trained), grad_changed)
+        grad_kept, *found = torch.autograd.grad(rebuilt, (x, *trained), grad_changed)
         if found and gradients.negated == keeping:
             torch._foreach_neg_(found)
         before, grad_before = (rebuilt.detach(), kept), (grad_changed, grad_kept)
@@ -129,9 +215,10 @@ def run_chain(steps: Sequence[Step], streams: list[Tensor], reversible: bool = T
 
     With reversible, backward rebuilds the input of every step from its output, so that beside the outputs no more than
     one step's activations are held at a time, however many steps there are. The streams must then be multiples of
-    blocks.STREAM_QUANTUM, so that steps can be undone exactly; a gradient of gradients cannot be taken. Without,
-    PyTorch keeps all activations. Streams may be taken out of the list: where no gradients are recorded, they are freed
-    as early as nobody else holds them, and those that steps have made are written over.
+    blocks.STREAM_QUANTUM, so that steps can be undone exactly, and blocks must compute the same each time, without
+    dropout, spectral_norm and the like; a gradient of gradients cannot be taken. Without, PyTorch keeps all
+    activations. Streams may be taken out of the list: where no gradients are recorded, they are freed as early as
+    nobody else holds them, and those that steps have made are written over.
     """
     if not (reversible and torch.is_grad_enabled()):
         own = False  # streams of whoever called
@@ -139,20 +226,20 @@ def run_chain(steps: Sequence[Step], streams: list[Tensor], reversible: bool = T
             streams = step.run(streams, in_place=own)
             own = own or (isinstance(step, Rearrangement) and not torch.is_grad_enabled())
         return streams
-    parameters = [parameter for step in steps for parameter in step.parameters]
-    return _Chain.apply(steps, len(streams), *streams, *parameters)
+    evaluations = [step.evaluation() for step in steps]
+    parameters = [parameter for evaluation in evaluations for parameter in evaluation.parameters]
+    return _Chain.apply(steps, evaluations, len(streams), *streams, *parameters)
 
 
 class _Chain(torch.autograd.Function):
     """Parameters are inputs, and their gradients are returned: whatever watches them sees each pass only once."""
 
     @staticmethod
-    def forward(ctx, steps: Sequence[Step], count: int, *tensors: Tensor) -> Streams:
+    def forward(ctx, steps: Sequence[Step], evaluations: Sequence[Evaluation], count: int, *tensors: Tensor) -> Streams:
         ctx.steps = steps
-        ctx.count = count
+        ctx.evaluations = evaluations
         ctx.circumstances = _Circumstances.here(tensors[0].device)
         streams = run_chain(steps, list(tensors[:count]))  # no gradients are recorded here
-        ctx.versions = [parameter._version for parameter in tensors[count:]]
         ctx.save_for_backward(*streams)
         return tuple(streams)
 
@@ -166,26 +253,27 @@ def _chain_gradients(ctx, of_outputs: Streams) -> tuple[Tensor | None, ...]:
     # Detached: saved outputs remember this very chain as their origin, and the steps' own gradients would pass into it.
     streams = tuple(stream.detach() for stream in ctx.saved_tensors)
     gradients = Gradients(tuple(gradient.detach() for gradient in of_outputs))
-    parameters = [parameter for step in ctx.steps for parameter in step.parameters]
-    if ctx.versions != [parameter._version for parameter in parameters]:
-        raise RuntimeError("a parameter was changed in place since forward: activations would be rebuilt as others")
-    found = _room_for_gradients([parameter for parameter in parameters if parameter.requires_grad])
-    for step in reversed(ctx.steps):
-        streams, gradients, of_parameters = step.backward(streams, gradients)
-        trained = [parameter for parameter in step.parameters if parameter.requires_grad]
-        if trained:
-            torch._foreach_copy_([found[parameter] for parameter in trained], of_parameters)
-    return None, None, *gradients.plain(), *(found.get(parameter) for parameter in parameters)
+    # One for each time that a parameter takes part: autograd adds those of steps that share it.
+    found = _room_for_gradients([parameter for each in ctx.evaluations for parameter in each.parameters])
+    end = len(found)
+    for step, forward in zip(reversed(ctx.steps), reversed(ctx.evaluations), strict=True):
+        streams, gradients, of_parameters = step.backward(streams, gradients, forward)
+        first = end - len(forward.parameters)
+        if of_parameters:
+            torch._foreach_copy_([room for room in found[first:end] if room is not None], of_parameters)
+        end = first
+    return None, None, None, *gradients.plain(), *found
 
 
-def _room_for_gradients(parameters: list[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+def _room_for_gradients(parameters: list[Tensor]) -> list[Tensor | None]:
+    """Memory for that of each parameter which is trained."""
     # In one piece: left among the temporary tensors of every step, small gradients would keep a C library's heap from
     # being used again, a tenth of the memory of a step on a CPU.
-    if not parameters:
-        return {}
-    sizes = [parameter.numel() for parameter in parameters]
-    pieces = parameters[0].new_empty(sum(sizes)).split(sizes)
-    return {parameter: piece.view_as(parameter) for parameter, piece in zip(parameters, pieces, strict=True)}
+    sizes = [parameter.numel() for parameter in parameters if parameter.requires_grad]
+    if not sizes:
+        return [None] * len(parameters)
+    pieces = iter(parameters[0].new_empty(sum(sizes)).split(sizes))
+    return [next(pieces).view_as(parameter) if parameter.requires_grad else None for parameter in parameters]
 
 
 @dataclass(frozen=True)

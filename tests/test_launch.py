@@ -106,9 +106,13 @@ def test_cpu_kernels_take_as_many_threads_as_torch(monkeypatch):
     extension.kernel_cpu.assert_called_once_with(x=x.data_ptr(), y=0, width=3, dtype=7, threads=5)
 
 
+def shaped(*shape):
+    """A tensor of any size in little memory."""
+    return torch.zeros(()).expand(shape)
+
+
 def plane(height, width):
-    """[1, 2, height, width] of any size in little memory."""
-    return torch.zeros(()).expand(1, 2, height, width)
+    return shaped(1, 2, height, width)
 
 
 TAPS = torch.zeros(1, 1, 3, 3)
@@ -134,11 +138,28 @@ PIXELS = "its kernel takes at most 2^30 pixels of a plane"
         (
             "info_nce",
             ("triton",),
-            {"query": torch.zeros(()).expand(70_000, 1, 1)},
+            {"query": shaped(70_000, 1, 1)},
             "its kernel takes at most 65,535 images",
         ),
+        ("info_nce", ("cuda",), {"query": shaped(1, 1, 2**22 + 1)}, "its kernel takes at most 2^22 numbers a row"),
+        ("info_nce", ("triton",), {"query": shaped(1, 1, 2**19 + 1)}, "its kernel takes at most 2^19 numbers a row"),
+        (
+            "neighbor_difference",
+            ("triton",),
+            {"features": shaped(1, 2**21 + 1, 3, 3)},
+            "its kernel takes at most 2^21 channels",
+        ),
+        (
+            "pac_conv2d",
+            ("triton",),
+            {"x": plane(3, 3), "weight": shaped(2**16, 2**15 + 1, 1, 1)},
+            "its kernel takes at most 2^31 weights",
+        ),
     ],
-    ids=["stride", "padding", "plane", "relu_split", "pad2d-triton", "pad2d-cuda", "images"],
+    ids=[
+        *("stride", "padding", "plane", "relu_split", "pad2d-triton", "pad2d-cuda"),
+        *("images", "row-cuda", "row-triton", "channels", "weights"),
+    ],
 )
 def test_what_32_bits_cannot_count_is_left_to_others(operator, backends, arguments, reason):
     for backend in backends:

@@ -106,6 +106,22 @@ def test_compile_varying_numbers(backend, sample):
         assert torch.equal(*(torch.autograd.grad(output.sum(), x)[0] for output in (ours, eager)))
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["filters", "shared"])
+@compare.every_backend(OPERATOR)
+def test_edge_shapes_of_strides(backend, shared):
+    """A stride far beyond the image costs no more than one as long as it is."""
+    generator = compare.seeded(0)
+    shapes = {"x": (1, 2, 5, 4), "guide": (1, 2, 5, 4), "weight": (1, 1, 3, 3) if shared else (3, 2, 3, 3)}
+    arguments = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    arguments = compare.convert(arguments, torch.float32, compare.device(backend)) | {"stride": 60_000, "padding": 1}
+    compare.skip_unless_able(backend, OPERATOR, arguments)
+    names = ("x", "guide", "weight")
+    exact = compare.differentiate(
+        compare.public(OPERATOR, "reference"), compare.convert(arguments, torch.float64, "cpu"), names
+    )
+    compare.judge_all(compare.differentiate(compare.public(OPERATOR, backend), arguments, names), exact, ulps=8)
+
+
 @compare.one_case(OPERATOR)
 def test_autocast(backend, sample):
     """Half precision inside, as for conv2d, added to a residual of float32."""

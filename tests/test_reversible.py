@@ -8,7 +8,7 @@ import torch
 
 from restoration.blocks import STREAM_QUANTUM, ReversibleBlock
 from restoration.flow import Architecture, ReversibleNetwork
-from restoration.reversible import Coupling, Gradients
+from restoration.reversible import Coupling, Gradients, run_chain
 from restoration_kernels import _backend, use_backend
 
 PRECISIONS = ("fp32", "bf16")
@@ -73,7 +73,7 @@ def test_every_step_rebuilds_its_input_bit_for_bit(precision, direction):
         for step in steps:
             with torch.no_grad():
                 left = step.run(list(streams))
-            rebuilt, _, _ = step.backward(left, Gradients(tuple(map(torch.ones_like, left))))
+            rebuilt, _, _ = step.backward(left, Gradients(tuple(map(torch.ones_like, left))), step.evaluation())
             for tensor, expected in zip(rebuilt, streams, strict=True):
                 assert torch.equal(tensor, expected), step
             streams = left
@@ -84,7 +84,8 @@ def test_backward_evaluates_the_residual_function_once():
     calls = []
     block.features.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     streams = tuple(torch.zeros(1, 8, 5, 5) for _ in range(2))
-    Coupling(block).backward(streams, Gradients(streams))
+    coupling = Coupling(block)
+    coupling.backward(streams, Gradients(streams), coupling.evaluation())
     assert calls == [True]
 
 
@@ -142,6 +143,101 @@ def test_each_parameter_gets_its_gradient_once_a_backward_pass():
         parameter.register_post_accumulate_grad_hook(arrived)
     both_ways(net, picture(8, 8)).backward()
     assert set(arrivals.values()) == {1}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("reversible", [True, False], ids=["reversible", "plain"])
+def test_a_hook_of_a_parameter_sees_its_gradient_once(precision, reversible):
+    net = network(reversible, precision)
+    expected = gradients(net, picture(8, 8))
+    calls = []
+
+    def double(gradient):
+        calls.append(gradient)
+        return 2 * gradient
+
+    for parameter in net.parameters():
+        parameter.register_hook(double)
+    for name, gradient in gradients(net, picture(8, 8)).items():
+        assert torch.equal(gradient, expected[name] if name == "image" else 2 * expected[name]), name
+    assert len(calls) == len(expected) - 1
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_parameters_of_functional_calls(precision):
+    """Two calls with parameters that are not the module's, differentiated when it has its own again."""
+
+    def of(reversible):
+        net = network(reversible, precision)
+        parameters = [
+            {name: (factor * parameter.detach()).requires_grad_() for name, parameter in net.named_parameters()}
+            for factor in (0.5, 2.0)
+        ]
+        module = Encoder(net)
+        results = [
+            torch.func.functional_call(
+                module, {f"network.{name}": value for name, value in each.items()}, picture(8, 8)
+            )
+            for each in parameters
+        ]
+        flat = [parameter for each in parameters for parameter in each.values()]
+        return torch.autograd.grad(sum(result.square().mean() for result in results), flat)
+
+    assert_close_gradients(of(True), of(False))
+
+
+class Encoder(torch.nn.Module):
+    """What calls to a network go through that must be forward."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.network = net
+
+    def forward(self, image):
+        return self.network.encode(image)
+
+
+def assert_close_gradients(ours, expected):
+    # A guide's bias changes no difference of guides: its gradient is rounding alone.
+    least = 1e-6 * max(gradient.abs().max() for gradient in expected)
+    for gradient, other in zip(ours, expected, strict=True):
+        assert (gradient - other).abs().max() <= 1e-5 * other.abs().max().clamp_min(least)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("replace", ["data", "assign"])
+def test_parameters_replaced_before_backward(precision, replace):
+    """Gradients are those of the numbers that forward has seen."""
+    net = network(precision=precision)
+    image = picture(8, 8).requires_grad_()
+    parameters = list(net.parameters())
+    expected = torch.autograd.grad(both_ways(net, image), [image, *parameters])
+    loss = both_ways(net, image)
+    if replace == "data":
+        for parameter in parameters:
+            parameter.data = 2 * parameter.data
+    else:
+        net.load_state_dict({name: 2 * value for name, value in net.state_dict().items()}, assign=True)
+    assert all(map(torch.equal, torch.autograd.grad(loss, [image, *parameters]), expected))
+
+
+def test_a_shared_parameter_is_one():
+    """In a block whose two convolutions have the same bias, say."""
+
+    def of(reversible):
+        torch.manual_seed(0)
+        blocks = [ReversibleBlock(8, cafe=False) for _ in range(3)]
+        for block in blocks:
+            block.features.value_and_guide.bias = torch.nn.Parameter(torch.ones(2))
+            block.features.bias = torch.nn.Parameter(torch.ones(8))
+            block.attention.weight = blocks[0].attention.weight
+        blocks[0].attention.weight.register_hook(lambda gradient: 3 * gradient)
+        streams = [torch.rand(1, 8, 5, 5).div(STREAM_QUANTUM).round().mul(STREAM_QUANTUM) for _ in range(2)]
+        found = run_chain([Coupling(block) for block in blocks], streams, reversible)
+        parameters = list(dict.fromkeys(parameter for block in blocks for parameter in block.parameters()))
+        return torch.autograd.grad(sum(stream.square().mean() for stream in found), parameters)
+
+    assert_close_gradients(of(True), of(False))
 
 
 def test_frozen_parameters_and_inputs_without_gradient():

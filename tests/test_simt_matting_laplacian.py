@@ -64,7 +64,7 @@ def test_matting_laplacian_accuracy(picture, eps, float64):
 
 
 def test_matting_laplacian_computes_in_two_float_where_float64_is_slow(monkeypatch):
-    """But not float64 tensors, nor where a fit may be too nearly singular for it."""
+    """But not float64 tensors, nor where a fit may be too nearly singular for it, or eps too large."""
     guide = matting_guides.draw("noise")
 
     def same(eps, guide):
@@ -76,6 +76,7 @@ def test_matting_laplacian_computes_in_two_float_where_float64_is_slow(monkeypat
 
     assert not same(1e-7, guide)
     assert same(1e-16, guide)
+    assert same(1e39, guide)
     assert same(1e-7, guide.double())
     monkeypatch.setenv("RESTORATION_CUDA_FLOAT64", "")
     with pytest.raises(ValueError, match="RESTORATION_CUDA_FLOAT64 must be fast or slow, got"):
