@@ -182,17 +182,22 @@ def _below(folder: Path) -> Iterator[Path]:
 
     for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = (name for name in folders if not name.startswith("."))
+        for linked in sorted(filter(os.path.islink, (os.path.join(parent, name) for name in folders))):
+            logger.warning("%s: is a link to a folder, which is not followed", linked)
         yield from (Path(parent, name) for name in names)
 
 
 def _images(paths: Iterable[Path], root: Path) -> list[Path]:
-    return sorted(
+    named_so = sorted(
         path
         for path in paths
         if path.suffix.lower() in READABLE_SUFFIXES
         and not any(part.startswith(".") for part in path.relative_to(root).parts)
-        and path.is_file()
     )
+    for path in named_so:
+        if not path.exists():
+            logger.warning("%s: is a link to what is not there; it is left out", path)
+    return [path for path in named_so if path.is_file()]
 
 
 def _works_and_splits(root: Path) -> tuple[dict[str, str], dict[str, str] | None]:

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,11 +35,18 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 # Values of TIFF's tags, and the name under which a picture carries what they say of its grey.
 _NOT_COMPRESSED, _PLANES_APART, _WHITE_IS_ZERO, _SIGNED, _COPY_OR_MASK = 1, 2, 0, 2, 0b101
 _TIFF_RANGE = "range of a TIFF file's grey"
+_TIFF_NOTES = {
+    "dpi": ExifTags.Base.XResolution,
+    "icc_profile": ExifTags.Base.InterColorProfile,
+    "xmp": ExifTags.Base.XMLPacket,
+}
 _TIFF_BEGINNINGS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 # Of 8 bits, by Pillow's name of a PNG's grey of fewer.
 _STEP_OF_GREY = {"L;2": 85, "L;4": 17}
 
+# Units of a resolution: those of a JPEG's header, and EXIF's in dots an inch.
+_JFIF_UNITS, _DOTS_AN_INCH = (1, 2), {2: 1.0, 3: 2.54}
 _TURNED_ON_ITS_SIDE = (5, 6, 7, 8)  # of EXIF's orientations
 
 
@@ -111,6 +118,8 @@ def _open(path: Path) -> Image.Image:
             if image.format == "PNG":
                 _fit_transparent_colour(image)
             image.load()
+            if image.format == "JPEG":
+                _take_declared_resolution(image)
             assume_declared_profile(image, path)
         except UnidentifiedImageError:
             raise UserError(f"{path}: {_unidentified(file)}") from None
@@ -128,12 +137,12 @@ def _open(path: Path) -> Image.Image:
     return image
 
 
-def _pages(image: Image.Image, path: Path) -> list[int]:
+def _pages(image: Image.Image, path: Path) -> Sequence[int]:
     """Which pictures a file holds, up to one that is damaged; without reduced copies and masks, which are TIFF's."""
     if image.format not in _FORMATS_OF_PAGES:
         return [0]
     if image.format != "TIFF":
-        return list(range(getattr(image, "n_frames", 1)))
+        return range(getattr(image, "n_frames", 1))  # no list: a damaged file may claim any number
     numbers = []
     with suppress(Exception), Image.open(path, formats=("TIFF",)) as pages:  # this one stays where it is
         for number in range(pages.n_frames):
@@ -171,8 +180,7 @@ def _unidentified(file: BinaryIO) -> str:
 def _check_tiff(image: Image.Image, path: Path) -> None:
     """Refuses what Pillow would read wrongly, and notes what it would not heed.
 
-    Of deep grey that is the largest value that a pixel can have, and whether that is black. A missing resolution it
-    takes for 1 dot an inch.
+    Of deep grey that is the largest value that a pixel can have, and whether that is black.
     """
     tags = image.tag_v2
     bits_of_channels = tags.get(ExifTags.Base.BitsPerSample, (1,))
@@ -190,9 +198,23 @@ def _check_tiff(image: Image.Image, path: Path) -> None:
         raise UserError(f"{path}: signed pixels of {bits} bits cannot be read; save it with unsigned ones")
     largest = 2 ** (bits - (kind == _SIGNED)) - 1
     image.info[_TIFF_RANGE] = largest, tags.get(ExifTags.Base.PhotometricInterpretation) == _WHITE_IS_ZERO
-    if ExifTags.Base.XResolution not in tags:
-        image.info.pop("dpi", None)
+    # Pillow takes a missing resolution for one dot an inch, and keeps what it has read of another page.
+    for name, tag in _TIFF_NOTES.items():
+        if tag not in tags:
+            image.info.pop(name, None)
     _turn_resolution(image, tags.get(ExifTags.Base.Orientation))  # while it loads a TIFF file, Pillow turns the pixels
+
+
+def _take_declared_resolution(image: Image.Image) -> None:
+    """Of a JPEG where its own header has none: that of its EXIF data, for lack of which Pillow says 72 dots an inch."""
+    if image.info.get("jfif_unit") in _JFIF_UNITS:
+        return
+    image.info.pop("dpi", None)
+    with suppress(Exception):  # damaged EXIF data raises nearly anything, and is warned of where it is kept
+        exif = image.getexif()
+        unit = _DOTS_AN_INCH[exif.get(ExifTags.Base.ResolutionUnit, 2)]
+        sides = exif[ExifTags.Base.XResolution], exif[ExifTags.Base.YResolution]
+        image.info["dpi"] = tuple(float(side) * unit for side in sides)
 
 
 def _turn_resolution(image: Image.Image, orientation: int | None) -> None:
@@ -245,14 +267,15 @@ def _without_alpha(image: Image.Image, path: Path) -> tuple[Image.Image, Image.I
         if (hidden := image.info.pop("transparency", None)) is not None:
             alpha = Image.fromarray(np.where(np.asarray(image) == hidden, 0, 255).astype(np.uint8))
         image = _grey_to_8_bits(image, path)
+    if image.mode == "La":  # Pillow turns this one, of multiplied colours, into nothing else
+        image = image.convert("LA")
     if image.has_transparency_data:
         with_alpha = image.convert("RGBA")
         alpha = with_alpha.getchannel("A")
         # Grey stays grey for its profile.
         image = image.convert("L") if image.mode in ("L", "LA") else with_alpha.convert("RGB")
-    elif image.mode in ("P", "1"):
+    elif image.mode in ("P", "1", "YCbCr"):
         image = image.convert("RGB")
-
     return image, alpha
 
 

@@ -16,6 +16,7 @@ _KEPT_TAGS = (
     ExifTags.Base.Software,
     ExifTags.Base.DateTime,
     ExifTags.Base.Artist,
+    ExifTags.Base.HostComputer,
     ExifTags.Base.Copyright,
     ExifTags.Base.DocumentName,
     ExifTags.Base.PageName,
@@ -26,6 +27,8 @@ _KEPT_TAGS = (
     ExifTags.Base.XPSubject,
     ExifTags.Base.Rating,
     ExifTags.Base.RatingPercent,
+    ExifTags.Base.ImageHistory,
+    ExifTags.Base.CameraSerialNumber,
 )
 _STALE_PHOTOGRAPH_TAGS = (
     ExifTags.Base.ColorSpace,
@@ -43,7 +46,7 @@ _STALE_PROPERTIES = (
     r"|photoshop:(?:ColorMode|ICCProfile)|xmp:Thumbnails|dc:format)"
 )
 _STALE_XMP = re.compile(
-    rf"""\s+{_STALE_PROPERTIES}\s*=\s*(?:"[^"]*"|'[^']*')"""
+    rf"""(?<!\s)\s+{_STALE_PROPERTIES}\s*=\s*(?:"[^"]*"|'[^']*')"""
     rf"""|<(?P<name>{_STALE_PROPERTIES})(?:\s[^>]*?)?(?:/>|>.*?</(?P=name)\s*>)""",
     re.DOTALL,
 )

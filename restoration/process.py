@@ -17,7 +17,8 @@ from types import FrameType
 from restoration.errors import ReportedError, UserError
 
 USAGE_ERROR = 2
-BACKEND_VARIABLE = "RESTORATION_BACKEND"  # named by the operators' errors where it asks for what cannot be
+# Named by the operators' errors where they ask for what cannot be.
+VARIABLES = ("RESTORATION_BACKEND", "RESTORATION_CPU_ISA")
 SIGNAL_BASE = 128  # a shell reports a program that a signal ended as 128 + its number
 
 
@@ -74,11 +75,22 @@ def one_line_errors() -> Iterator[None]:
     except Exception as error:
         # A full disk may be the one behind standard output, which has no name.
         of_a_file = isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC)
-        if not (of_a_file or isinstance(error, UserError) or BACKEND_VARIABLE in str(error)):
+        of_a_variable = any(name in str(error) for name in VARIABLES)
+        if _is_out_of_memory(error):
+            error = UserError("memory does not suffice")
+        elif not (of_a_file or isinstance(error, UserError) or of_a_variable):
             raise
         if not isinstance(error, ReportedError):
             print(error_line(error), file=sys.stderr, flush=True)
         raise SystemExit(USAGE_ERROR) from None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, UserError):
+        return False
+    from restoration.memory import is_out_of_memory  # and PyTorch, which what needs no memory does without
+
+    return is_out_of_memory(error)
 
 
 def error_line(error: Exception) -> str:

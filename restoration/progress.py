@@ -5,10 +5,18 @@ from __future__ import annotations
 import os
 import sys
 from types import TracebackType
-from typing import TextIO
+from typing import IO, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+
+class LastingConsole(Console):
+    """Where nobody reads on, nothing more is printed, and work goes on; rich's own ends the program."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        _print_to_nobody(self.file)
 
 
 class PictureProgress:
@@ -59,5 +67,9 @@ class PictureProgress:
             # Flushed line by line: several processes may write here.
             print(text, file=file, flush=True)
         except BrokenPipeError:
-            # What is left in the buffer fails once more at the end, unless it has a place to go.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+            _print_to_nobody(file)
+
+
+def _print_to_nobody(file: IO[str]) -> None:
+    # What is left in the buffer fails once more at the end, unless it has a place to go.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())

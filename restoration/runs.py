@@ -166,6 +166,9 @@ def load_training(path: Path) -> Checkpoint:
     checkpoint = load_checkpoint(path)
     if not {"training", "step"} <= checkpoint.description.keys() or not checkpoint.part(OPTIMIZER_PREFIX):
         raise UserError(f"{path}: is no checkpoint of a training run, but weights alone, which --initial-weights takes")
+    step = checkpoint.description["step"]
+    if CHECKPOINT_NAME.fullmatch(path.name) and steps_done(path) != step:
+        raise UserError(f"{path}: is of step {step}, not of the {steps_done(path)} of its name; rename or remove it")
     return checkpoint
 
 
@@ -186,8 +189,15 @@ def resumed_config(run: Path, overrides: dict[str, object]) -> TrainingConfig:
     for name in SHAPING:
         wanted, got = getattr(before, name), getattr(config, name)
         if got != wanted:
-            raise UserError(f"{option(name)} must be {wanted}, as when the run in {run} was started, got {got}")
+            asked, needed = (_as_typed(name, value) for value in (got, wanted))
+            raise UserError(f"{needed} must stay, as when the run in {run} was started, got {asked}")
     return config
+
+
+def _as_typed(name: str, value: object) -> str:
+    if isinstance(value, bool):
+        return option(name if value else f"no_{name}")
+    return f"{option(name)} {value}"
 
 
 def where_to_go_on(run: Path, first_skipped: int) -> str:

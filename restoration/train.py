@@ -23,13 +23,14 @@ from restoration.collection import Painting, find_paintings
 from restoration.config import TrainingConfig
 from restoration.data import PairDataset, small_picture
 from restoration.distributed import ALONE, World
-from restoration.errors import UserError
+from restoration.errors import ReportedError, UserError
 from restoration.files import sole_writer, write_json
 from restoration.flow import ReversibleNetwork
 from restoration.journal import Journal, StepRecord, TrainingDivergedError
 from restoration.loader import load_batches
 from restoration.losses import ReconstructionLoss
 from restoration.memory import is_out_of_memory
+from restoration.progress import LastingConsole
 from restoration.runs import (
     SETTINGS_NAME,
     changed_inputs,
@@ -203,7 +204,7 @@ def _run_steps(
     writing = world.speaker(lambda: SummaryWriter(str(run), purge_step=start))
     with (
         stop_requests() as stop,
-        _told_in_one_line(run),
+        _told_in_one_line(run, world),
         writing as writer,
         world.speaker(_progress_bar) as progress,
     ):
@@ -258,7 +259,7 @@ def until_they_end(batches: Iterator[dict], world: World, save: Callable[[], Non
 
 
 @contextmanager
-def _told_in_one_line(run: Path) -> Iterator[None]:
+def _told_in_one_line(run: Path, world: World) -> Iterator[None]:
     """What a disk, memory, the system or the weights put an end to becomes a UserError that says what to do."""
     previous = threading.excepthook
 
@@ -273,7 +274,9 @@ def _told_in_one_line(run: Path) -> Iterator[None]:
             yield
     except InterruptedError:
         raise
-    except TrainingDivergedError as error:
+    except TrainingDivergedError as error:  # of all processes together
+        if not world.first:
+            raise ReportedError(str(error)) from error
         raise TrainingDivergedError(f"{error}; {where_to_go_on(run, error.first)}", error.first) from error
     except OSError as error:
         kept = "checkpoints are kept" if checkpoints_of(run) else "no checkpoint was made"
@@ -306,6 +309,7 @@ def _progress_bar() -> Progress:
         MofNCompleteColumn(),
         TextColumn("{task.fields[status]}"),
         TimeRemainingColumn(),
+        console=LastingConsole(),
     )
 
 

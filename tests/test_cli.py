@@ -21,7 +21,10 @@ from restoration.config import OVERRIDABLE, make_config, option
 from restoration.distributed import World
 from restoration.errors import UserError
 from restoration.flow import Architecture, ReversibleNetwork
+from restoration.process import one_line_errors
+from restoration.progress import LastingConsole
 from restoration.recolouring import recolour
+from restoration.train import _progress_bar
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +202,24 @@ def test_reconstruct_goes_on_where_nobody_reads_what_it_prints(workshop, tmp_pat
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, b"")
     assert len(list(out.iterdir())) == len(list(ink.iterdir()))
+
+
+def test_what_prints_of_training_goes_on_where_nobody_reads():
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as file:
+        console = LastingConsole(file=file)
+        console.print("nobody reads this")
+        console.print("nor this")
+    assert isinstance(_progress_bar().console, LastingConsole)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate")])
+def test_too_little_memory_is_told_in_one_line(capsys, error):
+    with pytest.raises(SystemExit) as end, one_line_errors():
+        raise error
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: memory does not suffice\n"
 
 
 def test_reconstruct_goes_on_past_a_picture_that_cannot_be_treated(workshop, tmp_path, capsys, monkeypatch):

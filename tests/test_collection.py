@@ -25,6 +25,17 @@ def test_a_folder_that_cannot_be_read_is_an_error(folders, monkeypatch):
         find_paintings(folders)
 
 
+def test_links_that_lead_to_no_picture_are_told_of(folders, tmp_path, caplog):
+    (tmp_path / "elsewhere").mkdir()
+    (folders / "ink/lost.png").symlink_to("nowhere.png")
+    (folders / "ink/linked").symlink_to(tmp_path / "elsewhere")
+    before = find_paintings(folders)
+    assert f"{folders / 'ink/lost.png'}: is a link to what is not there; it is left out" in caplog.messages
+    assert f"{folders / 'ink/linked'}: is a link to a folder, which is not followed" in caplog.messages
+    (folders / "ink/lost.png").unlink()
+    assert find_paintings(folders) == before
+
+
 @pytest.fixture
 def split_folders(folders):
     """The same with tables: ink 1 and 2 show one work, held out with blue 2; ink 4 stands in no table."""

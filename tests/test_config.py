@@ -58,10 +58,10 @@ def test_presets_and_overrides(tmp_path, paintings):
     run = tmp_path / "run"
     train(paintings, run, config(iterations=1, seed=5), device=CPU)
     assert resumed_config(run, {"iterations": 9, "seed": None}) == config(iterations=9, seed=5)
-    for name, kept, other in (("blocks", 1, 2), *((name, True, False) for name in ("dpca", "cafe", "ccpl"))):
-        with pytest.raises(
-            UserError, match=f"--{name} must be {kept}, as when the run in {run} was started, got {other}"
-        ):
+    changes = {("blocks", 2): ("--blocks 1", "--blocks 2")}
+    changes |= {(name, False): (f"--{name}", f"--no-{name}") for name in ("dpca", "cafe", "ccpl")}
+    for (name, other), (kept, asked) in changes.items():
+        with pytest.raises(UserError, match=f"{kept} must stay, as when the run in {run} was started, got {asked}"):
             resumed_config(run, {name: other})
     with pytest.raises(UserError, match="--batch must be at least 1, got 0"):
         resumed_config(run, {"batch": 0})

@@ -74,6 +74,18 @@ def test_resolution_turns_with_the_picture(tmp_path, suffix):
         assert read_image(path).dpi == pytest.approx((300, 150) if orientation < 5 else (150, 300), rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("said", "dpi"),
+    [({271: "camera"}, None), ({282: 300.0, 283: 150.0}, (300, 150)), ({282: 100.0, 283: 50.0, 296: 3}, (254, 127))],
+    ids=["none", "inches", "centimetres"],
+)
+def test_resolution_of_a_jpeg_that_exif_alone_tells(tmp_path, said, dpi):
+    exif = Image.Exif()
+    exif.update(said)
+    Image.new("L", (2, 2)).save(tmp_path / "camera.jpg", exif=exif)
+    assert read_image(tmp_path / "camera.jpg").dpi == (dpi and pytest.approx(dpi))
+
+
 def test_no_resolution_is_none(tmp_path):
     tags = {256: [2], 257: [1], 258: [8], 259: [1], 262: [1], 277: [1], 278: [1]}
     write_tiff(tmp_path / "none.tif", tags, [b"ab"])
@@ -113,6 +125,15 @@ def test_alpha_is_read(tmp_path, mode):
     assert np.array_equal(picture.alpha.numpy(), np.asarray(image.getchannel("A")))
     seen = picture.alpha.numpy() > 0
     assert np.array_equal(as_bytes(picture.rgb)[seen], np.asarray(image.convert("RGBA"))[..., :3][seen])
+
+
+def test_multiplied_grey_is_divided(tmp_path):
+    """Grey with associated alpha: 100 at half of all is 199."""
+    tags = {256: [2], 257: [1], 258: [8, 8], 259: [1], 262: [1], 277: [2], 278: [1], 338: [1]}
+    write_tiff(tmp_path / "half.tif", tags, [bytes([100, 128, 7, 255])])
+    picture = read_image(tmp_path / "half.tif")
+    assert picture.alpha.tolist() == [[128, 255]]
+    assert as_bytes(picture.rgb).tolist() == [[[199] * 3, [7] * 3]]
 
 
 def test_what_nobody_sees_has_the_colour_of_the_nearest_that_is_seen(tmp_path):
@@ -175,6 +196,29 @@ def test_reduced_copies_are_no_pages(tmp_path, caplog, order):
     picture = read_image(tmp_path / "scan.tif")
     assert np.array_equal(as_bytes(picture.rgb), random_pixels(9, 13)) and picture.dpi == (100, 100)
     assert not caplog.records
+
+
+def test_the_profile_of_a_reduced_copy_is_of_no_other_page(tmp_path):
+    copy, page = Image.fromarray(random_pixels(3, 4)), Image.fromarray(random_pixels())
+    copy.encoderinfo = {"tiffinfo": {254: 1}, "icc_profile": exchanged_profile()}
+    page.encoderinfo = {"tiffinfo": {254: 0}, "icc_profile": None}
+    copy.save(tmp_path / "scan.tif", save_all=True, append_images=[page], **copy.encoderinfo)
+    with Image.open(tmp_path / "scan.tif") as image:
+        assert 34675 in image.tag_v2
+        image.seek(1)
+        assert 34675 not in image.tag_v2
+    picture = read_image(tmp_path / "scan.tif")
+    assert np.array_equal(as_bytes(picture.rgb), random_pixels()) and picture.icc_profile is None
+
+
+def test_a_file_may_claim_any_number_of_frames(tmp_path, caplog):
+    Image.fromarray(random_pixels()).save(tmp_path / "one.png")
+    content = (tmp_path / "one.png").read_bytes()
+    claim = b"acTL" + struct.pack(">II", 2**31 - 1, 0)
+    chunk = struct.pack(">I", 8) + claim + struct.pack(">I", zlib.crc32(claim))
+    (tmp_path / "many.png").write_bytes(content[:33] + chunk + content[33:])
+    assert np.array_equal(as_bytes(read_image(tmp_path / "many.png").rgb), random_pixels())
+    assert "holds 2147483648 pictures, of which only the first is read" in caplog.text
 
 
 def test_a_reduced_copy_alone_is_told_of(tmp_path, caplog):

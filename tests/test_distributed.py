@@ -27,10 +27,10 @@ from restoration.config import make_config
 from restoration.distributed import World, joined
 from restoration.errors import LostPeerError, ReportedError, UserError
 from restoration.flow import Architecture, ReversibleNetwork
-from restoration.journal import StepRecord, joined_record
+from restoration.journal import StepRecord, TrainingDivergedError, joined_record
 from restoration.runs import newest_checkpoint
 from restoration.step import Optimisation, TrainingStep
-from restoration.train import build_step, train
+from restoration.train import _told_in_one_line, build_step, train
 from restoration.vgg import loss_features
 
 CPU = torch.device("cpu")
@@ -110,6 +110,12 @@ def test_an_option_of_one_process_is_refused_once():
     assert not isinstance(first.value, ReportedError)
     with pytest.raises(ReportedError, match="--profile takes one process"):
         World(rank=1, size=2).refuse_company("--profile")
+
+
+@pytest.mark.parametrize(("rank", "error"), [(0, TrainingDivergedError), (1, ReportedError)])
+def test_what_all_processes_find_is_reported_by_the_first(tmp_path, rank, error):
+    with pytest.raises(error, match="step 3: no use"), _told_in_one_line(tmp_path, World(rank, 2)):
+        raise TrainingDivergedError("step 3: no use")
 
 
 def test_each_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch):

@@ -40,6 +40,9 @@ DESCRIPTIONS = {
     ExifTags.Base.Copyright: "Palace Museum",
     ExifTags.Base.DocumentName: "Inv. 1234",
     ExifTags.Base.PageName: "recto",
+    ExifTags.Base.HostComputer: "studio",
+    ExifTags.Base.ImageHistory: "rephotographed",
+    ExifTags.Base.CameraSerialNumber: "IQ4-0001",
     ExifTags.Base.Rating: 5,
     ExifTags.Base.RatingPercent: 99,
 } | {
@@ -254,6 +257,13 @@ def test_resolution_survives(tmp_path, suffix):
     write_image(tmp_path / f"new.{suffix}", picture.rgb, picture)
     with Image.open(tmp_path / f"new.{suffix}") as image:
         assert [float(value) for value in image.info["dpi"]] == pytest.approx([600, 300], rel=1e-3)
+
+
+def test_a_long_padding_of_xmp_is_read_at_once(tmp_path):
+    """A million spaces: to look for the end of them from each one would take days."""
+    packet = KEPT_XMP + b" " * 1_000_000
+    save_with_xmp(tmp_path / "old.png", packet)
+    assert read_image(tmp_path / "old.png").xmp == packet
 
 
 @pytest.mark.parametrize(

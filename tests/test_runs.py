@@ -123,6 +123,16 @@ def test_weights_that_are_named_like_a_checkpoint_are_not_gone_on_with(paintings
         train(paintings, run, config(iterations=3), device=CPU, resume=True)
 
 
+def test_a_checkpoint_of_another_step_than_its_name_says_is_not_gone_on_with(paintings, tmp_path):
+    """Newer ones would count as older than it, and be removed."""
+    run = tmp_path / "run"
+    train(paintings, run, config(iterations=2), device=CPU)
+    newest = newest_checkpoint(run)
+    newest.rename(run / "checkpoint-0000020.safetensors")
+    with pytest.raises(UserError, match=r"checkpoint-0000020.safetensors: is of step 2, not of the 20 of its name"):
+        resumed_config(run, {})
+
+
 def test_copies_of_checkpoints_under_other_names_are_left_alone(paintings, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
