@@ -165,7 +165,8 @@ void launch(const MattingLaplacian& arguments, const MattingLaplacianSizes& size
 
 // Instructions of a TwoFloat for one of float64, about.
 constexpr int kTwoFloatInstructions = 13;
-// TwoFloat's 46 bits are enough for a fit as nearly singular as the least eps allows it to be; it overflows as float32 does.
+// TwoFloat's 46 bits are enough for a fit as nearly singular as the least eps allows it to be. It overflows as float32
+// does, which the squares of a larger eps would.
 constexpr double kLeastTwoFloatEps = 1e-15, kMostTwoFloatEps = 1e30;
 
 // Whether this device computes quicker in TwoFloat: it then takes 32 or 64 times as long for float64 as for float32. Or as

@@ -61,9 +61,15 @@ Place = tuple[dict[str, nn.Parameter | None], str]
 
 
 def _places(module: nn.Module) -> list[Place]:
+    modules = list(module.modules())
+    if any(getattr(each, "_is_replica", False) for each in modules):
+        raise RuntimeError(
+            "run_chain: reversible must be False within nn.DataParallel, whose copies of a module hide its parameters, "
+            "or take DistributedDataParallel"
+        )
     return [
         (each._parameters, name)
-        for each in module.modules()
+        for each in modules
         for name, parameter in each._parameters.items()
         if parameter is not None
     ]

@@ -266,7 +266,8 @@ def test_the_group_is_taken_down_in_order_only_where_nothing_failed(monkeypatch)
 @pytest.mark.parametrize(
     ("failure", "code", "message"),
     [
-        ("MemoryError('full')", 1, "MemoryError: full"),
+        ("RuntimeError('broken')", 1, "RuntimeError: broken"),
+        ("MemoryError('full')", 2, "error: memory does not suffice"),
         ("errors.UserError('--crop')", 2, "error: --crop"),
         ("SystemExit(0)", 0, ""),
         ("SystemExit", 0, ""),

@@ -221,6 +221,14 @@ def test_parameters_replaced_before_backward(precision, replace):
     assert all(map(torch.equal, torch.autograd.grad(loss, [image, *parameters]), expected))
 
 
+def test_copies_without_parameters_are_refused():
+    """Those of DataParallel on several GPUs: no gradient would reach their parameters."""
+    block = ReversibleBlock(8)
+    replica = block._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match="reversible must be False within nn.DataParallel"):
+        run_chain([Coupling(replica)], list(torch.zeros(2, 1, 8, 5, 5)))
+
+
 def test_a_shared_parameter_is_one():
     """In a block whose two convolutions have the same bias, say."""
 
