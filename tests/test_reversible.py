@@ -225,7 +225,7 @@ def test_copies_without_parameters_are_refused():
     """Those of DataParallel on several GPUs: no gradient would reach their parameters."""
     block = ReversibleBlock(8)
     replica = block._replicate_for_data_parallel()
-    with pytest.raises(RuntimeError, match="reversible must be False within nn.DataParallel"):
+    with pytest.raises(RuntimeError, match=r"reversible must be False within nn\.DataParallel"):
         run_chain([Coupling(replica)], list(torch.zeros(2, 1, 8, 5, 5)))
 
 
