@@ -75,22 +75,15 @@ def one_line_errors() -> Iterator[None]:
     except Exception as error:
         # A full disk may be the one behind standard output, which has no name.
         of_a_file = isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC)
-        of_a_variable = any(name in str(error) for name in VARIABLES)
-        if _is_out_of_memory(error):
+        if not (of_a_file or isinstance(error, UserError) or any(name in str(error) for name in VARIABLES)):
+            from restoration.memory import is_out_of_memory  # and PyTorch, which what needs no memory does without
+
+            if not is_out_of_memory(error):
+                raise
             error = UserError("memory does not suffice")
-        elif not (of_a_file or isinstance(error, UserError) or of_a_variable):
-            raise
         if not isinstance(error, ReportedError):
             print(error_line(error), file=sys.stderr, flush=True)
         raise SystemExit(USAGE_ERROR) from None
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, UserError):
-        return False
-    from restoration.memory import is_out_of_memory  # and PyTorch, which what needs no memory does without
-
-    return is_out_of_memory(error)
 
 
 def error_line(error: Exception) -> str:

@@ -131,10 +131,10 @@ def test_edge_shapes_of_places(backend):
     features = torch.randn(1, 70, 4, 4, dtype=torch.float64, device=compare.device(backend))
     anchors = torch.tensor([5, 6], device=features.device)
     arguments = {"features": features, "anchors": anchors, "neighbors": anchors.new_tensor(range(16)).view(2, 8)}
-    compare.skip_unless_able(backend, "neighbor_difference", arguments)
+    compare.skip_unless_able(backend, OPERATOR, arguments)
     ours, exact = (
         compare.differentiate(function, arguments, ("features",))
-        for function in (compare.public("neighbor_difference", backend), definition)
+        for function in (compare.public(OPERATOR, backend), definition)
     )
     compare.judge_all(ours, exact, ulps=compare.REFERENCE_ULPS[torch.float64])
 
@@ -148,8 +148,8 @@ def test_repeated_places_accumulate(backend, deterministic, layout):
     features = torch.randn(2, 5, 4, 4, device=compare.device(backend)).contiguous(memory_format=layout)
     anchors = torch.tensor([5, 5, 10], device=features.device)
     arguments = {"features": features, "anchors": anchors, "neighbors": anchors.new_full((3, 8), 5)}
-    compare.skip_unless_able(backend, "neighbor_difference", arguments)
-    ours = compare.differentiate(compare.public("neighbor_difference", backend), arguments, ("features",))
+    compare.skip_unless_able(backend, OPERATOR, arguments)
+    ours = compare.differentiate(compare.public(OPERATOR, backend), arguments, ("features",))
     exact = {**arguments, "features": features.double()}
     compare.judge_all(ours, compare.differentiate(definition, exact, ("features",)))
     assert backend == "reference" or ours["features"].is_contiguous(memory_format=layout)
@@ -266,7 +266,7 @@ def test_ccpl_gradient_is_bounded_in_flat_regions(backend, dtype):
     """As the docstring of ccpl_loss promises: 2/(τ·eps) divided by the number of rows, for each difference."""
     features = torch.zeros(1, 2, 3, 3, dtype=dtype, device=compare.device(backend), requires_grad=True)
     anchors = torch.zeros(1, dtype=torch.int64, device=features.device)
-    compare.skip_unless_able(backend, "neighbor_difference", {"features": features, "anchors": anchors})
+    compare.skip_unless_able(backend, OPERATOR, {"features": features, "anchors": anchors})
     targets = torch.randn(1, 2, 3, 3, generator=compare.seeded(0)).to(features)
     loss = ccpl_loss([features], [targets], 1, backend=backend)
     assert loss.item() == pytest.approx(math.log(8), rel=1e-6)
