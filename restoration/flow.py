@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 IMAGE_CHANNELS = 3
 MINIMUM_SIDE = 8  # a quarter of it, at the coarsest stage, is the least that reflection padding of 1 accepts
 SIDE_MULTIPLE = 4  # two squeezes by 2
+_SQUEEZED = SIDE_MULTIPLE**2  # pixels that the squeezes turn into channels of one
 
 NETWORK_PRECISIONS = ("fp32", "bf16")
 
@@ -61,7 +62,8 @@ class ReversibleNetwork(nn.Module):
 
     H' and W' are H and W padded by replication to at least 8 and to multiples of 4. The input is first rounded to
     multiples of 2^-16 (blocks.STREAM_QUANTUM); from there on decode(encode(x), size) returns it bit for bit on one
-    device, in both precisions of the residual functions. With reversible, backward rebuilds activations in place of
+    device, in both precisions of the residual functions, while values stay below 2^8 (blocks.STREAM_LIMIT): of z,
+    check_stream_range says so. With reversible, backward rebuilds activations in place of
     keeping them (reversible.run_chain).
     """
 
@@ -95,19 +97,27 @@ class ReversibleNetwork(nn.Module):
         # No cache: it saves nothing where a pass casts each parameter once, and holds all of them.
         return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
 
-    def encode(self, image: Tensor) -> Tensor:
-        """[B,3,H,W] -> z [B,2*half_channels,H',W'], differentiable."""
-        with self._residual_precision(image.device):
-            (z,) = run_chain(self._encoding(), [round_to_quantum(pad_to_valid_size(image))], self.reversible)
-        return z
+    def encode(self, image: Tensor, in_order: bool = True) -> Tensor:
+        """[B,3,H,W] -> z [B,2*half_channels,H',W'], differentiable.
 
-    def decode(self, z: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        With in_order=False the pixels of z lie as the last blocks leave them, [B,2*half_channels,4H',W'/4]: what treats
+        all alike, as the transfer does, need not wait for copies that put them in order.
+        """
+        with self._residual_precision(image.device):
+            (code,) = run_chain(self._encoding([_JOIN]), [round_to_quantum(pad_to_valid_size(image))], self.reversible)
+        if in_order:
+            return _pixel_shuffle(_pixel_shuffle(code))
+        return code.unflatten(1, (-1, _SQUEEZED)).flatten(2, 3)
+
+    def decode(self, z: Tensor, size: Sequence[int] | None = None, in_order: bool = True) -> Tensor:
         """z [B,2*half_channels,H',W'] -> [B,3,H,W], cropped to size = (H, W) where given, differentiable.
 
-        z is rounded to multiples of 2^-16 first.
+        z is rounded to multiples of 2^-16 first. in_order as z was encoded.
         """
+        z = round_to_quantum(z)  # in memory of its own, which the chain may write over
+        code = _pixel_unshuffle(_pixel_unshuffle(z)) if in_order else z.unflatten(2, (_SQUEEZED, -1)).flatten(1, 2)
         with self._residual_precision(z.device):
-            first, _ = run_chain(self._decoding(), [round_to_quantum(z)], self.reversible)
+            first, _ = run_chain(self._decoding([_SPLIT]), [code], self.reversible)
         image = first[:, :IMAGE_CHANNELS]
         return image if size is None else image[..., : size[0], : size[1]]
 
@@ -151,20 +161,20 @@ class ReversibleNetwork(nn.Module):
             for inverse in (False, True)
         }
 
-    def _encoding(self, ending: Sequence[Step] | None = None) -> list[Step]:
-        """ending: the steps after the refinement; None: one that joins the streams."""
+    def _encoding(self, ending: Sequence[Step]) -> list[Step]:
+        """ending: the steps after the refinement."""
         *stages, refinement = self._couplings()
         steps: list[Step] = [Rearrangement(self._expand, self._reduce)]
         for index, stage in enumerate(stages):
             if index > 0:
                 steps.append(_DOWN)
             steps += stage
-        return [*steps, *refinement, *(ending or [Rearrangement(_merge, _split)])]
+        return [*steps, *refinement, *ending]
 
-    def _decoding(self, beginning: Sequence[Step] | None = None) -> list[Step]:
+    def _decoding(self, beginning: Sequence[Step]) -> list[Step]:
         """beginning: the steps that undo such an ending."""
         *stages, refinement = self._couplings(inverse=True)
-        steps: list[Step] = [*(beginning or [Rearrangement(_split, _merge)]), *reversed(refinement)]
+        steps: list[Step] = [*beginning, *reversed(refinement)]
         for index, stage in reversed(list(enumerate(stages))):
             steps += reversed(stage)
             if index > 0:
@@ -180,8 +190,13 @@ class ReversibleNetwork(nn.Module):
         return (first[:, :IMAGE_CHANNELS],)
 
     def forward(self, degraded: Tensor, reference: Tensor, strength: float = 1.0) -> Reconstruction:
-        """Recolours degraded [B,3,H,W] after reference [B,3,h,w], both in [0,1]; sizes need not match."""
-        transfer = transfer_statistics(self.encode(degraded), self.encode(reference), strength=strength)
+        """Recolours degraded [B,3,H,W] after reference [B,3,h,w], both in [0,1]; sizes need not match.
+
+        Raises OverflowError where values leave the range in which the network is exact.
+        """
+        content, style = self.encode(degraded), self.encode(reference)
+        transfer = transfer_statistics(content, style, strength=strength)
+        check_stream_range(content, style, transfer.z)
         return Reconstruction(self.decode(transfer.z, degraded.shape[-2:]), transfer)
 
 
@@ -219,13 +234,12 @@ class _RoundedCopy:
         return self._copy
 
 
-def _merge(first: Tensor, second: Tensor) -> Streams:
-    return (_pixel_shuffle(_pixel_shuffle(torch.cat((first, second), 1))),)
+def _join(first: Tensor, second: Tensor) -> Streams:
+    return (torch.cat((first, second), 1),)
 
 
-def _split(z: Tensor) -> Streams:
-    # One after the other: together they would need half as much memory again in passing.
-    first, second = (_pixel_unshuffle(_pixel_unshuffle(half)) for half in z.chunk(2, 1))
+def _split(code: Tensor) -> Streams:
+    first, second = (half.contiguous() for half in code.chunk(2, 1))  # no copies in a batch of one
     return first, second
 
 
@@ -256,6 +270,8 @@ class _PixelShuffle(torch.autograd.Function):
 
 _DOWN = Rearrangement(_pixel_unshuffle, _pixel_shuffle, each_stream=True)
 _UP = Rearrangement(_pixel_shuffle, _pixel_unshuffle, each_stream=True)
+_JOIN = Rearrangement(_join, _split)
+_SPLIT = Rearrangement(_split, _join)
 
 
 def pad_to_valid_size(image: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class TrainingStep(nn.Module):
             own, wanted = moments(content), moments(style)
         result, fallbacks = self._recoloured(content, own, wanted, degraded)
         with part("encode"):
-            encoded_result = self.network.encode(result)
+            encoded_result = self.network.encode(result, in_order=False)
         with part("transfer"):
             reached = moments(encoded_result)
         cycled, more_fallbacks = self._recoloured(encoded_result, reached, own, degraded)
@@ -80,19 +80,19 @@ class TrainingStep(nn.Module):
     def _encode_both(self, degraded: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         """In one batch if sizes agree: half as many kernels to start, each with twice the work."""
         if degraded.shape != reference.shape:
-            return self.network.encode(degraded), self.network.encode(reference)
-        both = self.network.encode(torch.cat((degraded, reference)))
+            return self.network.encode(degraded, in_order=False), self.network.encode(reference, in_order=False)
+        both = self.network.encode(torch.cat((degraded, reference)), in_order=False)
         # Its backward comes last: what smaller batches have freed by then lies in pieces too small for this one.
         _return_freed_pages_before_backward(both)
         content, style = both.chunk(2)
         return content, style
 
     def _recoloured(self, z: Tensor, own: Moments, wanted: Moments, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The picture, in the size of like, that z [B,C,H',W'] becomes, and how many images needed a larger ridge."""
+        """The picture, in the size of like, that z becomes, and how many images needed a larger ridge."""
         with part("transfer"):
             transfer = transfer_moments(z, own, wanted)
         with part("decode"):
-            return self.network.decode(transfer.z, like.shape[-2:]), transfer.fallbacks()
+            return self.network.decode(transfer.z, like.shape[-2:], in_order=False), transfer.fallbacks()
 
 
 @dataclass(frozen=True)

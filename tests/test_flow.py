@@ -67,6 +67,21 @@ def test_halves_are_those_of_the_code(precision):
     assert image.untyped_storage().nbytes() == image.nbytes, "a picture keeps no other channels alive"
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_pixels_out_of_order_are_the_same(batch):
+    """Each stays where its channels are, so that its code is moved and decoded alike."""
+    net, size = network(), (12, 20)
+    x = picture(*size, batch=batch)
+    with torch.no_grad():
+        z, unordered = net.encode(x), net.encode(x, in_order=False)
+        assert unordered.shape == (batch, z.shape[1], 48, 5) and not torch.equal(unordered.flatten(), z.flatten())
+        # One pixel of each square of 4 x 4, then another of each.
+        squares = z.unflatten(3, (-1, 2, 2)).unflatten(2, (-1, 2, 2)).permute(0, 1, 4, 7, 3, 6, 2, 5)
+        assert torch.equal(unordered.flatten(), squares.flatten())
+        assert torch.equal(net.decode(unordered + 0.3, size, in_order=False), net.decode(z + 0.3, size))
+        assert torch.equal(unordered, net.encode(x, in_order=False)), "decoding writes over no code"
+
+
 @pytest.mark.parametrize("switches", [{"dpca": False}, {"cafe": False}, {"dpca": False, "cafe": False}])
 def test_ablated_networks_are_exactly_invertible_too(switches):
     net = network(**switches)
@@ -177,6 +192,15 @@ def test_strength_zero_changes_nothing():
     x = picture(21, 30)
     with torch.no_grad():
         assert torch.equal(network()(x, picture(17, 64), strength=0.0).image, on_grid(x))
+
+
+def test_recolouring_looks_at_the_range(monkeypatch):
+    looked_at = []
+    monkeypatch.setattr("restoration.flow.check_stream_range", lambda *streams: looked_at.extend(streams))
+    net, x, y = network(), picture(12, 16), picture(8, 20)
+    with torch.no_grad():
+        z = net(x, y).transfer.z
+        assert all(map(torch.equal, looked_at, (net.encode(x), net.encode(y), z))) and len(looked_at) == 3
 
 
 def test_guides_and_outputs_begin_at_a_tenth_of_pytorchs_scale():
