@@ -28,7 +28,7 @@ def recolour(
 ) -> tuple[Tensor, tuple[str, ...]]:
     """degraded [3,H,W] after reference [3,h,w], in [0,1], on the CPU; any sizes. Returns the same kind, and notes.
 
-    visible: the pixels [H,W] and [h,w], bool, whose colours count; None: all.
+    visible: the pixels [H,W] and [h,w], bool, whose colours count; None, or no more than the code's channels: all.
     UserError where memory does not suffice, UnsuitableWeightsError where these weights cannot treat the picture.
     """
     try:

@@ -6,6 +6,7 @@ factors are in float64: whitening a nearly grey painting divides by standard dev
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -115,15 +116,19 @@ def _strips(z: Tensor) -> list[slice]:
 
 def blend(parts: Sequence[Moments], weights: Sequence[float]) -> Moments:
     """Weighted mean of several references' moments; weights are normalised to sum 1."""
-    if len(parts) != len(weights):
-        raise ValueError(f"blend: weights must have one entry a reference ({len(parts)}), got {len(weights)}")
-    if min(weights) < 0 or sum(weights) <= 0:
-        raise ValueError(f"blend: weights must be non-negative with a positive sum, got {list(weights)}")
+    _check_weights("blend", weights, len(parts))
     shares = [weight / sum(weights) for weight in weights]
     return Moments(
         sum(share * part.mean for share, part in zip(shares, parts, strict=True)),
         sum(share * part.covariance for share, part in zip(shares, parts, strict=True)),
     )
+
+
+def _check_weights(caller: str, weights: Sequence[float], count: int) -> None:
+    if len(weights) != count:
+        raise ValueError(f"{caller}: weights must have one entry a reference ({count}), got {len(weights)}")
+    if not all(0 <= weight < math.inf for weight in weights) or not 0 < sum(weights) < math.inf:
+        raise ValueError(f"{caller}: weights must be non-negative with a positive sum, got {list(weights)}")
 
 
 def regularised_cholesky(covariance: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,8 +158,8 @@ def transfer_moments(z: Tensor, content: Moments, style: Moments, strength: floa
     strength in [0,1] scales the change: 0 returns z, 1 the full transfer. The change is what is computed, so equal
     moments return z exactly.
     """
-    change, shift, *ridges = _change(content, style, strength, z.dtype)
-    return Transfer(_moved(z, change, shift), *ridges)
+    change, *ridges = _change(content, style, strength, z.dtype)
+    return Transfer(_Moved.apply(z, *change), *ridges)
 
 
 @torch.no_grad()
@@ -162,18 +167,22 @@ def transfer_parts_(
     parts: Sequence[Tensor], content: Moments, style: Moments, strength: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """`transfer_moments` of z whose channels lie in several tensors [B,·,H,W], in place. Returns the two ridges."""
-    change, shift, *ridges = _change(content, style, strength, parts[0].dtype)
+    change, *ridges = _change(content, style, strength, parts[0].dtype)
     for rows in _strips(parts[0]):
         pieces = [part[:, :, rows] for part in parts]
-        moved = _moved(torch.cat(pieces, 1), change, shift)
+        moved = _Moved.apply(torch.cat(pieces, 1), *change)
         torch._foreach_copy_(pieces, moved.split([piece.shape[1] for piece in pieces], 1))
     return tuple(ridges)
 
 
 def _change(
     content: Moments, style: Moments, strength: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Matrix [B,C,C] and shift [B,C,1] of what is added to z, and the ridges of content and style."""
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
+    """What is added to z, matrix [B,C,C] · (z - centre [B,C,1]) + shift [B,C,1], and the ridges of both.
+
+    The centre is the content's mean, rounded to dtype: of a nearly flat content the matrix enlarges deviations ten
+    thousand times, and would enlarge the rounding of whole values as much.
+    """
     if not 0.0 <= strength <= 1.0:
         raise ValueError(f"transfer_moments: strength must lie in [0, 1], got {strength}")
     counts = [len(content.covariance), len(style.covariance)]
@@ -181,13 +190,28 @@ def _change(
     content_factor, style_factor = factors.split(counts)
     matrix = torch.linalg.solve_triangular(content_factor, style_factor, upper=False, left=False)
     change = matrix - torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
-    shift = (style.mean - content.mean)[..., None] - torch.matmul(change, content.mean[..., None])
-    return strength * change.to(dtype), strength * shift.to(dtype), *ridges.split(counts)
+    mean = content.mean[..., None]
+    centre = mean.detach().to(dtype)  # around whichever centre, z moves to the same
+    shift = style.mean[..., None] - mean - torch.matmul(change, mean - centre)
+    return (strength * change.to(dtype), strength * shift.to(dtype), centre), *ridges.split(counts)
 
 
-def _moved(z: Tensor, change: Tensor, shift: Tensor) -> Tensor:
-    # In place: each further map takes as much memory as z.
-    return torch.baddbmm(shift, change, z.flatten(2)).reshape(z.shape).add_(z)
+class _Moved(torch.autograd.Function):
+    """z [B,C,H,W] + change · (z - centre) + shift; each map that is kept or held takes as much memory as z."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor, change: Tensor, shift: Tensor, centre: Tensor) -> Tensor:
+        ctx.save_for_backward(z, change, centre)
+        return torch.baddbmm(shift, change, z.flatten(2) - centre).reshape(z.shape).add_(z)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        z, change, centre = ctx.saved_tensors
+        grad = grad.flatten(2)
+        grad_change = torch.bmm(grad, (z.flatten(2) - centre).transpose(1, 2))
+        grad_z = torch.baddbmm(grad, change.transpose(1, 2), grad).reshape(z.shape)
+        return grad_z, grad_change, grad.sum(2, keepdim=True), None
 
 
 def transfer_statistics(
@@ -202,18 +226,22 @@ def transfer_statistics(
     """Gives content [B,C,H,W] the mean and covariance of one or several styles [B,C,h,w].
 
     weights: share of each of several styles (equal by default). content_labels [H,W] and style_labels (one [h,w] for
-    each style), integers: every label of the content takes the statistics of the same label in the styles; a label
-    that no style has takes those of the whole styles. strength in [0,1]. Differentiable in content and styles.
+    each style; padded, where the pictures were), integers: every label of the content takes the statistics of the same
+    label in the styles; a label that no style has takes those of the whole styles. strength in [0,1]. Differentiable in
+    content and styles.
+    Raises ValueError where weights are negative, not finite or zero altogether, where there are not as many of them, or
+    of style_labels, as styles, where labels have another size, and where those of one side are given alone.
     """
     styles = [styles] if isinstance(styles, Tensor) else list(styles)
     weights = [1.0] * len(styles) if weights is None else list(weights)
-    if content_labels is None:
+    _check_weights("transfer_statistics", weights, len(styles))
+    if content_labels is None and style_labels is None:
         style = blend([moments(one) for one in styles], weights)
         return transfer_moments(content, moments(content), style, strength)
-    if style_labels is None:
-        raise ValueError("transfer_statistics: style_labels must be given together with content_labels, got None")
 
-    style_labels = [style_labels] if isinstance(style_labels, Tensor) else list(style_labels)
+    style_labels = [style_labels] if isinstance(style_labels, Tensor) else list(style_labels or ())
+    _check_labels(content, content_labels, styles, style_labels)
+    content_labels = content_labels.to(content.device)
     z = content
     ridges = []
     for label in content_labels.unique().tolist():
@@ -228,3 +256,18 @@ def transfer_statistics(
         ridges.append((part.content_ridge, part.style_ridge))
     content_ridges, style_ridges = zip(*ridges, strict=True)
     return Transfer(z, torch.stack(content_ridges).amax(0), torch.stack(style_ridges).amax(0))
+
+
+def _check_labels(
+    content: Tensor, content_labels: Tensor | None, styles: Sequence[Tensor], style_labels: Sequence[Tensor]
+) -> None:
+    caller, count = "transfer_statistics", len(style_labels)
+    if content_labels is None or not style_labels:
+        alone, missing = ("style", "content") if content_labels is None else ("content", "style")
+        raise ValueError(f"{caller}: {missing}_labels must be given together with {alone}_labels, got None")
+    if count != len(styles):
+        raise ValueError(f"{caller}: style_labels must have one entry a reference ({len(styles)}), got {count}")
+    names = ("content_labels", *("style_labels",) * count)
+    for name, z, labels in zip(names, (content, *styles), (content_labels, *style_labels), strict=True):
+        if labels.shape != z.shape[2:]:
+            raise ValueError(f"{caller}: {name} must be of shape {list(z.shape[2:])}, got {list(labels.shape)}")

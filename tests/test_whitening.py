@@ -205,6 +205,16 @@ def test_regions_tell_the_largest_of_their_ridges(monkeypatch):
         assert (int(transfer.content_ridge), int(transfer.style_ridge)) == (1, 1)
 
 
+def test_transfers_of_what_is_nearly_flat_are_exact():
+    """Deviations of some quanta are enlarged ten thousand times: in float32, but not the rounding of whole values."""
+    for spread in (0, 1, 4, 16):
+        noise = torch.randint(-spread, spread + 1, (1, 32, 24, 24), generator=torch.Generator().manual_seed(spread))
+        faint = 0.3 + STREAM_QUANTUM * noise
+        style = encoded(20, 20, channels=32)
+        exact = transfer_statistics(faint.double(), style).z
+        assert (transfer_statistics(faint, style).z - exact).abs().max() < 1e-6 * exact.abs().max(), spread
+
+
 def test_rejects():
     z = encoded(4, 4)
     for strength in (-0.5, 1.5):
@@ -212,8 +222,23 @@ def test_rejects():
             transfer_statistics(z, z, strength=strength)
     with pytest.raises(ValueError, match="one entry a reference"):
         transfer_statistics(z, [z, z], weights=[1.0])
-    for weights in ([0.0, 0.0], [2.0, -1.0]):
-        with pytest.raises(ValueError, match="non-negative"):
+    labels = torch.zeros(4, 4)
+    both = {"content_labels": labels, "style_labels": [labels, labels]}
+    for weights in ([0.0, 0.0], [2.0, -1.0], [float("nan"), 1.0], [float("inf"), 1.0]):
+        with pytest.raises(ValueError, match="blend: weights must be non-negative"):
             blend([moments(z)] * 2, weights)
+        with pytest.raises(ValueError, match="transfer_statistics: weights must be non-negative"):
+            transfer_statistics(z, [z, z], weights=weights, **both)
+    with pytest.raises(ValueError, match=r"one entry a reference \(0\), got 1"):
+        transfer_statistics(z, [], weights=[1.0])
+    with pytest.raises(ValueError, match="non-negative with a positive sum, got \\[\\]"):
+        transfer_statistics(z, [])
     with pytest.raises(ValueError, match="style_labels must be given"):
-        transfer_statistics(z, z, content_labels=torch.zeros(4, 4))
+        transfer_statistics(z, z, content_labels=labels)
+    with pytest.raises(ValueError, match="content_labels must be given"):
+        transfer_statistics(z, z, style_labels=labels)
+    with pytest.raises(ValueError, match=r"style_labels must have one entry a reference \(2\), got 1"):
+        transfer_statistics(z, [z, z], content_labels=labels, style_labels=labels)
+    for name, wrong in (("content_labels", labels[:1]), ("style_labels", [labels, labels[None]])):
+        with pytest.raises(ValueError, match=rf"{name} must be of shape \[4, 4\], got \[1, 4"):
+            transfer_statistics(z, [z, z], **{**both, name: wrong})
