@@ -140,6 +140,8 @@ def partners_of(group: Sequence[Painting], place: int) -> list[int]:
 
 def _indexed_paintings(root: Path) -> list[Painting]:
     table = root / INDEX_FILE
+    lines = read_table(table, ("file", "style", "split", "painting_id"))
+    _told(table, lines, "painting_id", "split")
     return [
         Painting(
             path=_path_within(root, line["file"], table),
@@ -147,7 +149,7 @@ def _indexed_paintings(root: Path) -> list[Painting]:
             painting_id=line["painting_id"],
             split=_known_split(line["split"], table),
         )
-        for line in read_table(table, ("file", "style", "split", "painting_id"))
+        for line in lines
     ]
 
 

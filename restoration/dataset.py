@@ -238,7 +238,10 @@ def _arrange(
 
 
 def _held_out(paintings: Sequence[Painting], test_share: float) -> set[str]:
-    """The painting_ids of ``test_share`` of each style's works, at least one of two or more and never all."""
+    """The painting_ids of ``test_share`` of each style's works, at least one of two or more and never all.
+
+    Of works that belong to two styles fewer are taken where one of these would be left without any.
+    """
     works: dict[str, set[str]] = {}
     for painting in paintings:
         works.setdefault(painting.style, set()).add(painting.painting_id)
@@ -247,7 +250,11 @@ def _held_out(paintings: Sequence[Painting], test_share: float) -> set[str]:
         # By hash: the choice is arbitrary, yet the same on every machine, and an added painting moves few others.
         ranked = sorted(style_works, key=lambda work: hashlib.sha256(work.encode()).digest())
         count = max(1, round(test_share * len(ranked))) if test_share > 0 else 0
-        held_out.update(ranked[: min(count, len(ranked) - 1)])
+        for work in ranked:
+            if len(style_works & held_out) < count and all(
+                len(others - held_out) > 1 for others in works.values() if work in others
+            ):
+                held_out.add(work)
     return held_out
 
 

@@ -93,6 +93,10 @@ class TestFindPaintings:
         columns = ["file", "style", "split", "painting_id"]
         write_table(folders / "index.csv", columns, ["ink/1.png", "wash", "test", "p1"])
         assert find_paintings(folders) == [Painting(folders / "ink/1.png", "wash", "p1", "test")]
+        rows = [[f"ink/{number}.png", "wash", split, "p1"] for number, split in ((1, "test"), (2, "train"))]
+        write_table(folders / "index.csv", columns, *rows)
+        saying = "index.csv: gives 'p1' two values of split, 'test' and 'train'"
+        assert_refuses(find_paintings, folders, saying=saying)
 
     def test_styles_choose(self, folders):
         assert names(folders, find_paintings(folders, styles=["blue"])) == ["blue/1.png", "blue/2.png"]

@@ -10,9 +10,9 @@ from pictures import PAINTINGS, assert_refuses, needs_paintings, write_table
 from PIL import Image, ImageDraw
 from skimage.color import lab2rgb
 
-from restoration.collection import evaluation_pairs, find_paintings
+from restoration.collection import Painting, evaluation_pairs, find_paintings
 from restoration.data import PairDataset
-from restoration.dataset import INDEX_COLUMNS, build_dataset, is_uniform, windows
+from restoration.dataset import INDEX_COLUMNS, _held_out, build_dataset, is_uniform, windows
 from restoration.errors import UserError
 
 
@@ -144,6 +144,15 @@ def test_split_by_hash_keeps_works_together_also_across_styles(source, out):
         sides.setdefault(line["painting_id"], set()).add(line["split"])
     assert all(len(side) == 1 for side in sides.values())
     assert len(held_out(out) & {f"ink/{number}.png" for number in range(10)}) == 5
+
+
+@pytest.mark.parametrize("shared", range(6))
+def test_a_work_in_two_styles_leaves_both_with_one_for_training(shared):
+    """Its hash may come before that of the other work of its first style, of its second, of both or of neither."""
+    styles = {"blue": {f"shared {shared}", "blue"}, "ink": {f"shared {shared}", "ink"}, "lone": {"ink"}}
+    paintings = [Painting(Path(style, work), style, work, None) for style, works in styles.items() for work in works]
+    held_out = _held_out(paintings, 0.5)
+    assert held_out and all(works - held_out for works in styles.values())
 
 
 def test_held_out_places_go_to_usable_paintings(source, out):
