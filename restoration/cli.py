@@ -230,6 +230,8 @@ def train(
     cycle_weight: Annotated[float | None, typer.Option(help="Of the cycle loss (10).")] = None,
     style_distance: Annotated[str | None, typer.Option(help="mse, or l2 as the paper prints it.")] = None,
     anchors: Annotated[int | None, typer.Option(help="Of the contrastive loss, a layer.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of the contrastive loss (0.07).")] = None,
+    projection: Annotated[bool | None, typer.Option(help="Projection heads of the contrastive loss.")] = None,
     pairing: Annotated[str | None, typer.Option(help="random, or nearest by VGG statistics.")] = None,
     largest_box: Annotated[
         float | None, typer.Option(help="Boxes are cut at 1 to this many times the crop's side.")

@@ -43,6 +43,8 @@ class TrainingConfig:
     cycle_weight: float = 10.0
     style_distance: str = "mse"
     anchors: int = 64
+    temperature: float = 0.07  # of the contrastive loss
+    projection: bool = True  # heads of the contrastive loss, trained with the network
 
     pairing: str = "random"
     largest_box: float = 3.0  # boxes are cut at 1 to this many times the crop, then reduced to it
@@ -85,7 +87,7 @@ PRESETS: dict[str, dict[str, object]] = {
 OVERRIDABLE = tuple(field.name for field in dataclasses.fields(TrainingConfig) if field.name != "preset")
 
 # What says which weights there are: a run keeps these.
-SHAPING = ("blocks", "dpca", "cafe", "ccpl")
+SHAPING = ("blocks", "dpca", "cafe", "ccpl", "projection")
 
 # Field: smallest value allowed.
 _LEAST = {
@@ -94,6 +96,7 @@ _LEAST = {
     "iterations": 1,
     "blocks": 1,
     "anchors": 1,
+    "temperature": 1e-3,  # below, one pair of a row decides alone
     "workers": 0,
     "cache_mb": 0,
     "checkpoint_every": 1,
@@ -119,6 +122,7 @@ _MOST = {
     "workers": 1_000,
     "cache_mb": 100_000_000,
     "largest_box": 1_000.0,
+    "temperature": 1_000.0,
     "gradient_clip": 1e12,
     **dict.fromkeys(("anchors", "checkpoint_every", "keep_checkpoints", "sample_every"), 10_000_000),
     **dict.fromkeys(("ccp_weight", "style_weight", "matting_weight", "cycle_weight"), 1e12),

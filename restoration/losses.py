@@ -29,7 +29,8 @@ class ReconstructionLoss(nn.Module):
     """The four weighted losses of a recoloured painting; their sum is the objective.
 
     features must be channel-normalised with reflection padding (`vgg.loss_features`). The projection heads of L_ccp
-    are parameters of this module and are trained with the network. ccpl=False leaves L_ccp out (ablation).
+    are parameters of this module and are trained with the network; projection=False leaves them out, ccpl=False L_ccp
+    altogether (ablation). anchors, temperature: of L_ccp; style_distance: as of `style_loss`.
     """
 
     def __init__(
@@ -39,13 +40,15 @@ class ReconstructionLoss(nn.Module):
         *,
         ccpl: bool = True,
         anchors: int = 64,
+        temperature: float = 0.07,
+        projection: bool = True,
         style_distance: str = "mse",
     ) -> None:
         super().__init__()
         self.features = features
         self.weights = weights or LossWeights()
         self.style_distance = style_distance
-        self.contrast = CCPLoss(LAYER_CHANNELS, num_anchors=anchors) if ccpl else None
+        self.contrast = CCPLoss(LAYER_CHANNELS, anchors, temperature, projection) if ccpl else None
 
     def forward(
         self,

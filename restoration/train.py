@@ -150,6 +150,8 @@ def build_step(config: TrainingConfig, features: VGG19Features) -> TrainingStep:
         config.loss_weights(),
         ccpl=config.ccpl,
         anchors=config.anchors,
+        temperature=config.temperature,
+        projection=config.projection,
         style_distance=config.style_distance,
     )
     return TrainingStep(network, losses)

@@ -17,9 +17,12 @@ CPU = torch.device("cpu")
 
 
 def test_loss_weights_are_settings():
-    step = build_step(config(style_weight=3.0, ccp_weight=0.0, style_distance="l2", anchors=7), loss_features())
+    contrast = {"anchors": 7, "temperature": 0.2, "projection": False}
+    step = build_step(config(style_weight=3.0, ccp_weight=0.0, style_distance="l2", **contrast), loss_features())
     assert step.losses.weights == LossWeights(ccp=0.0, style=3.0)
-    assert step.losses.style_distance == "l2" and step.losses.contrast.num_anchors == 7
+    assert step.losses.style_distance == "l2"
+    assert (step.losses.contrast.num_anchors, step.losses.contrast.temperature) == (7, 0.2)
+    assert not list(step.losses.parameters()) and list(build_step(config(), loss_features()).losses.parameters())
     with pytest.raises(UserError, match="--style-weight"):
         config(style_weight=-1.0)
 
@@ -42,6 +45,7 @@ def test_presets_and_overrides(tmp_path, paintings):
         ({"iterations": 10**400}, "--iterations must be at most 10000000, got 10000"),
         ({"anchors": 10**400}, "--anchors must be at most 10000000, got 10000"),
         ({"gradient_clip": float("nan")}, r"--gradient-clip must be at least 0\.0, got nan"),
+        ({"temperature": 0.0}, "--temperature must be at least 0.001, got 0.0"),
         ({"workers": 10**6}, "--workers must be at most 1000, got 1000000"),
         ({"learning_rate": 1e-50}, "--learning-rate must lie between 1e-30 and 1, got 1e-50"),
         ({"gradient_clip": 1e-50}, "--gradient-clip must be 0 or at least 1e-30, got 1e-50"),
@@ -59,7 +63,7 @@ def test_presets_and_overrides(tmp_path, paintings):
     train(paintings, run, config(iterations=1, seed=5), device=CPU)
     assert resumed_config(run, {"iterations": 9, "seed": None}) == config(iterations=9, seed=5)
     changes = {("blocks", 2): ("--blocks 1", "--blocks 2")}
-    changes |= {(name, False): (f"--{name}", f"--no-{name}") for name in ("dpca", "cafe", "ccpl")}
+    changes |= {(name, False): (f"--{name}", f"--no-{name}") for name in ("dpca", "cafe", "ccpl", "projection")}
     for (name, other), (kept, asked) in changes.items():
         with pytest.raises(UserError, match=f"{kept} must stay, as when the run in {run} was started, got {asked}"):
             resumed_config(run, {name: other})
