@@ -127,7 +127,7 @@ def use_backend(name: str | None) -> contextlib.AbstractContextManager[None]:
     function that is compiled with ``fullgraph=True`` there can be none.
 
     Args:
-        name: "cuda", "triton", "cpu" or "reference"; None takes an outer wish and the environment's back.
+        name: "cuda", "triton", "cpu" or "reference"; None takes an outer wish back: the environment's holds again.
     """
     if name is not None:
         _checks.backend("use_backend", name, "the argument", BACKENDS)

@@ -95,9 +95,9 @@ def neighbor_difference(features: Tensor, anchors: Tensor, neighbors: Tensor, *,
     Args:
         features: [B, C, H, W] of any floating dtype.
         anchors, neighbors: places row·W + column as int64, [N] and [N, 8], on the device of features, as
-            :func:`sample_neighbors` gives them. That they lie inside the map is checked, which waits for a GPU; of a
-            graph that torch.compile made, by the kernel: on "cpu" a ValueError, on "cuda" the end of the CUDA context,
-            on "triton" NaN.
+            :func:`sample_neighbors` gives them. That they lie inside the map, anchors off its border, is checked, which
+            waits for a GPU. Of a graph that torch.compile made, the kernel checks that they lie inside: on "cpu" a
+            ValueError, on "cuda" the end of the CUDA context, on "triton" NaN.
         backend: "cuda", "triton", "cpu" or "reference"; None leaves the choice to :func:`use_backend`.
 
     Returns:

@@ -50,7 +50,8 @@ def pac_conv2d(
         weight: [O, C, K, K], K odd; or [1, 1, K, K], one filter that every channel shares (O = C).
         bias: [O] or None. All these have the dtype and device of x; torch.autocast casts them as for conv2d.
         stride, padding, dilation: integer up to 2^30 or (vertical, horizontal), as in conv2d.
-        normalize: divide k_t(p) by the sum of k(p) over the taps inside the image; a place with none gives the bias.
+        normalize: divide k_t(p) by the sum of k(p) over the taps inside the image; a place with none gives the bias, as
+            does one whose centre lies outside, by a wide padding, and whose k(p) are all too small for the dtype.
         residual: [B, O, H', W'], added at the end, in the dtype of x, or float32 where x is of half precision; or None.
         alpha: a finite factor; -1 inverts a reversible block.
         quantum: power of two from 2^-126 to 2^127: the convolution + bias is rounded to its nearest multiples (ties to
