@@ -237,6 +237,8 @@ def _upright(image: Image.Image, path: Path) -> tuple[Image.Image, bytes | None]
     """The picture turned as its EXIF orientation says, and its descriptive EXIF."""
     upright, exif = image, None
     with _left_out_where_damaged("EXIF", path):
+        # What is wrong getexif tells once alone, and whoever asked first may have passed it over.
+        Image.Exif().load(image.info.get("exif") or b"")
         orientation = image.getexif().get(ExifTags.Base.Orientation)
         upright = ImageOps.exif_transpose(image)
         _turn_resolution(upright, orientation)

@@ -53,6 +53,13 @@ def test_signed_grey_of_16_bits_reaches_white(tmp_path):
     assert np.asarray(read_rgb(tmp_path / "grey.tif"))[0, :, 0].tolist() == [255, 0, 128]
 
 
+def test_planes_of_8_bits(tmp_path):
+    values = random_pixels().transpose(2, 0, 1)
+    tags = {256: [13], 257: [9], 258: [8] * 3, 259: [1], 262: [2], 277: [3], 278: [9], 284: [2]}
+    write_tiff(tmp_path / "planes.tif", tags, [plane.tobytes() for plane in values])
+    assert np.array_equal(np.asarray(read_rgb(tmp_path / "planes.tif")), random_pixels())
+
+
 @pytest.mark.parametrize(("compression", "pack"), [(1, bytes), (8, zlib.compress)], ids=["raw", "deflate"])
 def test_planes_of_16_bits_are_read_right_or_not_at_all(tmp_path, compression, pack):
     values = np.random.default_rng(0).integers(0, 65_536, (3, 5, 7), dtype=np.uint16)
@@ -182,17 +189,18 @@ def test_a_preview_within_a_jpeg_is_no_page(tmp_path, caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize("kind", [1, 4], ids=["reduced", "mask"])
 @pytest.mark.parametrize("order", [(0, 1), (1, 0), (1, 2, 0)], ids=str)
-def test_reduced_copies_are_no_pages(tmp_path, caplog, order):
+def test_reduced_copies_and_masks_are_no_pages(tmp_path, caplog, order, kind):
     pages = [Image.fromarray(random_pixels(*size)) for size in ((9, 13), (3, 4), (5, 7))]
     for number, page in enumerate(pages):
-        page.encoderinfo = {"tiffinfo": {254: min(number, 1), 282: 100.0 + number, 283: 100.0 + number, 296: 2}}
+        page.encoderinfo = {"tiffinfo": {254: kind * min(number, 1), 282: 100.0 + number, 283: 100.0 + number, 296: 2}}
     first, *others = (pages[number] for number in order)
     first.save(tmp_path / "scan.tif", save_all=True, append_images=others, **first.encoderinfo)
     with Image.open(tmp_path / "scan.tif") as image:
         assert image.n_frames == len(order)
         image.seek(order.index(1))
-        assert image.tag_v2[254] == 1
+        assert image.tag_v2[254] == kind
     picture = read_image(tmp_path / "scan.tif")
     assert np.array_equal(as_bytes(picture.rgb), random_pixels(9, 13)) and picture.dpi == (100, 100)
     assert not caplog.records
@@ -324,14 +332,36 @@ def test_rejects_modes_that_pillow_cannot_convert(tmp_path, monkeypatch):
     assert_refuses(read_image, tmp_path / "lab.tif", saying="lab.tif: colour mode LAB cannot be read")
 
 
-def test_damaged_notes_do_not_cost_the_picture(tmp_path, caplog):
-    pixels = random_pixels()
-    Image.fromarray(pixels).save(tmp_path / "old.png", exif=b"Exif\0\0no notes", icc_profile=b"no profile")
-    picture = read_image(tmp_path / "old.png")
-    assert np.array_equal(as_bytes(picture.rgb), pixels)
+@pytest.mark.parametrize("profile", [None, b"no profile"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_damaged_notes_do_not_cost_the_picture(tmp_path, caplog, suffix, profile):
+    """Whether or not others have looked at them before: for a profile, or for a resolution."""
+    path = tmp_path / f"old.{suffix}"
+    Image.fromarray(random_pixels()).save(path, exif=b"Exif\0\0no notes", icc_profile=profile)
+    picture = read_image(path)
+    assert np.array_equal(as_bytes(picture.rgb), random_pixels()) or suffix != "png"
     assert (picture.icc_profile, picture.exif) == (None, None)
-    assert "old.png: its EXIF data cannot be read and is left out" in caplog.text
-    assert "old.png: its colour profile is ignored" in caplog.text
+    assert f"{path}: its EXIF data cannot be read and is left out" in caplog.text
+    assert (f"{path}: its colour profile is ignored" in caplog.text) == (profile is not None)
+
+
+def test_a_resolution_that_is_no_number_does_not_cost_the_picture(tmp_path):
+    tags = b"".join(struct.pack("<HHI4s", tag, 2, 4, b"abc") for tag in (282, 283))
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + bytes(4)
+    Image.fromarray(random_pixels()).save(tmp_path / "old.jpg", exif=exif)
+    with Image.open(tmp_path / "old.jpg") as image:
+        assert image.getexif()[282] == "abc"
+    picture = read_image(tmp_path / "old.jpg")
+    assert picture.dpi is None and picture.rgb.shape == (3, 9, 13)
+
+
+def test_dots_a_centimetre(tmp_path):
+    Image.fromarray(random_pixels()).save(tmp_path / "old.jpg", dpi=(100, 50))
+    content = bytearray((tmp_path / "old.jpg").read_bytes())
+    assert content[6:10] == b"JFIF"
+    content[13] = 2
+    (tmp_path / "old.jpg").write_bytes(content)
+    assert read_image(tmp_path / "old.jpg").dpi == pytest.approx((254, 127))
 
 
 @pytest.mark.parametrize("source", FORMATS)
