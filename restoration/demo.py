@@ -39,7 +39,12 @@ def make_demo(
 
     for path, drawn in zip((degraded, reference), sample_pair(palette), strict=True):
         write_image(path, from_pillow(Image.fromarray(drawn)), force=force)
-    (report,) = recolourer.recolour_files([Job(degraded, reference, result)], force=force)
+    try:
+        (report,) = recolourer.recolour_files([Job(degraded, reference, result)], force=force)
+    except BaseException:
+        for path in (degraded, reference):
+            path.unlink()
+        raise
     row = [read_image(path).rgb for path in (degraded, reference, result)]
     titles = ("faded", "reference", "recoloured")
     write_image(side_by_side, contact_sheet([("", row)], titles, cell=SIDE_BY_SIDE_CELL), force=force)
