@@ -172,7 +172,8 @@ constexpr double kLeastTwoFloatEps = 1e-15, kMostTwoFloatEps = 1e30;
 // Whether this device computes quicker in TwoFloat: it then takes 32 or 64 times as long for float64 as for float32. Or as
 // the environment variable RESTORATION_CUDA_FLOAT64 says, with which tests run both on one machine.
 bool prefers_two_float() {
-  if (const char* wish = std::getenv("RESTORATION_CUDA_FLOAT64")) {
+  const char* wish = std::getenv("RESTORATION_CUDA_FLOAT64");
+  if (wish && *wish) {
     const std::string speed = wish;
     if (speed == "fast" || speed == "slow") return speed == "slow";
     throw std::invalid_argument("RESTORATION_CUDA_FLOAT64 must be fast or slow, got " + speed);

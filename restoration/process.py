@@ -18,7 +18,7 @@ from restoration.errors import ReportedError, UserError
 
 USAGE_ERROR = 2
 # Named by the operators' errors where they ask for what cannot be.
-VARIABLES = ("RESTORATION_BACKEND", "RESTORATION_CPU_ISA")
+VARIABLES = ("RESTORATION_BACKEND", "RESTORATION_CPU_ISA", "RESTORATION_CUDA_FLOAT64")
 SIGNAL_BASE = 128  # a shell reports a program that a signal ended as 128 + its number
 
 
