@@ -362,7 +362,10 @@ def dataset_build(
     crop: Annotated[int, typer.Option(help="Side of the crops, in pixels.")] = 512,
     stride: Annotated[int, typer.Option(help="Step between crops, in pixels.")] = 512,
     small: Annotated[str, typer.Option(help="Images smaller than a crop: enlarge or skip.")] = "enlarge",
-    uniform_share: Annotated[float | None, typer.Option(help="Crops with less drawing than this are dropped.")] = None,
+    uniform_share: Annotated[
+        float | None,
+        typer.Option(help="Of a crop that is not of one colour, at least; others are dropped; default: 0.01."),
+    ] = None,
     test_share: Annotated[
         float | None, typer.Option(help="Of the works, where the source has no SPLIT.csv; default: 0.1.")
     ] = None,
