@@ -360,6 +360,7 @@ def test_places_of_a_compiled_graph_are_looked_at_by_the_kernel(place):
         (([FEATURES[..., :2]],) * 2, {}, r"ccpl_loss: features\[0\] must be at least 3 x 3, got 4 x 2"),
         (([FEATURES[:, :, :2]],) * 2, {}, r"ccpl_loss: features\[0\] must be at least 3 x 3, got 2 x 5"),
         (([FEATURES], [FEATURES], 1, 0.0), {}, r"ccpl_loss: temperature must be a finite positive number, got 0.0"),
+        (([FEATURES], [FEATURES], 1, 9e-31), {}, r"ccpl_loss: temperature must be at least 1e-30, got 9e-31"),
         (
             ([FEATURES], [FEATURES.double()], 1),
             {},
@@ -408,6 +409,7 @@ def test_rejects_what_projections_return(projection, error, got):
         ({"num_anchors": [8] * 3}, "num_anchors must have 4 entries, one for each layer, got 3"),
         ({"temperature": -1.0}, "temperature must be a finite positive number, got -1.0"),
         ({"temperature": True}, "temperature must be a finite positive number, got True"),
+        ({"temperature": 9e-31}, "temperature must be at least 1e-30, got 9e-31"),
         ({"project": 1}, "project must be True or False, got 1"),
     ],
 )

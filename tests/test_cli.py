@@ -1,6 +1,7 @@
 """The command line as a person meets it: one line for mistakes, exit codes, every command end to end."""
 
 import contextlib
+import inspect
 import json
 import os
 import pty
@@ -15,13 +16,15 @@ import pytest
 import torch
 from PIL import Image
 
+from restoration import cli
 from restoration.checkpoints import load_checkpoint, save_checkpoint, save_network
 from restoration.cli import main
 from restoration.config import OVERRIDABLE, make_config, option
+from restoration.dataset import TEST_SHARE, UNIFORM_SHARE
 from restoration.distributed import World
 from restoration.errors import UserError
 from restoration.flow import Architecture, ReversibleNetwork
-from restoration.process import one_line_errors
+from restoration.process import VARIABLES, one_line_errors
 from restoration.progress import LastingConsole
 from restoration.recolouring import recolour
 from restoration.train import _progress_bar
@@ -88,6 +91,13 @@ print(re.search(r"AnonHugePages: +([0-9]+)", Path("/proc/self/smaps_rollup").rea
         monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", wish)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (int(done.stdout) >= 2**15) == given  # kB, of twice as many
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_a_variable_that_asks_in_vain_is_told_in_one_line(capsys, name):
+    with pytest.raises(SystemExit) as ended, one_line_errors():
+        raise ValueError(f"{name} must be another")
+    assert ended.value.code == 2 and capsys.readouterr().err == f"error: {name} must be another\n"
 
 
 @pytest.mark.parametrize(("wish", "message"), [("nonsense", "got 'nonsense'"), ("triton", "got 'triton'")])
@@ -426,6 +436,22 @@ def test_dataset_and_train(workshop, tmp_path, capsys, monkeypatch):
     assert code == 2 and "unknown style 'oil'" in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("command", "defaults"),
+    [
+        (cli.reconstruct, {"strength": 1.0, "precision": "fp32", "device": "auto"}),
+        (cli.evaluate, {"size": 512, "precision": "fp32"}),
+        (cli.ablate, {"iterations": 500, "seeds": 2, "count": 20, "size": 512}),
+        (cli.demo, {"out": Path("demo"), "palette": "blue_green"}),
+        (cli.dataset_build, {"crop": 512, "stride": 512, "small": "enlarge"}),
+    ],
+)
+def test_defaults_are_those_of_the_documents(command, defaults):
+    found = inspect.signature(command).parameters
+    assert {name: found[name].default for name in defaults} == defaults
+    assert (UNIFORM_SHARE, TEST_SHARE) == (0.01, 0.1)
+
+
 def test_every_setting_of_training_is_an_option(tmp_path, capsys, monkeypatch):
     paper, given = make_config("paper").to_dict(), []
     wanted = {"schedule": "cosine", "precision": "bf16", "style_distance": "l2", "pairing": "nearest"}
@@ -473,3 +499,9 @@ def test_demo_refuses_before_it_draws(tmp_path, capsys, monkeypatch, option, mes
     code, _, err = call(capsys, monkeypatch, "demo", "--out", tmp_path / "demo", *option)
     assert (code, err) == (2, f"error: {message}\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_demo_that_fails_leaves_no_picture(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RESTORATION_BACKEND", "nonsense")
+    assert call(capsys, monkeypatch, "demo", "--out", tmp_path / "demo", "--device", "cpu")[0] == 2
+    assert list((tmp_path / "demo").iterdir()) == []

@@ -27,6 +27,10 @@ def test_a_folder_that_cannot_be_read_is_an_error(folders, monkeypatch):
 
 def test_links_that_lead_to_no_picture_are_told_of(folders, tmp_path, caplog):
     (tmp_path / "elsewhere").mkdir()
+    (folders / "ink/again.png").symlink_to("1.png")
+    (folders / "ink/.hidden").symlink_to(tmp_path / "elsewhere")
+    assert folders / "ink/again.png" in [painting.path for painting in find_paintings(folders)]
+    assert not caplog.records
     (folders / "ink/lost.png").symlink_to("nowhere.png")
     (folders / "ink/linked").symlink_to(tmp_path / "elsewhere")
     before = find_paintings(folders)

@@ -10,7 +10,7 @@ from restoration.errors import UserError
 from restoration.losses import LossWeights
 from restoration.runs import newest_checkpoint, resumed_config
 from restoration.step import learning_rate
-from restoration.train import build_step, train
+from restoration.train import LOG_EVERY, READ_EVERY, build_step, train
 from restoration.vgg import loss_features
 
 CPU = torch.device("cpu")
@@ -30,6 +30,11 @@ def test_loss_weights_are_settings():
 def test_presets_and_overrides(tmp_path, paintings):
     paper = make_config("paper")
     assert (paper.crop, paper.batch, paper.iterations, paper.learning_rate) == (512, 2, 80_000, 1e-5)
+    assert (paper.gradient_clip, paper.schedule, paper.style_distance, paper.blocks) == (0, "constant", "mse", 10)
+    assert paper.loss_weights() == LossWeights(ccp=5, style=1, matting=1500, cycle=10)
+    assert (paper.anchors, paper.temperature, paper.projection) == (64, 0.07, True)
+    assert (paper.largest_box, paper.cache_mb, paper.checkpoint_every) == (3, 512, 500)
+    assert max(READ_EVERY.values()) <= LOG_EVERY <= 50, "a skipped step is told of after 50 at most"
     small = make_config("small")
     assert (small.crop, small.iterations, small.learning_rate, small.gradient_clip) == (128, 1_000, 1e-4, 5.0)
     assert make_config("small", crop=64, seed=None).crop == 64

@@ -138,7 +138,7 @@ PIXELS = "its kernel takes at most 2^30 pixels of a plane"
         (
             "info_nce",
             ("triton",),
-            {"query": shaped(70_000, 1, 1)},
+            {"query": shaped(65_536, 1, 1)},
             "its kernel takes at most 65,535 images",
         ),
         ("info_nce", ("cuda",), {"query": shaped(1, 1, 2**22 + 1)}, "its kernel takes at most 2^22 numbers a row"),
@@ -155,15 +155,34 @@ PIXELS = "its kernel takes at most 2^30 pixels of a plane"
             {"x": plane(3, 3), "weight": shaped(2**16, 2**15 + 1, 1, 1)},
             "its kernel takes at most 2^31 weights",
         ),
+        (
+            "pac_conv2d_",
+            ("triton",),
+            {"x": plane(3, 3), "weight": shaped(2**16, 2**15 + 1, 1, 1)},
+            "its kernel takes at most 2^31 weights",
+        ),
     ],
     ids=[
         *("stride", "padding", "plane", "relu_split", "pad2d-triton", "pad2d-cuda"),
-        *("images", "row-cuda", "row-triton", "channels", "weights"),
+        *("images", "row-cuda", "row-triton", "channels", "weights", "weights in place"),
     ],
 )
 def test_what_32_bits_cannot_count_is_left_to_others(operator, backends, arguments, reason):
     for backend in backends:
         assert _backend.OPERATORS[operator]._predicates[backend](**arguments) == reason
+
+
+@pytest.mark.parametrize(
+    ("operator", "backend", "arguments"),
+    [
+        ("info_nce", "triton", {"query": shaped(65_535, 1, 1)}),
+        ("info_nce", "cuda", {"query": shaped(1, 1, 2**22)}),
+        ("info_nce", "triton", {"query": shaped(1, 1, 2**19)}),
+        ("pac_conv2d", "triton", {"x": plane(3, 3), "weight": shaped(2**16, 2**15, 1, 1)}),
+    ],
+)
+def test_what_32_bits_can_just_count_is_taken(operator, backend, arguments):
+    assert _backend.OPERATORS[operator]._predicates[backend](**arguments) is None
 
 
 def test_op_of_an_exported_graph_checks_its_device(monkeypatch):

@@ -402,6 +402,7 @@ X, GUIDE, WEIGHT = torch.randn(2, 3, 6, 7), torch.randn(2, 4, 6, 7), torch.randn
         ({"bias": torch.randn(5).to("meta")}, r"bias must be on the device of x, cpu, got meta"),
         ({"stride": 0}, r"stride must be an integer of at least 1 or a pair of them, got 0"),
         ({"stride": (1, 2**30 + 1)}, r"stride must be at most 2\^30, got \(1, 1073741825\)"),
+        ({"stride": (2**30 + 1, 1)}, r"stride must be at most 2\^30, got \(1073741825, 1\)"),
         ({"padding": (1, -1)}, r"padding must be an integer of at least 0 or a pair of them, got \(1, -1\)"),
         ({"dilation": 1.5}, r"dilation must be an integer of at least 1 or a pair of them, got 1.5"),
         ({"dilation": (1, 2, 3)}, r"dilation must be an integer .*, got \(1, 2, 3\)"),

@@ -8,7 +8,7 @@ import torch
 
 from restoration.blocks import STREAM_QUANTUM, ReversibleBlock
 from restoration.flow import _JOIN, _SPLIT, Architecture, ReversibleNetwork
-from restoration.reversible import Coupling, Gradients, run_chain
+from restoration.reversible import Coupling, Gradients, Rearrangement, run_chain
 from restoration_kernels import _backend, use_backend
 
 PRECISIONS = ("fp32", "bf16")
@@ -84,6 +84,21 @@ def test_every_step_rebuilds_its_input_bit_for_bit(precision, direction):
             streams = left
 
 
+def test_steps_without_parameters():
+    x = torch.rand(1, 2, 4, 4, requires_grad=True)
+    (y,) = run_chain([Rearrangement(lambda s: (s.flip(3),), lambda s: (s.flip(3),))], [x])
+    y.square().sum().backward()
+    assert torch.equal(x.grad, 2 * x.detach())
+
+
+def test_without_gradients_what_steps_made_is_written_over():
+    made, streams = [], [torch.zeros(1, 8, 5, 5) for _ in range(2)]
+    copies = Rearrangement(lambda *given: made.extend(map(torch.clone, given)) or tuple(made), None)
+    with torch.no_grad():
+        found = run_chain([copies, Coupling(ReversibleBlock(8))], streams)
+    assert {stream.data_ptr() for stream in found} == {stream.data_ptr() for stream in made}
+
+
 def test_backward_evaluates_the_residual_function_once():
     block = ReversibleBlock(8)
     calls = []
@@ -122,11 +137,13 @@ def most_kept(reversible, blocks):
     return live.most
 
 
-def test_a_parameter_that_changes_before_backward_is_an_error():
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_parameter_that_changes_before_backward_is_an_error(trained):
     net = network()
+    parameter = next(net.parameters()).requires_grad_(trained)
     loss = both_ways(net, picture(8, 8))
     with torch.no_grad():
-        next(net.parameters()).add_(1)
+        parameter.add_(1)
     with pytest.raises(RuntimeError, match="a parameter was changed in place since forward"):
         loss.backward()
 
@@ -161,11 +178,33 @@ def test_a_hook_of_a_parameter_sees_its_gradient_once(precision, reversible):
         calls.append(gradient)
         return 2 * gradient
 
-    for parameter in net.parameters():
+    own = list(net.parameters())
+    for parameter in own:
         parameter.register_hook(double)
     for name, gradient in gradients(net, picture(8, 8)).items():
         assert torch.equal(gradient, expected[name] if name == "image" else 2 * expected[name]), name
     assert len(calls) == len(expected) - 1
+    assert_same_tensors(net.parameters(), own)
+
+
+def assert_same_tensors(parameters, own):
+    assert [id(parameter) for parameter in parameters] == [id(parameter) for parameter in own]
+
+
+def test_a_backward_pass_that_fails_leaves_the_module_its_parameters(monkeypatch):
+    net = network()
+    own = list(net.parameters())
+    for parameter in own:
+        parameter.register_hook(lambda gradient: gradient)
+    loss = both_ways(net, picture(8, 8))
+
+    def fail(*_, **__):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(ReversibleBlock, "add", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        loss.backward()
+    assert_same_tensors(net.parameters(), own)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -190,6 +229,13 @@ def test_parameters_of_functional_calls(precision):
         return dict(zip(flat, found, strict=True))
 
     assert_close(of(True), of(False))
+
+
+def test_a_functional_call_leaves_frozen_parameters_frozen():
+    net = network().requires_grad_(False)
+    given = {f"network.{name}": value.detach().requires_grad_() for name, value in net.named_parameters()}
+    torch.func.functional_call(Encoder(net), given, picture(8, 8)).square().mean().backward()
+    assert not any(parameter.requires_grad for parameter in net.parameters())
 
 
 class Encoder(torch.nn.Module):
@@ -217,7 +263,9 @@ def test_parameters_replaced_before_backward(precision, replace):
             parameter.data = 2 * parameter.data
     else:
         net.load_state_dict({name: 2 * value for name, value in net.state_dict().items()}, assign=True)
+    own = list(net.parameters())
     assert all(map(torch.equal, torch.autograd.grad(loss, [image, *parameters]), expected))
+    assert_same_tensors(net.parameters(), own)
 
 
 def test_copies_without_parameters_are_refused():
@@ -229,13 +277,14 @@ def test_copies_without_parameters_are_refused():
 
 
 def test_a_shared_parameter_is_one():
-    """Of several blocks: its gradient is the sum of theirs, which a hook sees once."""
+    """Of several blocks, and of one that keeps it in two places: a hook sees the sum of their gradients once."""
 
     def of(reversible):
         torch.manual_seed(0)
         blocks = [ReversibleBlock(8, cafe=False) for _ in range(3)]
         for block in blocks:
             block.attention.weight = blocks[0].attention.weight
+        blocks[1].features.again = blocks[1].attention.weight
         blocks[0].attention.weight.register_hook(lambda gradient: 3 * gradient)
         streams = [torch.rand(1, 8, 5, 5).div(STREAM_QUANTUM).round().mul(STREAM_QUANTUM) for _ in range(2)]
         found = run_chain([Coupling(block) for block in blocks], streams, reversible)

@@ -15,7 +15,7 @@ from tiny_runs import config, tensors
 from restoration.collection import find_paintings
 from restoration.errors import UserError
 from restoration.files import sole_writer
-from restoration.runs import checkpoints_of, inputs_of, newest_checkpoint, resumed_config
+from restoration.runs import changed_inputs, checkpoints_of, inputs_of, newest_checkpoint, resumed_config
 from restoration.train import train
 from restoration.vgg import loss_features
 
@@ -87,6 +87,12 @@ def test_a_run_that_goes_on_with_other_paintings_or_weights_says_so(paintings, t
     said = capsys.readouterr().out
     for name in ("the paintings", "the VGG weights"):
         assert f"{name} are not those that checkpoint-0000002.safetensors was trained with" in said
+
+
+def test_what_an_older_program_did_not_save_is_no_other():
+    now = {"paintings": "a", "vgg_contents": "b"}
+    assert changed_inputs({}, now) == changed_inputs({"paintings": "a", "vgg_contents": None}, now) == []
+    assert changed_inputs({"paintings": "c"}, now) == ["the paintings"]
 
 
 def test_paintings_are_others_where_style_work_or_size_is_another(folders):

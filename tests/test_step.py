@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+from unittest import mock
 
 import compare
 import pytest
@@ -15,7 +16,7 @@ from restoration.errors import UserError
 from restoration.journal import Journal
 from restoration.profile import profile_training
 from restoration.reversible import _chain_gradients
-from restoration.step import MEASUREMENTS, Optimisation, learning_rate
+from restoration.step import MEASUREMENTS, Optimisation, Outcome, learning_rate
 from restoration.train import build_step, train
 from restoration.vgg import loss_features
 from restoration.whitening import moments, transfer_moments
@@ -327,6 +328,30 @@ def test_a_failed_capture_is_reported_once_and_steps_go_on(monkeypatch, caplog):
     monkeypatch.setattr(update, "_can_go_on", lambda: False)
     with pytest.raises(UserError, match=r"captured as a CUDA graph \(operation not permitted .*; give --no-capture"):
         update._try_to_capture(crops())
+
+
+def test_a_replay_takes_new_pictures_and_spares_what_the_last_one_found():
+    """Outcomes are read some steps later."""
+    own = [torch.zeros(1, 3, 2, 2) for _ in range(2)]
+    outcome = Outcome(("sum",), torch.zeros(1), torch.zeros(1, 3, 2, 2))
+
+    def replay():
+        outcome.numbers.copy_(own[0].mean() + own[1].mean())
+        outcome.result.copy_(own[0])
+
+    update = graph.CapturedUpdate(None, torch.Generator())
+    update._inputs, update._outcome, update._graph = own, outcome, mock.Mock(replay=replay)
+    found = [update(torch.full_like(own[0], number), torch.full_like(own[1], 10 * number)) for number in (1, 2, 3)]
+    assert [one.numbers.item() for one in found] == [11, 22, 33]
+    assert [one.result.mean().item() for one in found] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("wish", [True, False])
+def test_convolutions_take_one_algorithm(monkeypatch, wish):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", wish)
+    with step._convolutions(tf32=False):
+        assert not torch.backends.cudnn.benchmark
+    assert torch.backends.cudnn.benchmark == wish
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from unittest import mock
 
@@ -101,6 +102,16 @@ def test_where_no_more_pictures_come_what_was_trained_is_saved(paintings, tmp_pa
     assert f"saved {saved}, from which --resume goes on" in capsys.readouterr().out
     expected, found = tensors(whole), tensors(saved)
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+    def load_none(*arguments):
+        raise error
+        yield
+
+    monkeypatch.setattr("restoration.train.load_batches", load_none)
+    with pytest.raises(UserError):
+        train(paintings, tmp_path / "none", config(), device=CPU)
+    assert not checkpoints_of(tmp_path / "none") and "saved" not in capsys.readouterr().out
+    monkeypatch.setattr("restoration.train.load_batches", load_some)
     poison(monkeypatch, 2, 3)  # the last step: what came before it may have spoiled the weights
     with pytest.raises(UserError):
         train(paintings, tmp_path / "doubtful", config(iterations=9, checkpoint_every=9), device=CPU)
@@ -282,8 +293,10 @@ def test_what_the_system_puts_an_end_to_is_one_line(paintings, tmp_path, monkeyp
         raise error
 
     monkeypatch.setattr(Optimisation, "__call__", fail)
+    before = threading.excepthook
     with pytest.raises(UserError, match=told):
         train(paintings, tmp_path / "run", config(), device=CPU)
+    assert threading.excepthook is before
     with pytest.raises(UserError, match=told):
         profile_training(paintings, config(), device=CPU, steps=1)
     monkeypatch.setattr(Optimisation, "__call__", lambda *_: 1 / 0)
