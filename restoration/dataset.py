@@ -251,9 +251,9 @@ def _held_out(paintings: Sequence[Painting], test_share: float) -> set[str]:
         ranked = sorted(style_works, key=lambda work: hashlib.sha256(work.encode()).digest())
         count = max(1, round(test_share * len(ranked))) if test_share > 0 else 0
         for work in ranked:
-            if len(style_works & held_out) < count and all(
-                len(others - held_out) > 1 for others in works.values() if work in others
-            ):
+            if len(style_works & held_out) >= count:
+                break
+            if all(len(others - held_out) > 1 for others in works.values() if work in others):
                 held_out.add(work)
     return held_out
 

@@ -63,8 +63,8 @@ class ReversibleNetwork(nn.Module):
     H' and W' are H and W padded by replication to at least 8 and to multiples of 4. The input is first rounded to
     multiples of 2^-16 (blocks.STREAM_QUANTUM); from there on decode(encode(x), size) returns it bit for bit on one
     device, in both precisions of the residual functions, while values stay below 2^8 (blocks.STREAM_LIMIT): of z,
-    check_stream_range says so. With reversible, backward rebuilds activations in place of
-    keeping them (reversible.run_chain).
+    check_stream_range says so. With reversible, backward rebuilds activations in place of keeping them
+    (reversible.run_chain).
     """
 
     def __init__(

@@ -78,6 +78,8 @@ def test_matting_laplacian_computes_in_two_float_where_float64_is_slow(monkeypat
     assert same(1e-16, guide)
     assert same(1e39, guide)
     assert same(1e-7, guide.double())
+    monkeypatch.setenv("RESTORATION_CUDA_FLOAT64", "")
+    run_matting_laplacian(guide, guide)
     monkeypatch.setenv("RESTORATION_CUDA_FLOAT64", "quick")
     with pytest.raises(ValueError, match="RESTORATION_CUDA_FLOAT64 must be fast or slow, got"):
         run_matting_laplacian(guide, guide)
