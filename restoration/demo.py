@@ -37,13 +37,13 @@ def make_demo(
     for picture in pictures:
         check_writable(picture, force=force)
 
-    for path, drawn in zip((degraded, reference), sample_pair(palette), strict=True):
-        write_image(path, from_pillow(Image.fromarray(drawn)), force=force)
     try:
+        for path, drawn in zip((degraded, reference), sample_pair(palette), strict=True):
+            write_image(path, from_pillow(Image.fromarray(drawn)), force=force)
         (report,) = recolourer.recolour_files([Job(degraded, reference, result)], force=force)
     except BaseException:
         for path in (degraded, reference):
-            path.unlink()
+            path.unlink(missing_ok=True)
         raise
     row = [read_image(path).rgb for path in (degraded, reference, result)]
     titles = ("faded", "reference", "recoloured")

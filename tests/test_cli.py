@@ -1,6 +1,7 @@
 """The command line as a person meets it: one line for mistakes, exit codes, every command end to end."""
 
 import contextlib
+import errno
 import inspect
 import json
 import os
@@ -24,6 +25,7 @@ from restoration.dataset import TEST_SHARE, UNIFORM_SHARE
 from restoration.distributed import World
 from restoration.errors import UserError
 from restoration.flow import Architecture, ReversibleNetwork
+from restoration.imaging import write_image
 from restoration.process import VARIABLES, one_line_errors
 from restoration.progress import LastingConsole
 from restoration.recolouring import recolour
@@ -449,6 +451,9 @@ def test_dataset_and_train(workshop, tmp_path, capsys, monkeypatch):
 def test_defaults_are_those_of_the_documents(command, defaults):
     found = inspect.signature(command).parameters
     assert {name: found[name].default for name in defaults} == defaults
+
+
+def test_defaults_of_a_data_set_are_those_of_its_help():
     assert (UNIFORM_SHARE, TEST_SHARE) == (0.01, 0.1)
 
 
@@ -503,5 +508,14 @@ def test_demo_refuses_before_it_draws(tmp_path, capsys, monkeypatch, option, mes
 
 def test_a_demo_that_fails_leaves_no_picture(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RESTORATION_BACKEND", "nonsense")
+    assert call(capsys, monkeypatch, "demo", "--out", tmp_path / "demo", "--device", "cpu")[0] == 2
+    assert list((tmp_path / "demo").iterdir()) == []
+
+    def write_one(path, *arguments, **options):
+        if path.name == "reference.png":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_image(path, *arguments, **options)
+
+    monkeypatch.setattr("restoration.demo.write_image", write_one)
     assert call(capsys, monkeypatch, "demo", "--out", tmp_path / "demo", "--device", "cpu")[0] == 2
     assert list((tmp_path / "demo").iterdir()) == []
