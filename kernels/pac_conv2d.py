@@ -15,8 +15,8 @@ IntOrPair = int | tuple[int, int]
 _OPERATOR = _backend.Operator("pac_conv2d", pac_conv2d_reference)
 _IN_PLACE = _backend.Operator("pac_conv2d_", pac_conv2d_reference_)
 
-# Of a plane with its padding, on a GPU: tiles beyond its end still fit into 32 bits.
-_MOST_PIXELS = 2**30
+# Of a plane with its padding, or of weights or channels, on a GPU: tiles beyond the end still fit into 32 bits.
+_MOST_NUMBERS = 2**30
 
 
 def pac_conv2d(
@@ -246,19 +246,16 @@ class PacConv2d(nn.Module):
         )
 
 
-def _gpu_cannot(x, weight, stride=1, padding=0, dilation=1, **others):
-    if max(_pair(stride)) > _MOST_PIXELS:
+def _gpu_cannot(x, weight, guide=None, stride=1, padding=0, dilation=1, **others):
+    if weight.numel() > _MOST_NUMBERS:
+        return "its kernel takes at most 2^30 weights"
+    if max(tensor.shape[1] for tensor in (x, guide) if tensor is not None) > _MOST_NUMBERS:
+        return "its kernel takes at most 2^30 channels"
+    if max(_pair(stride)) > _MOST_NUMBERS:
         return "its kernel counts the steps of a stride in 32 bits"
     margins, gaps = _pair(padding), _pair(dilation)
     height, width = (x.shape[2 + axis] + 2 * margins[axis] + weight.shape[-1] * gaps[axis] for axis in (0, 1))
-    return "its kernel counts the pixels of a padded plane in 32 bits" if height * width > _MOST_PIXELS else None
-
-
-def _triton_cannot(x, weight, **options):
-    # Offsets in weight are counted in 32 bits.
-    if weight.numel() > 2**31:
-        return "its kernel takes at most 2^31 weights"
-    return _gpu_cannot(x, weight, **options)
+    return "its kernel counts the pixels of a padded plane in 32 bits" if height * width > _MOST_NUMBERS else None
 
 
 def _out_channels(x, weight):
@@ -390,7 +387,7 @@ def _run_in_place(backend, residual, x, guide, weight, bias, *, stride, padding,
 
 _OPERATOR.register("cuda", functools.partial(_run, "cuda"), _gpu_cannot)
 _IN_PLACE.register("cuda", functools.partial(_run_in_place, "cuda"), _gpu_cannot)
-_OPERATOR.register("triton", functools.partial(_run, "triton"), _triton_cannot)
-_IN_PLACE.register("triton", functools.partial(_run_in_place, "triton"), _triton_cannot)
+_OPERATOR.register("triton", functools.partial(_run, "triton"), _gpu_cannot)
+_IN_PLACE.register("triton", functools.partial(_run_in_place, "triton"), _gpu_cannot)
 _OPERATOR.register("cpu", functools.partial(_run, "cpu"), _backend.no_float16)
 _IN_PLACE.register("cpu", functools.partial(_run_in_place, "cpu"), _backend.no_float16)

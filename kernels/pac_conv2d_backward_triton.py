@@ -97,8 +97,9 @@ def _input_gradient(grad_y, x, weight, kernels, grad_x, grad_guide, grad_filter,
     packed = weight.permute(2, 3, 1, 0) if form == "dot" else weight.permute(2, 3, 0, 1)
     channels = power_of_two(C, *_CHANNELS[form])
     tiles = _INPUT_TILES[channels]
-    blocks = B * triton.cdiv(C, channels) * steps.row_stride * steps.column_stride
-    # Pixels a stride apart meet the same taps.
+    # Pixels a stride apart, a phase, meet the same taps.
+    phases = min(steps.row_stride, H) * min(steps.column_stride, W)
+    blocks = B * triton.cdiv(C, channels) * phases
     rows, columns = triton.cdiv(H, steps.row_stride), triton.cdiv(W, steps.column_stride)
     slopes = partial = None
     if grad_guide is not None:
@@ -234,12 +235,15 @@ def pac_conv2d_backward_input_kernel(
     tiles = tl.cdiv(rows, ROWS) * tl.cdiv(columns, COLUMNS)
     row, column = tile_places(program // chunks % tiles, rows, columns, ROWS, COLUMNS)
     block = program // chunks // tiles
-    first_column = block % steps.column_stride
-    first_row = block // steps.column_stride % steps.row_stride
-    image = (block // steps.column_stride // steps.row_stride).to(tl.int64)
+    row_phases, column_phases = tl.minimum(steps.row_stride, height), tl.minimum(steps.column_stride, width)
+    first_column = block % column_phases
+    first_row = block // column_phases % row_phases
+    image = (block // column_phases // row_phases).to(tl.int64)
     pixel, exists = locate(
         row * steps.row_stride + first_row, column * steps.column_stride + first_column, height, width
     )
+    # Beyond the tile's end a long stride leaves 32 bits, and could come back to a pixel of the image.
+    exists = exists & (row < rows) & (column < columns)
     owned = (channel < C)[:, None] & exists[None, :]
     offsets = (image * C + channel)[:, None] * pixel_count(height, width) + pixel[None, :]
     out_pixels = pixel_count(out_height, out_width)

@@ -112,10 +112,17 @@ def pac_conv2d_backward_weight_kernel(
     share = program // entry_tiles // output_tiles
     pixels, out_pixels = pixel_count(height, width), pixel_count(out_height, out_width)
     tiles = tl.cdiv(out_height, ROWS) * tl.cdiv(out_width, COLUMNS)
-    share_tiles = tl.cdiv(batch * tiles, shares)
+    # 32 bits count the tiles of one share, not those of all images.
+    all_tiles = tiles.to(tl.int64) * batch
+    share_tiles = tl.cdiv(all_tiles, shares)
+    first_tile = share * share_tiles
+    first_image, first_tile_of_image = first_tile // tiles, (first_tile % tiles).to(tl.int32)
     sums = tl.zeros([OUTPUTS, ENTRIES], ACCUMULATE)
-    for tile in range(share * share_tiles, tl.minimum((share + 1) * share_tiles, batch * tiles)):
-        image, row, column, place, exists = places_of_tile(tile, out_height, out_width, ROWS, COLUMNS)
+    for step in range(tl.minimum(share_tiles, all_tiles - first_tile).to(tl.int32)):
+        later, row, column, place, exists = places_of_tile(
+            first_tile_of_image + step, out_height, out_width, ROWS, COLUMNS
+        )
+        image = first_image + later
         gradients = tl.load(
             grad_y + (image * O + output)[:, None] * out_pixels + place[None, :],
             mask=(output < O)[:, None] & exists[None, :],

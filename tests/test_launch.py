@@ -151,20 +151,33 @@ PIXELS = "its kernel takes at most 2^30 pixels of a plane"
         ),
         (
             "pac_conv2d",
-            ("triton",),
-            {"x": plane(3, 3), "weight": shaped(2**16, 2**15 + 1, 1, 1)},
-            "its kernel takes at most 2^31 weights",
+            ("cuda", "triton"),
+            {"x": plane(3, 3), "weight": shaped(2**15, 2**15 + 1, 1, 1)},
+            "its kernel takes at most 2^30 weights",
         ),
         (
             "pac_conv2d_",
-            ("triton",),
-            {"x": plane(3, 3), "weight": shaped(2**16, 2**15 + 1, 1, 1)},
-            "its kernel takes at most 2^31 weights",
+            ("cuda", "triton"),
+            {"x": plane(3, 3), "weight": shaped(2**15, 2**15 + 1, 1, 1)},
+            "its kernel takes at most 2^30 weights",
+        ),
+        (
+            "pac_conv2d",
+            ("cuda", "triton"),
+            {"x": shaped(1, 2**30 + 1, 1, 1), "weight": TAPS},
+            "its kernel takes at most 2^30 channels",
+        ),
+        (
+            "pac_conv2d",
+            ("cuda", "triton"),
+            {"x": plane(3, 3), "weight": TAPS, "guide": shaped(1, 2**30 + 1, 1, 1)},
+            "its kernel takes at most 2^30 channels",
         ),
     ],
     ids=[
         *("stride", "padding", "plane", "relu_split", "pad2d-triton", "pad2d-cuda"),
         *("images", "row-cuda", "row-triton", "channels", "weights", "weights in place"),
+        *("channels of x", "channels of guide"),
     ],
 )
 def test_what_32_bits_cannot_count_is_left_to_others(operator, backends, arguments, reason):
@@ -178,7 +191,7 @@ def test_what_32_bits_cannot_count_is_left_to_others(operator, backends, argumen
         ("info_nce", "triton", {"query": shaped(65_535, 1, 1)}),
         ("info_nce", "cuda", {"query": shaped(1, 1, 2**22)}),
         ("info_nce", "triton", {"query": shaped(1, 1, 2**19)}),
-        ("pac_conv2d", "triton", {"x": plane(3, 3), "weight": shaped(2**16, 2**15, 1, 1)}),
+        ("pac_conv2d", "triton", {"x": plane(3, 3), "weight": shaped(2**15, 2**15, 1, 1)}),
     ],
 )
 def test_what_32_bits_can_just_count_is_taken(operator, backend, arguments):

@@ -56,12 +56,19 @@ def test_one_filter_for_a_large_map():
         (18, 17, 17, (5, 33), {"padding": 1}),
         (17, 18, 3, (9, 35), {"stride": (2, 1), "padding": (2, 0), "normalize": True}),
         (17, 17, 2, (9, 35), {"stride": (2, 1), "padding": (0, 1), "shared": True}),
+        (33, 2, 2, (3, 5), {"padding": 1}),
     ],
-    ids=["guide", "stride", "shared"],
+    ids=["guide", "stride", "shared", "channels"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_many_tiles(backend, channels, outputs, guides, size, options, dtype):
     check_against_reference(backend, channels, outputs, guides, size, 3, options, dtype)
+
+
+@compare.every_backend(OPERATOR)
+def test_a_stride_far_beyond_the_map(backend):
+    """Lanes beyond the only output place lie beyond what 32 bits count."""
+    check_against_reference(backend, 2, 2, 2, (1, 17), 1, {"stride": (1, 2**28 - 1)}, torch.float32)
 
 
 @compare.every_backend(OPERATOR)
