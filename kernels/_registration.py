@@ -162,8 +162,8 @@ def _eager(forward, gradients, setup_context):
     function = type(_operator_name(forward), (torch.autograd.Function,), members)
 
     def call(*arguments):
-        # A compiler knows the op, and what was registered for it.
-        if torch.compiler.is_compiling():
+        # A compiler, and a trace that is to be saved, know the op and what was registered for it.
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return forward(*arguments)
         return function.apply(*arguments) if _needs_graph(arguments, tensors) else _below_autograd(forward, arguments)
 

@@ -1,5 +1,7 @@
 """PacConv2d and pac_kernel2d: the same convolution as a layer, and its kernel alone."""
 
+import io
+
 import pytest
 import torch
 
@@ -20,6 +22,21 @@ def test_kernel():
     torch.testing.assert_close(
         normalized[0, 0, :, :, 0, 0], torch.tensor([[0, 0, 0], [0, 1, 1], [0, 1, 0]]) / 3, atol=1e-5, rtol=0
     )
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_traced_module_is_saved_with_its_gradients():
+    layer, x, guide = PacConv2d(3, 5, 3, padding=1), torch.randn(2, 3, 6, 7), torch.randn(2, 4, 6, 7)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(layer, (x, guide)), file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    results = []
+    for module in (layer, loaded):
+        output = module(x, guide)
+        results.append((output, *torch.autograd.grad(output.square().sum(), module.parameters())))
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(ours, expected)
 
 
 def shapes(tensors):
