@@ -99,6 +99,10 @@ def pac_conv2d_(residual, x, guide, weight, bias, stride, padding, dilation, nor
         require.fail(
             operator, "residual", "be written to inside torch.inference_mode() alone", "one that was made there"
         )
+    if residual.is_neg():
+        require.fail(
+            operator, "residual", "be without the negative bit (torch.Tensor.resolve_neg copies it)", "a view with it"
+        )
     apart(operator, ("residual", residual), dict(x=x, guide=guide, weight=weight, bias=bias))
     return geometry
 

@@ -110,6 +110,7 @@ def test_shapes_without_numbers():
     [
         ({"residual": torch.zeros(2, 5, 5, 4).mT}, r"residual must be contiguous, got strides .*"),
         ({"residual": torch.zeros(2, 5, 4, 4)}, r"residual must be of shape \[2, 5, 4, 5\], got shape \[2, 5, 4, 4\]"),
+        ({"residual": torch._neg_view(torch.zeros(2, 5, 4, 5))}, r"residual must be without the negative bit .*"),
         ({"residual": X.flatten()[:200].view(2, 5, 4, 5)}, r"x must share no memory with residual, .*"),
         ({"residual": X.flatten()[-200:].view(2, 5, 4, 5)}, r"x must share no memory with residual, .*"),
         ({"residual": WIDE.flatten()[-200:].view(2, 5, 4, 5), "x": WIDE[..., ::2]}, r"x must share no memory .*"),
@@ -118,7 +119,7 @@ def test_shapes_without_numbers():
             r"x must share no memory .*",
         ),
     ],
-    ids=["strides", "shape", "overlap", "overlap behind", "overlap strided", "same"],
+    ids=["strides", "shape", "negative", "overlap", "overlap behind", "overlap strided", "same"],
 )
 @compare.every_backend("pac_conv2d_")
 def test_rejects_in_place(changed, message, backend):
