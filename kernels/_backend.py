@@ -124,7 +124,8 @@ def use_backend(name: str | None) -> contextlib.AbstractContextManager[None]:
 
     The wish holds for this thread or asynchronous task alone. It cannot be met by every call: one that the backend
     cannot run raises RuntimeError and says why. ``torch.compile`` reads the wish once, while it traces; inside of a
-    function that is compiled with ``fullgraph=True`` there can be none.
+    function that is compiled with ``fullgraph=True`` there can be none. A backward pass takes the backend of its
+    forward pass, but what an activation checkpoint computes anew there is a new call: it belongs into the same block.
 
     Args:
         name: "cuda", "triton", "cpu" or "reference"; None takes an outer wish back: the environment's holds again.

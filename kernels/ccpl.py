@@ -144,9 +144,10 @@ def ccpl_loss(
         backend: "cuda", "triton", "cpu" or "reference"; None leaves the choice to :func:`use_backend`.
 
     Returns:
-        A scalar, at least 0, of float32, or float64 where the features are that; 0 for an empty batch. Gradients:
-        features and projections. In a flat region, where differences are zero, the gradient to a projected difference
-        stays finite: no longer than 2/(τ·eps) = 2.9e5 at τ = 0.07, divided by the number of rows B·8N.
+        A scalar, at least 0, of float32, or float64 where what projections return (without them, features) is that; 0
+        for an empty batch. Gradients: features and projections. In a flat region, where differences are zero, the
+        gradient to a projected difference stays finite: no longer than 2/(τ·eps) = 2.9e5 at τ = 0.07, divided by the
+        number of rows B·8N.
 
     Raises:
         TypeError, ValueError: an argument is not as said here.

@@ -35,7 +35,8 @@ def matting_laplacian_energy(
         image: [B, C, H, W] with any number of channels; values in [0, 1] give energies of at most C·n/4.
         guide: [B, 3, H, W], the colours, of the dtype and device of image. eps is meant for values in [0, 1].
         eps: weight of the slopes a_w, a finite number of at least 1e-300; the smaller, the freer the fit where the
-            guide is flat.
+            guide is flat. Below about 1e-24 the reference loses digits in windows whose colours depend on each other,
+            as those of a grey guide.
         radius: 1, 2 or 3.
         backend: "cuda", "triton", "cpu" or "reference"; None leaves the choice to :func:`use_backend`.
 
@@ -68,7 +69,8 @@ def matting_laplacian_apply(
     which also tells about arguments, memory, gradients and errors. M is symmetric, M >= 0 and M 1 = 0.
 
     Returns:
-        A tensor like image, not divided by the number of pixels; zero where the image is smaller than a window.
+        A tensor like image (float32 under torch.autocast), not divided by the number of pixels; zero where the image is
+        smaller than a window.
     """
     image, guide = _backend.autocast((image, guide), torch.float32)
     _checks.matting_laplacian("matting_laplacian_apply", image, guide, eps, radius)

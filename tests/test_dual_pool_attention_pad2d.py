@@ -80,8 +80,10 @@ def test_deterministic(backend, sample):
 @compare.one_case(OPERATOR)
 def test_edge_shapes(backend, sample):
     compare.check_empty_batch(backend, sample, batched=("x",))
-    # Rows longer than what is moved at once, columns of one pixel, and sums long enough to be emptied on the way.
-    for shape, padding in (((1, 1, 1, 300), 0), ((1, 17, 2, 3), 1), ((2, 33, 5, 131), 4), ((1, 3, 20, 260), 2)):
+    # Rows longer than what is moved at once, columns of one pixel, sums long enough to be emptied on the way, and rows
+    # whose last tile ends where their mirror begins.
+    shapes = [(1, 1, 1, 300), (1, 17, 2, 3), (2, 33, 5, 131), (1, 3, 20, 260), (1, 1, 20, 5)]
+    for shape, padding in zip(shapes, (0, 1, 4, 2, 4), strict=True):
         x = torch.randn(shape, dtype=torch.float64, device=compare.device(backend)).requires_grad_()
         weight = torch.randn(3, dtype=torch.float64, device=x.device).requires_grad_()
         results = []
