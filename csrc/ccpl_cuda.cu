@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-dim3 grid_of(int64_t threads) { return dim3(static_cast<unsigned>(ceil_divide(threads, kThreads))); }
+dim3 grid_of(int64_t threads) { return dim3(grid_x(ceil_divide(threads, kThreads))); }
 
 template <typename T>
 void launch_forward(const NeighborDifferenceForward& arguments, const NeighborDifferenceSizes& sizes,

@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(kThreads, Shape<A>::kBlocks)
 }
 
 dim3 grid_of(const InfoNceSizes& sizes, int64_t depth) {
-  return dim3(static_cast<unsigned>(ceil_divide(sizes.rows, kRows)), grid_y(sizes.batch), static_cast<unsigned>(depth));
+  return dim3(grid_x(ceil_divide(sizes.rows, kRows)), grid_y(sizes.batch), static_cast<unsigned>(depth));
 }
 
 template <typename T, int kColumnsEach>

@@ -340,7 +340,7 @@ inline bool fits_matrix_kernels(const void* query, const void* key, const InfoNc
 }
 
 inline dim3 matrix_grid(const InfoNceSizes& sizes, int row_tiles) {
-  return dim3(static_cast<unsigned>(ceil_divide(sizes.rows, kMatrixWarps * row_tiles * kFragmentRows)),
+  return dim3(grid_x(ceil_divide(sizes.rows, kMatrixWarps * row_tiles * kFragmentRows)),
               grid_y(sizes.batch));
 }
 

@@ -61,6 +61,11 @@ constexpr int kVectorBytes = 16;
 #endif
 constexpr int64_t kMaximumGridY = RESTORATION_MAXIMUM_GRID_Y;
 inline unsigned grid_y(int64_t count) { return static_cast<unsigned>(std::min(count, kMaximumGridY)); }
+// Blocks of a grid's first axis. Cut to 32 bits, too many could be a grid that runs and leaves results unwritten.
+inline unsigned grid_x(int64_t count) {
+  if (count > INT32_MAX) throw std::runtime_error("a grid of " + std::to_string(count) + " blocks is too large for CUDA");
+  return static_cast<unsigned>(count);
+}
 
 template <typename T>
 struct alignas(kVectorBytes) Vector {

@@ -153,13 +153,13 @@ void launch(const MattingLaplacian& arguments, const MattingLaplacianSizes& size
   if (sizes.batch == 0) return;
   const WindowTiles tiles(sizes);
   double* partial = arguments.energy == nullptr ? nullptr : static_cast<double*>(workspace);
-  const dim3 grid(static_cast<unsigned>(tiles.tiles), grid_y(sizes.batch));
+  const dim3 grid(grid_x(tiles.tiles), grid_y(sizes.batch));
   LAUNCH((matting_laplacian_kernel<T, Real, kRadius>), grid, dim3(kTileColumns, kTileRows), 0, stream,
          static_cast<const T*>(arguments.image), static_cast<const T*>(arguments.guide),
          static_cast<T*>(arguments.product), partial, Real(arguments.factor), Real(std::sqrt(arguments.eps)), tiles,
          sizes.batch, sizes.channels);
   if (partial == nullptr) return;
-  LAUNCH(matting_laplacian_energy_kernel<T>, dim3(static_cast<unsigned>(sizes.batch)), dim3(kSumThreads), 0, stream,
+  LAUNCH(matting_laplacian_energy_kernel<T>, dim3(grid_x(sizes.batch)), dim3(kSumThreads), 0, stream,
          partial, static_cast<T*>(arguments.energy), tiles.tiles, sizes.pixels());
 }
 

@@ -267,7 +267,7 @@ void launch_products(const Plan<Products>& plan, const PacConv2dForward& argumen
   const auto kernel = pac_conv2d_forward_kernel<Products, T, Weight>;
   const size_t bytes = plan.shared_bytes();
   allow_shared(kernel, bytes);
-  const dim3 grid(static_cast<unsigned>(plan.pixel_tiles), plan.output_blocks);
+  const dim3 grid(grid_x(plan.pixel_tiles), plan.output_blocks);
   LAUNCH(kernel, grid, dim3(Products::kThreads), bytes, stream, plan, static_cast<const T*>(arguments.x),
          static_cast<const T*>(arguments.guide), weights, PacConv2dEpilogue<T>(arguments, wide));
 }
@@ -283,8 +283,8 @@ void launch_forward(const PacConv2dForward& arguments, const PacConv2dSizes& siz
   } else {
     Element* const packed = static_cast<Element*>(workspace);
     const int64_t blocks = ceil_divide(plan.output_tiles * plan.tile_weights(), kPackThreads);
-    LAUNCH((pac_conv2d_pack_kernel<Products, T>), dim3(static_cast<unsigned>(std::min(blocks, kMaximumGridY))),
-           dim3(kPackThreads), 0, stream, plan, weight, packed);
+    LAUNCH((pac_conv2d_pack_kernel<Products, T>), dim3(grid_y(blocks)), dim3(kPackThreads), 0, stream, plan, weight,
+           packed);
     launch_products<Products, T>(plan, arguments, static_cast<const Element*>(packed), wide, stream);
   }
 }

@@ -56,7 +56,7 @@ struct TiledMap {
         channel_tiles(static_cast<int>(ceil_divide(channels, kTileChannels))),
         tiles(static_cast<int>(column_tiles * ceil_divide(height, kTileRows))) {}
 
-  dim3 grid(int64_t batch) const { return dim3(static_cast<unsigned>(batch * tiles * channel_tiles)); }
+  dim3 grid(int64_t batch) const { return dim3(grid_x(batch * tiles * channel_tiles)); }
   __device__ int64_t image_elements() const { return int64_t{channels} * height * width; }
   __device__ int64_t padded_elements() const {
     return int64_t{channels} * (height + 2 * padding) * (width + 2 * padding);

@@ -31,6 +31,16 @@ def test_relu_split_without_images():
     assert [tensor.shape for tensor in (rectified, rest, grad_x)] == [(0, 2, 5, 7), (0, 1, 5, 7), (0, 3, 5, 7)]
 
 
+def test_a_grid_that_32_bits_cannot_count_is_refused():
+    """Cut to 32 bits it would be one of a single block, and the rest of the outputs left unwritten."""
+    sizes = {"batch": 2**32 + 1, "channels": 2, "split": 1, "height": 1, "width": 1}
+    x = torch.zeros(1, 2, 1, 1)
+    with pytest.raises(RuntimeError, match="a grid of 4294967297 blocks is too large for CUDA"):
+        simt_build.load_extension().relu_split_forward_cuda(
+            x=x.data_ptr(), rectified=0, rest=0, **sizes, dtype=simt_build.dtype_code(x), stream=0
+        )
+
+
 def run_relu_split(x, channels, gradients):
     """rectified, rest and grad_x by the CUDA kernels. What they do not write stays NaN."""
     extension = simt_build.load_extension()
