@@ -50,10 +50,19 @@ struct PacMap {
   // Where plane `tap` of kernel or slope, both [B,K²,H',W'], starts.
   __device__ int64_t tap_plane(int64_t image, int tap) const { return (image * taps + tap) * out_pixels; }
 
-  // The output place whose tap `tap` lies at this pixel, or -1.
-  __device__ int64_t reader(int row, int column, int tap) const {
-    const int out_row = vertical.reader(row, tap / kernel_size);
-    const int out_column = horizontal.reader(column, tap % kernel_size);
+  // Calls visit(tap, row, column) for every tap, in order.
+  template <typename Visit>
+  __device__ void visit_taps(Visit visit) const {
+    int tap = 0;
+    for (int row = 0; row < kernel_size; ++row) {
+      for (int column = 0; column < kernel_size; ++column) visit(tap++, row, column);
+    }
+  }
+
+  // The output place whose tap lies at this pixel, or -1.
+  __device__ int64_t reader(int row, int column, int tap_row, int tap_column) const {
+    const int out_row = vertical.reader(row, tap_row);
+    const int out_column = horizontal.reader(column, tap_column);
     return out_row < 0 || out_column < 0 ? -1 : int64_t{out_row} * horizontal.output + out_column;
   }
 };
@@ -65,8 +74,11 @@ struct PacPlace {
 
 // The place `offset` after another, in rows of `width` places.
 __device__ __forceinline__ PacPlace place_after(PacPlace first, int offset, int width) {
-  const unsigned beyond = static_cast<unsigned>(first.column) + offset;
-  return {static_cast<int>(first.row + beyond / width), static_cast<int>(beyond % width)};
+  const unsigned beyond = static_cast<unsigned>(first.column) + offset, row = width;
+  // Divisions take 25 instructions, and few are needed where rows are long.
+  if (beyond < row) return {first.row, static_cast<int>(beyond)};
+  if (beyond < 2 * row) return {first.row + 1, static_cast<int>(beyond - row)};
+  return {static_cast<int>(first.row + beyond / row), static_cast<int>(beyond % row)};
 }
 
 // The same where the first is counted from the start of the plane: a division in 64 bits, once a block or so.
@@ -74,6 +86,26 @@ __device__ __forceinline__ PacPlace place_after(int64_t first, int offset, int w
   const int64_t row = first / width;
   return place_after(PacPlace{static_cast<int>(row), static_cast<int>(first - row * width)}, offset, width);
 }
+
+// The numbers at one place of planes `pixels` apart, from planes[first] on; they need not exist where they are not read.
+// Steps in bytes: from an index each address would be made anew.
+template <typename T>
+class PlaneWalk {
+ public:
+  PlaneWalk() = default;
+  __device__ PlaneWalk(T* planes, int64_t first, int64_t pixels)
+      : address_(reinterpret_cast<Byte*>(planes) + first * kBytes), step_(pixels * kBytes) {}
+  __device__ T& operator*() const { return (*this)[0]; }
+  // One farther on in its plane.
+  __device__ T& operator[](int places) const { return reinterpret_cast<T*>(address_)[places]; }
+  __device__ void operator+=(int planes) { address_ += planes * step_; }
+
+ private:
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  static constexpr int64_t kBytes = sizeof(T);
+  Byte* address_;
+  int64_t step_;
+};
 
 // How an operand of a product lies in shared memory: float and double as they are, for products of the threads
 // themselves; Tf32 and 16-bit numbers in words for tensor cores.

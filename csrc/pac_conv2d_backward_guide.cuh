@@ -16,24 +16,27 @@ constexpr int kPlaceThreads = 256;
 constexpr int kGuideChannels = 8;
 
 dim3 place_grid(int64_t places, int64_t batch) {
-  return dim3(static_cast<unsigned>(ceil_divide(places, kPlaceThreads)), grid_y(batch));
+  return dim3(grid_x(ceil_divide(places, kPlaceThreads)), grid_y(batch));
 }
 
 __device__ __forceinline__ int64_t first_place() { return int64_t{blockIdx.x} * kPlaceThreads; }
 
-// A pixel of the guide, which is zero outside the image.
+// The channels of a pixel of the guide, which is zero outside the image, from planes[first] on.
 template <typename T>
 struct GuidePixel {
   using A = AccumulateType<T>;
 
-  const T* channels;
+  PlaneWalk<const T> number;
   bool inside;
 
-  __device__ GuidePixel(const T* image, const PacMap& map, int row, int column)
-      : channels(image + int64_t{row} * map.horizontal.size + column),
+  __device__ GuidePixel(const T* planes, int64_t first, const PacMap& map, int row, int column)
+      : number(planes, first * map.pixels + int64_t{row} * map.horizontal.size + column, map.pixels),
         inside(map.vertical.contains(row) && map.horizontal.contains(column)) {}
-  __device__ A value(const PacMap& map, int channel) const {
-    return inside ? static_cast<A>(channels[channel * map.pixels]) : A(0);
+  // The next channel, or 0 where there is none.
+  __device__ A next(bool exists = true) {
+    const A value = inside && exists ? static_cast<A>(*number) : A(0);
+    number += 1;
+    return value;
   }
 };
 
@@ -48,30 +51,35 @@ __global__ void __launch_bounds__(kPlaceThreads)
   const PacPlace at = place_after(first_place(), threadIdx.x, map.horizontal.output);
   const int middle = map.kernel_size / 2;
   for (int64_t index = blockIdx.y; index < map.batch; index += gridDim.y) {
-    const T* image = guide + index * map.guide_channels * map.pixels;
-    const GuidePixel<T> centre(image, map, map.vertical.position(at.row, middle),
-                               map.horizontal.position(at.column, middle));
+    const auto pixel_under = [&](int tap_row, int tap_column) {
+      return GuidePixel<T>(guide, index * map.guide_channels, map, map.vertical.position(at.row, tap_row),
+                           map.horizontal.position(at.column, tap_column));
+    };
+    const GuidePixel<T> centre = pixel_under(middle, middle);
     A total = 0;
-    for (int tap = 0; tap < map.taps; ++tap) {
-      const GuidePixel<T> other(image, map, map.vertical.position(at.row, tap / map.kernel_size),
-                                map.horizontal.position(at.column, tap % map.kernel_size));
+    const PlaneWalk<A> first(kernel, map.tap_plane(index, 0) + place, map.out_pixels);
+    PlaneWalk<A> entry = first;
+    map.visit_taps([&](int tap, int tap_row, int tap_column) {
+      GuidePixel<T> own = centre, other = pixel_under(tap_row, tap_column);
       A distance = 0;
       // That of the centre stays 0: its k is 1 by definition, also for Inf.
       if (tap != map.taps / 2) {
 #pragma unroll 8
         for (int channel = 0; channel < map.guide_channels; ++channel) {
-          const A difference = centre.value(map, channel) - other.value(map, channel);
+          const A difference = own.next() - other.next();
           distance += difference * difference;
         }
       }
       A value = std::exp(A(-0.5) * distance);
       if (map.normalize && !other.inside) value = 0;
       total += value;
-      kernel[map.tap_plane(index, tap) + place] = value;
-    }
+      *entry = value;
+      entry += 1;
+    });
     // A place with no tap inside the image has only zeros.
     if (!map.normalize || total == 0) continue;
-    for (int tap = 0; tap < map.taps; ++tap) kernel[map.tap_plane(index, tap) + place] /= total;
+    entry = first;
+    for (int tap = 0; tap < map.taps; ++tap, entry += 1) *entry /= total;
   }
 }
 
@@ -82,19 +90,19 @@ __global__ void __launch_bounds__(kPlaceThreads)
   const int64_t place = first_place() + threadIdx.x;
   if (place >= map.out_pixels) return;
   const PacPlace at = place_after(first_place(), threadIdx.x, map.horizontal.output);
-  const auto inside = [&](int tap) {
-    return map.vertical.contains(map.vertical.position(at.row, tap / map.kernel_size)) &&
-           map.horizontal.contains(map.horizontal.position(at.column, tap % map.kernel_size));
+  const auto inside = [&](int tap_row, int tap_column) {
+    return map.vertical.contains(map.vertical.position(at.row, tap_row)) &&
+           map.horizontal.contains(map.horizontal.position(at.column, tap_column));
   };
   for (int64_t index = blockIdx.y; index < map.batch; index += gridDim.y) {
     A total = 0;
-    for (int tap = 0; tap < map.taps; ++tap) {
-      if (inside(tap)) total += slope[map.tap_plane(index, tap) + place];
-    }
-    for (int tap = 0; tap < map.taps; ++tap) {
+    map.visit_taps([&](int tap, int tap_row, int tap_column) {
+      if (inside(tap_row, tap_column)) total += slope[map.tap_plane(index, tap) + place];
+    });
+    map.visit_taps([&](int tap, int tap_row, int tap_column) {
       const int64_t entry = map.tap_plane(index, tap) + place;
-      if (inside(tap)) slope[entry] -= kernel[entry] * total;
-    }
+      if (inside(tap_row, tap_column)) slope[entry] -= kernel[entry] * total;
+    });
   }
 }
 
@@ -108,40 +116,39 @@ __global__ void __launch_bounds__(kPlaceThreads, 16 / sizeof(AccumulateType<T>))
   const int64_t pixel = first_place() + threadIdx.x;
   if (pixel >= map.pixels) return;
   const PacPlace at = place_after(first_place(), threadIdx.x, map.horizontal.size);
-  const int middle = map.kernel_size / 2;
-  const int64_t own = map.reader(at.row, at.column, map.taps / 2);
+  const int last = map.kernel_size - 1, middle = map.kernel_size / 2;
+  const int64_t own = map.reader(at.row, at.column, middle, middle);
   for (int64_t index = blockIdx.y; index < map.batch; index += gridDim.y) {
-    const T* image = guide + index * map.guide_channels * map.pixels;
-    const GuidePixel<T> centre(image, map, at.row, at.column);
     for (int first = 0; first < map.guide_channels; first += kGuideChannels) {
       const int count = min(kGuideChannels, map.guide_channels - first);
+      const int64_t first_plane = index * map.guide_channels + first;
+      GuidePixel<T> centre(guide, first_plane, map, at.row, at.column);
       A centres[kGuideChannels], sums[kGuideChannels];
       UNROLL
       for (int channel = 0; channel < kGuideChannels; ++channel) {
-        centres[channel] = channel < count ? centre.value(map, first + channel) : A(0);
+        centres[channel] = centre.next(channel < count);
         sums[channel] = 0;
       }
-      for (int tap = 0; tap < map.taps; ++tap) {
-        if (tap == map.taps / 2) continue;
-        const int opposite = map.taps - 1 - tap;
-        const GuidePixel<T> other(image, map, at.row + (tap / map.kernel_size - middle) * map.vertical.dilation,
-                                  at.column + (tap % map.kernel_size - middle) * map.horizontal.dilation);
-        const int64_t back = map.reader(at.row, at.column, opposite);
+      map.visit_taps([&](int tap, int tap_row, int tap_column) {
+        if (tap == map.taps / 2) return;
+        GuidePixel<T> other(guide, first_plane, map, at.row + (tap_row - middle) * map.vertical.dilation,
+                            at.column + (tap_column - middle) * map.horizontal.dilation);
+        const int64_t back = map.reader(at.row, at.column, last - tap_row, last - tap_column);
         const bool reads = own >= 0 && other.inside;
         // Nobody has written the slope of a tap outside the image, and 0 times Inf would be NaN.
-        if (!reads && back < 0) continue;
+        if (!reads && back < 0) return;
         const A weight = (reads ? slope[map.tap_plane(index, tap) + own] : A(0)) +
-                         (back >= 0 ? slope[map.tap_plane(index, opposite) + back] : A(0));
-        // Beyond the last channel that one again: behind a branch, no load could be under way with the next.
+                         (back >= 0 ? slope[map.tap_plane(index, map.taps - 1 - tap) + back] : A(0));
         UNROLL
         for (int channel = 0; channel < kGuideChannels; ++channel) {
-          sums[channel] += weight * (other.value(map, first + min(channel, count - 1)) - centres[channel]);
+          sums[channel] += weight * (other.next(channel < count) - centres[channel]);
         }
-      }
-      T* gradient = grad_guide + (index * map.guide_channels + first) * map.pixels + pixel;
+      });
+      PlaneWalk<T> gradient(grad_guide, first_plane * map.pixels + pixel, map.pixels);
       UNROLL
       for (int channel = 0; channel < kGuideChannels; ++channel) {
-        if (channel < count) gradient[channel * map.pixels] = T(sums[channel]);
+        if (channel < count) *gradient = T(sums[channel]);
+        gradient += 1;
       }
     }
   }

@@ -5,6 +5,8 @@
 // they are u_t(p): times k_t(p) they are added to grad_x, and their product with x is the slope, so u never reaches
 // memory. While one piece of the operands is multiplied, the next is on its way into registers.
 // Pixels lie `stride` apart (a phase), so that each tap is read by all of a block or by none.
+// With few channels instructions are the limit. So where a tap is read is counted on from tap to tap, without divisions,
+// planes are found by stepping from one to the next, and x stays in registers where it fits.
 #pragma once
 
 #include "pac_conv2d_backward.cuh"
@@ -16,9 +18,12 @@ constexpr int kInputPixels = 128;
 constexpr int kInputThreads = 256;
 constexpr int kInputWarps = kInputThreads / kWarpThreads;
 
-// Depth of the operands in shared memory, in words: two pieces of each take 27 KB, of which three fit a multiprocessor,
-// one more than registers leave room for.
-constexpr int kInputWords = 2 * kFragmentWords;
+// Depth of a piece of the operands in shared memory, in words. Where channels are few, 16 outputs are usual: more numbers
+// than that would be empty. Where they are many, deeper pieces wait less often; two pieces take 27 KB, of which three fit
+// a multiprocessor, one more than registers leave room for.
+constexpr int input_words(int channels, int word_numbers) {
+  return word_numbers == 2 && channels <= 16 ? kFragmentWords : 2 * kFragmentWords;
+}
 
 // Channels of x in one pass; fewer where there are fewer, as each pass reads grad_y anew and computes all of them. The
 // sums of 64 in float64 do not fit in registers.
@@ -36,29 +41,31 @@ struct InputTile {
   static constexpr int kWarpsDown = kInputWarps / kWarpsAcross;
   static constexpr int kWarpPixels = kInputPixels / kWarpsDown;
   static constexpr int kWarpChannels = kChannels / kWarpsAcross;
+  static constexpr int kWords = input_words(kChannels, Operand<Factor>::kCount);
+  // Whether there are registers for what is the same for all taps: x, and the numbers of the phase.
+  static constexpr bool kRoomy = kChannels <= 16;
   // Odd multiples of 8 words: the four words of depth that a warp reads together lie in other banks.
   static constexpr int kPixelStride = kInputPixels + 8;
   static constexpr int kChannelStride = kChannels / 8 % 2 == 1 ? kChannels : kChannels + 8;
-  static constexpr int kVectors = kInputWords * kChannels / Vector<Element>::kCount;
+  static constexpr int kVectors = kWords * kChannels / Vector<Element>::kCount;
   static_assert(kVectors <= kInputThreads, "each thread copies one vector of weights at most");
   using Sums = WarpTile<Factor, kWarpPixels / kFragmentRows, kWarpChannels / kFragmentColumns>;
 };
 
-// Elements of the weights that pac_conv2d_backward_pack_kernel writes: [passes, taps, pieces, kInputWords, kChannels].
+// Elements of the weights that pac_conv2d_backward_pack_kernel writes: [passes, taps, pieces, words, channels].
 struct PackedWeight {
   int channels;  // of one pass
+  int words;     // of one piece
   int passes;
   int pieces;
 
   PackedWeight(const PacConv2dSizes& sizes, int word_numbers, bool wide)
       : channels(static_cast<int>(input_channels(sizes.channels, wide))),
+        words(input_words(channels, word_numbers)),
         passes(static_cast<int>(ceil_divide(sizes.channels, channels))),
-        pieces(static_cast<int>(ceil_divide(sizes.out_channels, kInputWords * word_numbers))) {}
+        pieces(static_cast<int>(ceil_divide(sizes.out_channels, words * word_numbers))) {}
 
-  HOST_DEVICE int64_t count(int64_t taps) const { return int64_t{passes} * taps * pieces * kInputWords * channels; }
-  HOST_DEVICE int64_t piece(int pass, int taps, int tap, int piece) const {
-    return ((int64_t{pass} * taps + tap) * pieces + piece) * kInputWords * channels;
-  }
+  HOST_DEVICE int64_t count(int64_t taps) const { return int64_t{passes} * taps * pieces * words * channels; }
 };
 
 // Weights in the order in which they are multiplied, so that every copy of a piece is one run of vectors.
@@ -77,7 +84,7 @@ __global__ void __launch_bounds__(kInputThreads)
     return value;
   };
   const int64_t pass_channel = digit(shape.channels);
-  const int64_t word = digit(int64_t{shape.pieces} * kInputWords);
+  const int64_t word = digit(int64_t{shape.pieces} * shape.words);
   const int64_t tap = digit(map.taps);
   const int64_t channel = rest * shape.channels + pass_channel;
   A values[Operand<Factor>::kCount];
@@ -90,31 +97,71 @@ __global__ void __launch_bounds__(kInputThreads)
   packed[index] = Operand<Factor>::pack(values);
 }
 
-// Pixels of the image that lie `stride` apart: one of phases(vertical) · phases(horizontal) such sets.
-struct InputPhase {
-  int row;  // of the first
+// The pixels of one axis that lie `stride` apart from `pixel` on, which the same taps read, and those taps.
+struct PhaseAxis {
+  int pixel;
+  int pixels;
+  int tap;  // the first of them
+  int tap_step;
+  int taps;
+  int place;  // of the output whose first tap lies at the first pixel, if there is one
+  int place_step;  // how much farther back that of the next tap is
+
+  PhaseAxis() = default;
+  __device__ PhaseAxis(const PacAxis& axis, int kernel_size, int first)
+      : pixel(first), pixels(quotient(axis.size - first + axis.stride - 1, axis.stride)), tap(0), tap_step(1) {
+    const int position = pixel + axis.padding;
+    while (tap < kernel_size && !divides(axis.stride, position - tap * axis.dilation)) ++tap;
+    while (tap_step < kernel_size && !divides(axis.stride, tap_step * axis.dilation)) ++tap_step;
+    taps = tap < kernel_size ? quotient(kernel_size - 1 - tap, tap_step) + 1 : 0;
+    place = quotient(position - tap * axis.dilation, axis.stride);
+    place_step = quotient(tap_step * axis.dilation, axis.stride);
+  }
+
+  // Divisions take 25 instructions, and are rarely needed.
+  __device__ static int quotient(int value, int divisor) { return divisor == 1 ? value : value / divisor; }
+  __device__ static bool divides(int divisor, int value) { return divisor == 1 || value % divisor == 0; }
+};
+
+// A tap, counted on both axes among those that read a phase.
+struct PhaseTap {
+  int row;
   int column;
-  int rows;
-  int columns;
+};
 
+// Pixels of the image that lie `stride` apart: one of count(vertical) · count(horizontal) such sets.
+struct InputPhase {
+  PhaseAxis rows;
+  PhaseAxis columns;
+
+  InputPhase() = default;
   __device__ InputPhase(const PacMap& map, int phase)
-      : row(phase / phases(map.horizontal)),
-        column(phase % phases(map.horizontal)),
-        rows((map.vertical.size - row + map.vertical.stride - 1) / map.vertical.stride),
-        columns((map.horizontal.size - column + map.horizontal.stride - 1) / map.horizontal.stride) {}
+      : rows(map.vertical, map.kernel_size, PhaseAxis::quotient(phase, count(map.horizontal))),
+        columns(map.horizontal, map.kernel_size, phase - rows.pixel * count(map.horizontal)) {}
 
-  HOST_DEVICE static int phases(const PacAxis& axis) { return axis.stride < axis.size ? axis.stride : axis.size; }
+  HOST_DEVICE static int count(const PacAxis& axis) { return axis.stride < axis.size ? axis.stride : axis.size; }
 
-  // The next tap with which outputs read these pixels, or map.taps.
-  __device__ int tap_after(const PacMap& map, int tap) const {
-    const auto meets = [](const PacAxis& axis, int first, int place) {
-      return (first + axis.padding - place * axis.dilation) % axis.stride == 0;
-    };
-    do {
-      ++tap;
-    } while (tap < map.taps && !(meets(map.vertical, row, tap / map.kernel_size) &&
-                                 meets(map.horizontal, column, tap % map.kernel_size)));
-    return tap;
+  // Where a pixel of the phase lies in its plane.
+  __device__ int64_t offset(const PacMap& map, PacPlace pixel) const {
+    const int row = rows.pixel + pixel.row * map.vertical.stride;
+    return int64_t{row} * map.horizontal.size + columns.pixel + pixel.column * map.horizontal.stride;
+  }
+
+  __device__ PhaseTap first() const { return {columns.taps > 0 ? 0 : rows.taps, 0}; }
+  __device__ bool exists(PhaseTap tap) const { return tap.row < rows.taps; }
+  __device__ PhaseTap after(PhaseTap tap) const {
+    return tap.column + 1 < columns.taps ? PhaseTap{tap.row, tap.column + 1} : PhaseTap{tap.row + 1, 0};
+  }
+  // Among all taps.
+  __device__ int index(const PacMap& map, PhaseTap tap) const {
+    return (rows.tap + tap.row * rows.tap_step) * map.kernel_size + columns.tap + tap.column * columns.tap_step;
+  }
+  // The output that reads a pixel of the phase with this tap, or -1.
+  __device__ int64_t reader(const PacMap& map, PacPlace pixel, PhaseTap tap) const {
+    const int row = pixel.row + rows.place - tap.row * rows.place_step;
+    const int column = pixel.column + columns.place - tap.column * columns.place_step;
+    const bool exists = row >= 0 && row < map.vertical.output && column >= 0 && column < map.horizontal.output;
+    return exists ? int64_t{row} * map.horizontal.output + column : -1;
   }
 };
 
@@ -125,8 +172,7 @@ struct InputPiece {
   using Element = typename Tile::Element;
   using A = typename Operand<Factor>::Sum;
   static constexpr int kCount = Operand<Factor>::kCount;
-  static constexpr int kStep = kInputThreads / kInputPixels;  // from one word of a thread to its next
-  static constexpr int kWords = kInputWords / kStep;
+  static constexpr int kWords = Tile::kWords * kInputPixels / kInputThreads;  // of this thread, neighbours in depth
 
   R grads[kWords][kCount];
   Vector<Element> weights;
@@ -136,14 +182,15 @@ struct InputPiece {
   __device__ void load(const R* grad_y, const Element* weight, const A* kernel, const PacMap& map, int64_t place,
                        int piece) {
     if (threadIdx.x < kInputPixels) kernel_value = place >= 0 ? kernel[place] : A(0);
-    const int first = (piece * kInputWords + threadIdx.x / kInputPixels) * kCount;
+    const int first = (piece * Tile::kWords + first_word()) * kCount;
+    const int outputs = place >= 0 ? map.out_channels - first : 0;
+    PlaneWalk<const R> source(grad_y, first * map.out_pixels + place, map.out_pixels);
     UNROLL
     for (int word = 0; word < kWords; ++word) {
       UNROLL
       for (int number = 0; number < kCount; ++number) {
-        const int output = first + word * kStep * kCount + number;
-        const bool exists = place >= 0 && output < map.out_channels;
-        grads[word][number] = exists ? grad_y[output * map.out_pixels + place] : R(0.0f);
+        grads[word][number] = word * kCount + number < outputs ? *source : R(0.0f);
+        source += 1;
       }
     }
     if (threadIdx.x < Tile::kVectors) weights = reinterpret_cast<const Vector<Element>*>(weight)[threadIdx.x];
@@ -156,8 +203,8 @@ struct InputPiece {
       A values[kCount];
       UNROLL
       for (int number = 0; number < kCount; ++number) values[number] = static_cast<A>(grads[word][number]);
-      const int row = threadIdx.x / kInputPixels + word * kStep;
-      grad_words[row * Tile::kPixelStride + threadIdx.x % kInputPixels] = Operand<Factor>::pack(values);
+      grad_words[(first_word() + word) * Tile::kPixelStride + threadIdx.x % kInputPixels] =
+          Operand<Factor>::pack(values);
     }
     if (threadIdx.x < Tile::kVectors) {
       const int first = threadIdx.x * Vector<Element>::kCount;
@@ -165,33 +212,84 @@ struct InputPiece {
                                            first % kChannels) = weights;
     }
   }
+
+ private:
+  __device__ static int first_word() { return threadIdx.x / kInputPixels * kWords; }
 };
 
-// What becomes of u_t(p) when the product of a tap is done: gradient += k_t(p) · u, and dots[pixel] = the sum of x · u
-// over this warp's channels, of which there are `channels` from plane `x` on. offsets: of each pixel in its plane, or
-// -1; null where no dots are wanted.
-template <typename Sums, typename T, typename A>
-__device__ __forceinline__ void use_products(Sums& sums, Sums& gradient, const T* __restrict__ x, int channels,
-                                             int64_t pixels, const int64_t* offsets, const A* kernel_values, A* dots) {
+// Calls visit(column, number) for what a lane owns of one pixel, at `offset` in its plane: the numbers of those of its
+// channels that exist, of `channels` planes from the warp's first on.
+template <typename Sums, typename T, typename Visit>
+__device__ __forceinline__ void visit_channels(T* planes, int channels, int64_t pixels, int64_t offset, Visit visit) {
+  PlaneWalk<T> number(planes, Sums::column(0) * pixels + offset, pixels);
+  UNROLL
+  for (int column = 0; column < Sums::kColumns; ++column) {
+    if (Sums::column(column) < channels) visit(column, *number);
+    number += column % 2 == 0 ? 1 : kFragmentColumns - 1;
+  }
+}
+
+// x of the pixels and channels that a lane owns; kept, or loaded whenever a row of it is wanted.
+template <typename Sums, typename T, bool kKept>
+struct LaneX {
+  using A = AccumulateType<T>;
+
+  const T* x;
+  int channels;
+  int64_t pixels;
+  const int64_t* offsets;  // of each pixel in its plane, or -1
+  A values[kKept ? Sums::kRows : 1][Sums::kColumns];
+
+  __device__ LaneX(const T* x, int channels, int64_t pixels, const int64_t* offsets, bool wanted)
+      : x(x), channels(channels), pixels(pixels), offsets(offsets) {
+    if constexpr (kKept) {
+      if (!wanted) return;
+      UNROLL
+      for (int row = 0; row < Sums::kRows; ++row) load(row, values[row]);
+    }
+  }
+
+  __device__ const A (&row(int row))[Sums::kColumns] {
+    if constexpr (kKept) return values[row];
+    load(row, values[0]);
+    return values[0];
+  }
+
+ private:
+  __device__ void load(int row, A (&row_values)[Sums::kColumns]) const {
+    const int64_t offset = offsets[Sums::row(row)];
+    if (offset < 0) return;
+    visit_channels<Sums>(x, channels, pixels, offset,
+                         [&](int column, const T& number) { row_values[column] = static_cast<A>(number); });
+  }
+};
+
+// What becomes of u_t(p) when the product of a tap is done: gradient += k_t(p) · u, and if wanted dots[pixel] = the sum
+// of x · u over this warp's channels.
+template <typename Sums, typename X, typename A>
+__device__ __forceinline__ void use_products(Sums& sums, Sums& gradient, X& x, const A* kernel_values, bool wants_dots,
+                                             A* dots) {
   UNROLL
   for (int row = 0; row < Sums::kRows; ++row) {
     const int pixel = Sums::row(row);
     const A value = kernel_values[pixel];
-    const int64_t offset = offsets == nullptr ? -1 : offsets[pixel];
+    UNROLL
+    for (int column = 0; column < Sums::kColumns; ++column) {
+      gradient.sum(row, column) += value * sums.sum(row, column);
+    }
+    if (!wants_dots) continue;
+    const auto& numbers = x.row(row);
     A dot = 0;
     UNROLL
     for (int column = 0; column < Sums::kColumns; ++column) {
-      A& sum = sums.sum(row, column);
-      gradient.sum(row, column) += value * sum;
-      const int channel = Sums::column(column);
-      if (offset >= 0 && channel < channels) dot += sum * static_cast<A>(x[channel * pixels + offset]);
-      sum = 0;
+      if (Sums::column(column) < x.channels) dot += sums.sum(row, column) * numbers[column];
     }
     // The four lanes that share these pixels.
     dot += __shfl_xor_sync(kFullWarp, dot, 1);
     dot += __shfl_xor_sync(kFullWarp, dot, 2);
     if (fragment_lane() % 4 == 0) dots[pixel] = dot;
   }
+  sums.clear();
 }
 
 template <typename Sums, typename T, typename A>
@@ -200,13 +298,10 @@ __device__ __forceinline__ void store_gradient(Sums& gradient, T* __restrict__ g
   UNROLL
   for (int row = 0; row < Sums::kRows; ++row) {
     const int64_t offset = offsets[Sums::row(row)];
-    UNROLL
-    for (int column = 0; column < Sums::kColumns; ++column) {
-      const int channel = Sums::column(column);
-      if (offset >= 0 && channel < channels) {
-        grad_x[channel * pixels + offset] = T(alpha * gradient.sum(row, column));
-      }
-    }
+    if (offset < 0) continue;
+    visit_channels<Sums>(grad_x, channels, pixels, offset, [&](int column, T& number) {
+      number = T(alpha * gradient.sum(row, column));
+    });
   }
 }
 
@@ -223,28 +318,31 @@ __global__ void __launch_bounds__(kInputThreads, InputTile<Factor, kChannels>::k
   using Element = typename Tile::Element;
   using A = AccumulateType<T>;
   using Sums = typename Tile::Sums;
-  constexpr int kGradWords = kInputWords * Tile::kPixelStride, kWeightWords = kInputWords * Tile::kChannelStride;
+  constexpr int kGradWords = Tile::kWords * Tile::kPixelStride, kWeightWords = Tile::kWords * Tile::kChannelStride;
   SHARED_ARRAY(Element, grad_words, 2 * kGradWords);
   SHARED_ARRAY(Vector<Element>, weight_vectors, 2 * kWeightWords / Vector<Element>::kCount);
   SHARED_ARRAY(int64_t, offsets, kInputPixels);  // of each pixel in its plane, or -1
   SHARED_ARRAY(A, kernel_values, 2 * kInputPixels);
   SHARED_ARRAY(A, dots, 2 * Tile::kWarpsAcross * kInputPixels);
   Element* const weight_words = weight_vectors->values;
+  constexpr int kPieceNumbers = Tile::kWords * kChannels;
 
-  const InputPhase phase(map, blockIdx.x / tiles);
+  SHARED_ARRAY(InputPhase, phase_of_block, 1);
+  if (threadIdx.x == 0) *phase_of_block = InputPhase(map, blockIdx.x / tiles);
+  __syncthreads();
+  const std::conditional_t<Tile::kRoomy, InputPhase, const InputPhase&> phase = *phase_of_block;
   const int own = threadIdx.x % kInputPixels;
-  const PacPlace at = place_after(int64_t{blockIdx.x % tiles} * kInputPixels, own, phase.columns);
-  const bool exists = at.row < phase.rows;
-  const int pixel_row = phase.row + at.row * map.vertical.stride;
-  const int pixel_column = phase.column + at.column * map.horizontal.stride;
-  const auto reader = [&](int tap) { return exists ? map.reader(pixel_row, pixel_column, tap) : -1; };
+  const PacPlace at = place_after(int64_t{blockIdx.x % tiles} * kInputPixels, own, phase.columns.pixels);
+  const bool exists = at.row < phase.rows.pixels;
+  const auto reader = [&](PhaseTap tap) { return exists ? phase.reader(map, at, tap) : -1; };
   const bool owns = threadIdx.x < kInputPixels;
-  if (owns) offsets[own] = exists ? int64_t{pixel_row} * map.horizontal.size + pixel_column : -1;
+  if (owns) offsets[own] = exists ? phase.offset(map, at) : -1;
   const int warp = threadIdx.x / kWarpThreads;
   const int warp_across = warp % Tile::kWarpsAcross;
   const int warp_pixel = warp / Tile::kWarpsAcross * Tile::kWarpPixels;
   const int warp_channel = warp_across * Tile::kWarpChannels;
-  const int first_tap = phase.tap_after(map, -1);
+  const bool wants_slope = slope != nullptr;
+  __syncthreads();  // The offsets are there.
 
   for (int64_t image = blockIdx.y; image < map.batch; image += gridDim.y) {
     for (int pass = 0; pass < packed.passes; ++pass) {
@@ -253,49 +351,53 @@ __global__ void __launch_bounds__(kInputThreads, InputTile<Factor, kChannels>::k
       Sums sums, gradient;
       sums.clear();
       gradient.clear();
+      LaneX<Sums, T, Tile::kRoomy> lane_x(x + first_plane, map.channels - first_channel, map.pixels,
+                                           offsets + warp_pixel, wants_slope);
+      const R* const image_grads = grad_y + image * map.out_channels * map.out_pixels;
+      const Element* const pass_weight = weight + int64_t{pass} * map.taps * packed.pieces * kPieceNumbers;
       InputPiece<R, Factor, kChannels> coming;
-      const auto load = [&](int tap, int piece) {
-        coming.load(grad_y + image * map.out_channels * map.out_pixels,
-                    weight + packed.piece(pass, map.taps, tap, piece), kernel + map.tap_plane(image, tap), map,
-                    reader(tap), piece);
+      const auto load = [&](PhaseTap tap, int piece) {
+        const int index = phase.index(map, tap);
+        coming.load(image_grads, pass_weight + int64_t{index * packed.pieces + piece} * kPieceNumbers,
+                    kernel + map.tap_plane(image, index), map, reader(tap), piece);
       };
       const auto store = [&](int buffer) {
         coming.store(grad_words + buffer * kGradWords, weight_words + buffer * kWeightWords,
                      kernel_values + buffer * kInputPixels);
       };
-      int tap = first_tap, piece = 0, buffer = 0;
-      if (tap < map.taps) {
+      PhaseTap tap = phase.first();
+      int piece = 0, buffer = 0;
+      if (phase.exists(tap)) {
         load(tap, piece);
         store(buffer);
       }
       __syncthreads();
-      while (tap < map.taps) {
+      while (phase.exists(tap)) {
         const bool last_piece = piece + 1 == packed.pieces;
-        const int next_tap = last_piece ? phase.tap_after(map, tap) : tap;
+        const PhaseTap next_tap = last_piece ? phase.after(tap) : tap;
         const int next_piece = last_piece ? 0 : piece + 1;
-        if (next_tap < map.taps) load(next_tap, next_piece);
+        if (phase.exists(next_tap)) load(next_tap, next_piece);
         const Element* left = grad_words + buffer * kGradWords + warp_pixel;
         const Element* right = weight_words + buffer * kWeightWords + warp_channel;
         UNROLL
-        for (int word = 0; word < kInputWords; word += kFragmentWords) {
+        for (int word = 0; word < Tile::kWords; word += kFragmentWords) {
           sums.template multiply<1, Tile::kPixelStride, 1, Tile::kChannelStride>(left + word * Tile::kPixelStride,
                                                                                  right + word * Tile::kChannelStride);
         }
         A* const tap_dots = dots + buffer * Tile::kWarpsAcross * kInputPixels;
         const A* const tap_values = kernel_values + buffer * kInputPixels;
         if (last_piece) {
-          use_products(sums, gradient, x + first_plane, map.channels - first_channel, map.pixels,
-                       slope == nullptr ? nullptr : offsets + warp_pixel, tap_values + warp_pixel,
+          use_products(sums, gradient, lane_x, tap_values + warp_pixel, wants_slope,
                        tap_dots + warp_across * kInputPixels + warp_pixel);
         }
         buffer = 1 - buffer;
-        if (next_tap < map.taps) store(buffer);
+        if (phase.exists(next_tap)) store(buffer);
         __syncthreads();
-        const int64_t place = last_piece && owns && slope != nullptr ? reader(tap) : -1;
+        const int64_t place = last_piece && owns && wants_slope ? reader(tap) : -1;
         if (place >= 0) {
           A dot = tap_dots[own];
           if constexpr (Tile::kWarpsAcross == 2) dot += tap_dots[kInputPixels + own];
-          A& entry = slope[map.tap_plane(image, tap) + place];
+          A& entry = slope[map.tap_plane(image, phase.index(map, tap)) + place];
           const A share = alpha * tap_values[own] * dot;
           entry = pass == 0 ? share : entry + share;
         }
@@ -313,7 +415,7 @@ template <typename T, typename Factor>
 void launch_pack(const void* weight, typename Operand<Factor>::Element* packed, const PackedWeight& shape,
                  const PacMap& map, cudaStream_t stream) {
   const int64_t blocks = ceil_divide(shape.count(map.taps), kInputThreads);
-  LAUNCH((pac_conv2d_backward_pack_kernel<T, Factor>), dim3(static_cast<unsigned>(blocks)), dim3(kInputThreads), 0,
+  LAUNCH((pac_conv2d_backward_pack_kernel<T, Factor>), dim3(grid_x(blocks)), dim3(kInputThreads), 0,
          stream, static_cast<const T*>(weight), packed, shape, map);
 }
 
@@ -325,8 +427,8 @@ void launch_input(const PacConv2dBackward& arguments, const typename Operand<Fac
   const int64_t pixels =
       ceil_divide(map.vertical.size, map.vertical.stride) * ceil_divide(map.horizontal.size, map.horizontal.stride);
   const int64_t tiles = ceil_divide(pixels, kInputPixels);
-  const int64_t phases = int64_t{InputPhase::phases(map.vertical)} * InputPhase::phases(map.horizontal);
-  const dim3 grid(static_cast<unsigned>(tiles * phases), grid_y(map.batch));
+  const int64_t phases = int64_t{InputPhase::count(map.vertical)} * InputPhase::count(map.horizontal);
+  const dim3 grid(grid_x(tiles * phases), grid_y(map.batch));
   const auto launch = [&](auto channels) {
     LAUNCH((pac_conv2d_backward_input_kernel<T, R, Factor, decltype(channels)::value>), grid, dim3(kInputThreads), 0,
            stream, static_cast<const R*>(arguments.grad_y), static_cast<const T*>(arguments.x), weight, kernel,

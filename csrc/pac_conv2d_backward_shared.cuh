@@ -39,29 +39,31 @@ __global__ void __launch_bounds__(kSharedThreads)
         values[channel] = exists ? static_cast<A>(x[(plane + channel) * map.pixels + pixel]) : A(0);
         gradients[channel] = 0;
       }
-      for (int tap = 0; tap < map.taps; ++tap) {
-        const int64_t place = pixel < map.pixels ? map.reader(at.row, at.column, tap) : -1;
+      map.visit_taps([&](int tap, int tap_row, int tap_column) {
+        const int64_t place = pixel < map.pixels ? map.reader(at.row, at.column, tap_row, tap_column) : -1;
         A share = 0;
         if (place >= 0) {
           const int64_t entry = map.tap_plane(image, tap) + place;
           const A scale = kernel[entry], weight = static_cast<A>(filter[tap]);
           A dot = 0;
+          PlaneWalk<const R> grads(grad_y, plane * map.out_pixels + place, map.out_pixels);
           UNROLL
           for (int channel = 0; channel < kSharedChannels; ++channel) {
-            if (channel >= count) continue;
-            const A grad = static_cast<A>(grad_y[(plane + channel) * map.out_pixels + place]);
+            if (channel >= count) break;
+            const A grad = static_cast<A>(*grads);
+            grads += 1;
             gradients[channel] += scale * weight * grad;
             dot += values[channel] * grad;
           }
           share = scale * dot;
           if (slope != nullptr) slope[entry] = alpha * weight * share + (first == 0 ? A(0) : slope[entry]);
         }
-        if (filter_sums == nullptr) continue;
+        if (filter_sums == nullptr) return;
         share = block_sum(share);
-        if (threadIdx.x != 0) continue;
+        if (threadIdx.x != 0) return;
         const bool is_first = image == blockIdx.y && first == 0;
         sums[tap] = is_first ? share : sums[tap] + share;
-      }
+      });
       if (grad_x == nullptr || pixel >= map.pixels) continue;
       UNROLL
       for (int channel = 0; channel < kSharedChannels; ++channel) {
@@ -72,7 +74,7 @@ __global__ void __launch_bounds__(kSharedThreads)
 }
 
 inline dim3 shared_grid(const PacConv2dSizes& sizes) {
-  return dim3(static_cast<unsigned>(ceil_divide(sizes.pixels(), kSharedThreads)), grid_y(sizes.batch));
+  return dim3(grid_x(ceil_divide(sizes.pixels(), kSharedThreads)), grid_y(sizes.batch));
 }
 
 template <typename T, typename R>

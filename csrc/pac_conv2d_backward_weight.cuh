@@ -25,11 +25,10 @@ constexpr int64_t kWantedWarps = int64_t{128} * kWeightWarpsResident;
 constexpr int64_t kLeastSteps = 8;
 constexpr int64_t kMostSumBytes = int64_t{8} << 20;
 
-// The outputs of a block, whether all of its columns are of one tap, and who owns which sums.
-template <int kOutputs_, bool kOneTap_>
+// The outputs of a block, and who owns which sums.
+template <int kOutputs_>
 struct WeightTile {
   static constexpr int kOutputs = kOutputs_;
-  static constexpr bool kOneTap = kOneTap_;
   static constexpr int kWarps = kOutputs <= 64 ? 4 : 8;
   static constexpr int kThreads = kWarps * kWarpThreads;
   static constexpr int kWarpsAcross = kOutputs == 16 ? 4 : 2;
@@ -39,15 +38,15 @@ struct WeightTile {
   using Sums = WarpTile<Factor, kWarpOutputs / kFragmentRows, kWarpColumns / kFragmentColumns>;
 };
 
-// 16 outputs cost little beside what must be read for them. Above 64, larger tiles read less; channels are then many.
+// 16 outputs cost little beside what must be read for them. Above 64, larger tiles read less.
 // Larger tiles of float64 (kWide) do not fit in registers.
 template <bool kWide, typename Call>
-void choose_weight_tile(int64_t channels, int64_t out_channels, Call call) {
+void choose_weight_tile(int64_t out_channels, Call call) {
   if constexpr (!kWide) {
-    if (out_channels > 64 && channels % kWeightColumns == 0) return call(WeightTile<128, true>());
-    if (out_channels > 16) return call(WeightTile<64, false>());
+    if (out_channels > 64) return call(WeightTile<128>());
+    if (out_channels > 16) return call(WeightTile<64>());
   }
-  call(WeightTile<16, false>());
+  call(WeightTile<16>());
 }
 
 // How the product is cut. columns is 0 where only grad_bias is wanted.
@@ -71,8 +70,7 @@ struct WeightCut {
       shares = std::min({kWantedWarps / tiles_warps, steps / kLeastSteps, kMostSumBytes / share_bytes, kMaximumGridY});
       shares = std::max<int64_t>(shares, 1);
     };
-    wide ? choose_weight_tile<true>(sizes.channels, sizes.out_channels, cut)
-         : choose_weight_tile<false>(sizes.channels, sizes.out_channels, cut);
+    wide ? choose_weight_tile<true>(sizes.out_channels, cut) : choose_weight_tile<false>(sizes.out_channels, cut);
   }
 };
 
@@ -84,11 +82,10 @@ struct LanePixels {
   int rows[kCount];    // where the first tap reads x
   int columns[kCount];
 
-  __device__ LanePixels(const PacMap& map, int64_t step_place, PacPlace step, int lane)
-      : place(step_place + lane * kCount) {
+  __device__ LanePixels(const PacMap& map, int64_t place, PacPlace first) : place(place) {
     UNROLL
     for (int number = 0; number < kCount; ++number) {
-      const PacPlace at = place_after(step, lane * kCount + number, map.horizontal.output);
+      const PacPlace at = place_after(first, number, map.horizontal.output);
       exists[number] = place + number < map.out_pixels;
       rows[number] = map.vertical.position(at.row, 0);
       columns[number] = map.horizontal.position(at.column, 0);
@@ -98,15 +95,22 @@ struct LanePixels {
 
 // A column of the product: a channel of x under a tap.
 struct WeightColumn {
-  int64_t plane;  // where the channel starts in an image, or -1 beyond the last column
-  int tap;
-  int row;  // of the tap, in pixels from the first tap
-  int column;
+  int tap_row;
+  int tap_column;
+  int channel;
 
-  __device__ static WeightColumn of(const PacMap& map, const WeightCut& cut, int column) {
+  __device__ WeightColumn(const PacMap& map, int column) {
     const int tap = column / map.channels;
-    return {column < cut.columns ? column % map.channels * map.pixels : -1, tap,
-            tap / map.kernel_size * map.vertical.dilation, tap % map.kernel_size * map.horizontal.dilation};
+    tap_row = tap / map.kernel_size;
+    tap_column = tap % map.kernel_size;
+    channel = column % map.channels;
+  }
+  // On to the first channel under the next tap.
+  __device__ void next_tap(const PacMap& map) {
+    channel = 0;
+    if (++tap_column < map.kernel_size) return;
+    tap_column = 0;
+    ++tap_row;
   }
 };
 
@@ -117,15 +121,18 @@ struct TapOfPixels {
   A scales[kCount];        // k_t(p)
   int64_t offsets[kCount];  // of p+t in a plane of x
 
-  __device__ void set(const PacMap& map, const LanePixels<kCount>& pixels, const A* kernel, int64_t image,
-                      const WeightColumn& column) {
+  // image_kernel: the kernel of one image.
+  __device__ TapOfPixels(const PacMap& map, const LanePixels<kCount>& pixels, const A* image_kernel,
+                         const WeightColumn& column) {
+    const int tap = column.tap_row * map.kernel_size + column.tap_column;
+    const A* const values = image_kernel + tap * map.out_pixels + pixels.place;
     UNROLL
     for (int number = 0; number < kCount; ++number) {
-      const int row = pixels.rows[number] + column.row, place = pixels.columns[number] + column.column;
-      inside[number] = pixels.exists[number] && column.plane >= 0 && map.vertical.contains(row) &&
-                       map.horizontal.contains(place);
+      const int row = pixels.rows[number] + column.tap_row * map.vertical.dilation;
+      const int place = pixels.columns[number] + column.tap_column * map.horizontal.dilation;
+      inside[number] = pixels.exists[number] && map.vertical.contains(row) && map.horizontal.contains(place);
       offsets[number] = int64_t{row} * map.horizontal.size + place;
-      scales[number] = inside[number] ? kernel[map.tap_plane(image, column.tap) + pixels.place + number] : A(0);
+      scales[number] = inside[number] ? values[number] : A(0);
     }
   }
 };
@@ -133,57 +140,60 @@ struct TapOfPixels {
 // grad_words[output] = grad_y of a lane's pixels, for this warp's outputs; from `grad_y` on there are `outputs`. Adds
 // what it reads to bias, if wanted.
 template <typename Factor, typename Tile, typename R, typename A, int kCount, int kEach>
-__device__ __forceinline__ void stage_grads(const R* __restrict__ grad_y, const PacMap& map,
-                                            const LanePixels<kCount>& pixels, int outputs, bool sums_bias,
-                                            A (&bias)[kEach], typename Operand<Factor>::Element* grad_words) {
+__device__ __forceinline__ void stage_grads(const R* grad_y, const PacMap& map, const LanePixels<kCount>& pixels,
+                                            int outputs, bool sums_bias, A (&bias)[kEach],
+                                            typename Operand<Factor>::Element* grad_words) {
+  PlaneWalk<const R> source(grad_y, pixels.place, map.out_pixels);
   UNROLL
   for (int part = 0; part < kEach; ++part) {
     const int row = part * Tile::kWarps;
     A values[kCount];
     UNROLL
     for (int number = 0; number < kCount; ++number) {
-      const bool reads = row < outputs && pixels.exists[number];
-      values[number] = reads ? static_cast<A>(grad_y[row * map.out_pixels + pixels.place + number]) : A(0);
+      values[number] = row < outputs && pixels.exists[number] ? static_cast<A>(source[number]) : A(0);
       if (sums_bias) bias[part] += values[number];
     }
+    source += Tile::kWarps;
     grad_words[row * kWeightStride] = Operand<Factor>::pack(values);
   }
 }
 
-// column_words[column] = k_t(p) x[c](p+t) of a lane's pixels, for this warp's columns, the first of them table[0].
-template <typename Factor, typename Tile, typename T, typename A, int kCount>
-__device__ __forceinline__ void stage_columns(const T* __restrict__ x, const A* __restrict__ kernel, const PacMap& map,
-                                              const LanePixels<kCount>& pixels, int64_t image,
-                                              const WeightColumn* table,
+// column_words[column] = k_t(p) x[c](p+t) of a lane's pixels, for this warp's columns: `columns` from `first` on.
+template <typename Factor, typename T, typename A, int kCount>
+__device__ __forceinline__ void stage_columns(const T* image_x, const A* image_kernel, const PacMap& map,
+                                              const LanePixels<kCount>& pixels, WeightColumn first, int columns,
                                               typename Operand<Factor>::Element* column_words) {
-  const T* const image_x = x + image * map.channels * map.pixels;
-  TapOfPixels<A, kCount> tap = {};
-  if constexpr (Tile::kOneTap) tap.set(map, pixels, kernel, image, table[0]);
   // The loads of eight numbers are under way together: those of more do not fit in registers. Written out, as no load
   // moves up above a store to shared memory by itself.
   constexpr int kTogether = 8 / kCount;
 #pragma unroll 1
-  for (int first = 0; first < kWeightColumns; first += kTogether * Tile::kWarps) {
-    A values[kTogether][kCount], scales[kTogether][kCount];
-    WeightColumn columns[kTogether];
+  for (int run; columns > 0; columns -= run, first.next_tap(map)) {
+    const TapOfPixels<A, kCount> tap(map, pixels, image_kernel, first);
+    run = min(columns, map.channels - first.channel);
+    PlaneWalk<const T> sources[kCount];
     UNROLL
-    for (int part = 0; part < kTogether; ++part) columns[part] = table[first + part * Tile::kWarps];
-    UNROLL
-    for (int part = 0; part < kTogether; ++part) {
-      if constexpr (!Tile::kOneTap) tap.set(map, pixels, kernel, image, columns[part]);
-      UNROLL
-      for (int number = 0; number < kCount; ++number) {
-        const bool inside = tap.inside[number];
-        scales[part][number] = tap.scales[number];
-        values[part][number] = inside ? static_cast<A>(image_x[columns[part].plane + tap.offsets[number]]) : A(0);
-      }
+    for (int number = 0; number < kCount; ++number) {
+      sources[number] = {image_x, first.channel * map.pixels + tap.offsets[number], map.pixels};
     }
-    UNROLL
-    for (int part = 0; part < kTogether; ++part) {
-      A products[kCount];
+#pragma unroll 1
+    for (int left = run; left > 0; left -= kTogether) {
+      A values[kTogether][kCount];
       UNROLL
-      for (int number = 0; number < kCount; ++number) products[number] = values[part][number] * scales[part][number];
-      column_words[(first + part * Tile::kWarps) * kWeightStride] = Operand<Factor>::pack(products);
+      for (int part = 0; part < kTogether; ++part) {
+        UNROLL
+        for (int number = 0; number < kCount; ++number) {
+          values[part][number] = part < left && tap.inside[number] ? static_cast<A>(*sources[number]) : A(0);
+          sources[number] += 1;
+        }
+      }
+      UNROLL
+      for (int part = 0; part < kTogether; ++part) {
+        A products[kCount];
+        UNROLL
+        for (int number = 0; number < kCount; ++number) products[number] = values[part][number] * tap.scales[number];
+        if (part < left) column_words[part * kWeightStride] = Operand<Factor>::pack(products);
+      }
+      column_words += min(left, kTogether) * kWeightStride;
     }
   }
 }
@@ -201,33 +211,35 @@ __global__ void __launch_bounds__(Tile::kThreads, kWeightWarpsResident / Tile::k
   constexpr int kCount = Operand<Factor>::kCount;
   constexpr int kStepPixels = kWeightWords * kCount;
   constexpr int kOutputsEach = Tile::kOutputs / Tile::kWarps;
+  constexpr int kColumnsEach = kWeightColumns / Tile::kWarps;
   SHARED_ARRAY(Element, grad_words, Tile::kOutputs * kWeightStride);
   SHARED_ARRAY(Element, column_words, kWeightColumns * kWeightStride);
-  SHARED_ARRAY(WeightColumn, table, kWeightColumns);
   const int warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
   const int first_column = blockIdx.x % cut.column_tiles * kWeightColumns;
   const int first_output = blockIdx.x / cut.column_tiles * Tile::kOutputs;
   const bool sums_bias = bias_sums != nullptr && first_column == 0;
-  for (int row = threadIdx.x; row < kWeightColumns; row += Tile::kThreads) {
-    table[row] = WeightColumn::of(map, cut, first_column + row);
-  }
-  __syncthreads();
+  // Neighbouring columns, which have few taps: what belongs to a tap is found once for all of its channels.
+  const int own_column = first_column + warp * kColumnsEach;
+  const int own_columns = min(kColumnsEach, cut.columns - own_column);
+  Element* const own_words = column_words + warp * kColumnsEach * kWeightStride + lane;
+  const WeightColumn own_first(map, own_column);
+  for (int column = max(own_columns, 0); column < kColumnsEach; ++column) own_words[column * kWeightStride] = {};
 
   const int64_t share_steps = ceil_divide(cut.steps, gridDim.y);
   const int64_t first_step = blockIdx.y * share_steps, last_step = min(first_step + share_steps, cut.steps);
   int64_t image = first_step / cut.steps_per_image;
-  int64_t place = first_step % cut.steps_per_image * kStepPixels;
-  PacPlace first = place_after(place, 0, map.horizontal.output);
+  int64_t place = first_step % cut.steps_per_image * kStepPixels;  // of the first lane
+  PacPlace first = place_after(place, lane * kCount, map.horizontal.output);  // of this one
   Sums sums;
   sums.clear();
   A bias[kOutputsEach] = {};
   for (int64_t step = first_step; step < last_step; ++step) {
-    const LanePixels<kCount> pixels(map, place, first, lane);
+    const LanePixels<kCount> pixels(map, place + lane * kCount, first);
     stage_grads<Factor, Tile>(grad_y + (image * map.out_channels + first_output + warp) * map.out_pixels, map, pixels,
                          map.out_channels - first_output - warp, sums_bias, bias,
                          grad_words + warp * kWeightStride + lane);
-    stage_columns<Factor, Tile>(x, kernel, map, pixels, image, table + warp,
-                                column_words + warp * kWeightStride + lane);
+    stage_columns<Factor>(x + image * map.channels * map.pixels, kernel + image * map.taps * map.out_pixels, map,
+                          pixels, own_first, own_columns, own_words);
     __syncthreads();
     const Element* left = grad_words + warp / Tile::kWarpsAcross * Tile::kWarpOutputs * kWeightStride;
     const Element* right = column_words + warp % Tile::kWarpsAcross * Tile::kWarpColumns * kWeightStride;
@@ -241,7 +253,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kWeightWarpsResident / Tile::k
     if (place >= map.out_pixels) {
       ++image;
       place = 0;
-      first = {0, 0};
+      first = place_after(PacPlace{0, 0}, lane * kCount, map.horizontal.output);
     }
   }
 
@@ -295,9 +307,9 @@ __global__ void __launch_bounds__(kWarpThreads* kReduceRows)
 template <typename T, typename R, typename Factor>
 void launch_weight(const PacConv2dBackward& arguments, const AccumulateType<T>* kernel, AccumulateType<T>* weight_sums,
                    AccumulateType<T>* bias_sums, const WeightCut& cut, const PacMap& map, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(int64_t{cut.column_tiles} * cut.output_tiles),
+  const dim3 grid(grid_x(int64_t{cut.column_tiles} * cut.output_tiles),
                   static_cast<unsigned>(cut.shares));
-  choose_weight_tile<std::is_same_v<T, double>>(map.channels, map.out_channels, [&](auto tile) {
+  choose_weight_tile<std::is_same_v<T, double>>(map.out_channels, [&](auto tile) {
     using Tile = decltype(tile);
     LAUNCH((pac_conv2d_backward_weight_kernel<T, R, Factor, Tile>), grid, dim3(Tile::kThreads), 0, stream,
            static_cast<const R*>(arguments.grad_y), static_cast<const T*>(arguments.x), kernel, weight_sums, bias_sums,
@@ -309,7 +321,7 @@ template <typename T>
 void launch_reduce(const AccumulateType<T>* sums, void* gradient, int64_t shares, int64_t outputs, int channels,
                    int taps, double alpha, cudaStream_t stream) {
   const int64_t count = outputs * channels * taps;
-  LAUNCH(pac_conv2d_backward_reduce_kernel<T>, dim3(static_cast<unsigned>(ceil_divide(count, kWarpThreads))),
+  LAUNCH(pac_conv2d_backward_reduce_kernel<T>, dim3(grid_x(ceil_divide(count, kWarpThreads))),
          dim3(kWarpThreads, kReduceRows), 0, stream, sums, static_cast<T*>(gradient), shares, count, channels, taps,
          static_cast<AccumulateType<T>>(alpha));
 }

@@ -1,5 +1,7 @@
 """The CUDA kernels of the gradients of the pixel-adaptive convolution on the CPU, behind the public function."""
 
+import itertools
+
 import compare
 import pytest
 import simt_build
@@ -99,6 +101,14 @@ def test_odd_samples(sample, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_examples(name, dtype, monkeypatch):
     judge_dtype(EXAMPLES[name], dtype, monkeypatch)
+
+
+@pytest.mark.parametrize("stride", [(1, 2), (3, 1), (2, 6), (4, 3)], ids=str)
+def test_taps_that_read_a_phase(stride):
+    """Every tap, some or none, as strides and dilations divide each other; or fewer pixels than a stride."""
+    for dilation, padding in itertools.product([(1, 2), (2, 3), (4, 1), (3, 6)], [(6, 7), (9, 12)]):
+        judge(example(3, 2, 1, (5, 4), 3, stride=stride, dilation=dilation, padding=padding, normalize=True))
+        judge(example(2, 2, 1, (6, 7), 5, stride=stride, dilation=dilation, padding=(13, 11)))
 
 
 @pytest.mark.parametrize("name", ["few_channels", "passes", "phases"])
