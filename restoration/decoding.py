@@ -40,10 +40,17 @@ _TIFF_NOTES = {
     "icc_profile": ExifTags.Base.InterColorProfile,
     "xmp": ExifTags.Base.XMLPacket,
 }
-_TIFF_BEGINNINGS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_BIG_ENDIAN_BIGTIFF = b"MM\0+"
+_TIFF_BEGINNINGS = (b"II*\0", b"MM\0*", b"II+\0", _BIG_ENDIAN_BIGTIFF)
 
 # Of 8 bits, by Pillow's name of a PNG's grey of fewer.
 _STEP_OF_GREY = {"L;2": 85, "L;4": 17}
+
+# Begins a segment of a JPEG: XMP specification part 3, section 1.1.3.1.
+_EXTENDED_XMP = b"http://ns.adobe.com/xmp/extension/\0"
+
+# As Pillow names a JPEG file of one picture, and one of several.
+_JPEG_FORMATS = ("JPEG", "MPO")
 
 # Units of a resolution: those of a JPEG's header, and EXIF's in dots an inch.
 _JFIF_UNITS, _DOTS_AN_INCH = (1, 2), {2: 1.0, 3: 2.54}
@@ -118,7 +125,7 @@ def _open(path: Path) -> Image.Image:
             if image.format == "PNG":
                 _fit_transparent_colour(image)
             image.load()
-            if image.format == "JPEG":
+            if image.format in _JPEG_FORMATS:
                 _take_declared_resolution(image)
             assume_declared_profile(image, path)
         except UnidentifiedImageError:
@@ -173,6 +180,8 @@ def _unidentified(file: BinaryIO) -> str:
         place = beginning[8:16] if b"+" in beginning[2:4] else beginning[4:8]
         if int.from_bytes(place, "little" if beginning[:1] == b"I" else "big") >= file.seek(0, os.SEEK_END):
             return "is damaged or truncated (its tags are missing)"
+        if beginning[:4] == _BIG_ENDIAN_BIGTIFF:
+            return "is a big-endian BigTIFF file, which cannot be read; save it little-endian, or as classic TIFF"
         return "is a TIFF file of a kind that cannot be read; save it as RGB or grey with 8 or 16 bits a channel"
     return "is not a readable PNG, JPEG, TIFF, WebP or BMP image"
 
@@ -202,6 +211,8 @@ def _check_tiff(image: Image.Image, path: Path) -> None:
     for name, tag in _TIFF_NOTES.items():
         if tag not in tags:
             image.info.pop(name, None)
+    if tags.get(ExifTags.Base.ResolutionUnit, 2) not in _DOTS_AN_INCH:
+        image.info.pop("dpi", None)
     _turn_resolution(image, tags.get(ExifTags.Base.Orientation))  # while it loads a TIFF file, Pillow turns the pixels
 
 
@@ -249,6 +260,8 @@ def _upright(image: Image.Image, path: Path) -> tuple[Image.Image, bytes | None]
 
 def _xmp(image: Image.Image, path: Path) -> bytes | None:
     packet = image.info.get("xmp")
+    if any(content.startswith(_EXTENDED_XMP) for _, content in getattr(image, "applist", ())):
+        logger.warning("%s: of its XMP data, what goes beyond 64 KB is left out", path)
     if not packet:
         return None
     with _left_out_where_damaged("XMP", path):

@@ -29,6 +29,11 @@ _KEPT_TAGS = (
     ExifTags.Base.RatingPercent,
     ExifTags.Base.ImageHistory,
     ExifTags.Base.CameraSerialNumber,
+    # Of TIFF/EP and DNG, which have them here and not among the photograph's.
+    ExifTags.Base.DateTimeOriginal,
+    ExifTags.Base.ImageNumber,
+    ExifTags.Base.ImageID,
+    ExifTags.Base.UniqueCameraModel,
 )
 _STALE_PHOTOGRAPH_TAGS = (
     ExifTags.Base.ColorSpace,
@@ -43,7 +48,7 @@ _STALE_PROPERTIES = (
     r"(?:tiff:(?:Orientation|ImageWidth|ImageLength|BitsPerSample|Compression|PhotometricInterpretation"
     r"|SamplesPerPixel|PlanarConfiguration|YCbCrSubSampling|YCbCrPositioning|NativeDigest)"
     r"|exif:(?:ColorSpace|PixelXDimension|PixelYDimension|NativeDigest)"
-    r"|photoshop:(?:ColorMode|ICCProfile)|xmp:Thumbnails|dc:format)"
+    r"|photoshop:(?:ColorMode|ICCProfile)|xmp:Thumbnails|dc:format|xmpNote:HasExtendedXMP)"
 )
 _STALE_XMP = re.compile(
     rf"""(?<!\s)\s+{_STALE_PROPERTIES}\s*=\s*(?:"[^"]*"|'[^']*')"""

@@ -24,7 +24,7 @@ from pictures import (
     srgb_profile,
     write_tiff,
 )
-from PIL import ExifTags, Image, ImageCms, PngImagePlugin
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin, TiffImagePlugin
 
 from restoration.imaging import read_image, read_rgb, to_uint8
 
@@ -91,6 +91,24 @@ def test_resolution_of_a_jpeg_that_exif_alone_tells(tmp_path, said, dpi):
     exif.update(said)
     Image.new("L", (2, 2)).save(tmp_path / "camera.jpg", exif=exif)
     assert read_image(tmp_path / "camera.jpg").dpi == (dpi and pytest.approx(dpi))
+
+
+def test_resolution_of_a_jpeg_of_several_pictures_is_its_own(tmp_path):
+    exif = Image.Exif()
+    exif.update({282: 300.0, 283: 150.0})
+    for said, dpi in (({}, None), ({"exif": exif}, (300, 150))):
+        pages = [Image.new("RGB", (2, 2))]
+        Image.new("RGB", (2, 2)).save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=pages, **said)
+        assert read_image(tmp_path / "phone.jpg").dpi == (dpi and pytest.approx(dpi))
+
+
+def test_resolution_without_a_unit_is_none_whatever_another_page_says(tmp_path):
+    with TiffImagePlugin.AppendingTiffWriter(tmp_path / "scan.tif", new=True) as file:
+        Image.new("L", (2, 2)).save(file, format="TIFF", dpi=(10, 10), tiffinfo={254: 1})
+        file.newFrame()
+        Image.new("L", (4, 4)).save(file, format="TIFF", tiffinfo={282: 1.0, 283: 1.0, 296: 1})
+    picture = read_image(tmp_path / "scan.tif")
+    assert picture.rgb.shape == (3, 4, 4) and picture.dpi is None
 
 
 def test_no_resolution_is_none(tmp_path):
@@ -241,6 +259,18 @@ def test_cmyk_without_a_profile_is_told_of(tmp_path, caplog):
     assert "press.tif: is in CMYK, but holds no profile; its colours are a guess" in caplog.text
 
 
+@pytest.mark.parametrize("with_profile", [False, True])
+def test_lab_is_right_at_the_edge_of_srgb(tmp_path, with_profile):
+    """To a step or two, those of 8 bits of Lab. By the table that stands for the formula red would be 32."""
+    lab = ImageCms.createProfile("LAB")
+    image = Image.new("RGB", (4, 4), (0, 160, 222))
+    image = ImageCms.profileToProfile(image, ImageCms.createProfile("sRGB"), lab, outputMode="LAB")
+    options = {"icc_profile": ImageCms.ImageCmsProfile(lab).tobytes()} if with_profile else {}
+    image.save(tmp_path / "lab.tif", **options)
+    found = as_bytes(read_image(tmp_path / "lab.tif").rgb).astype(int)
+    assert np.abs(found - (0, 160, 222)).max() <= 2
+
+
 @pytest.mark.parametrize("large", [False, True], ids=["TIFF", "BigTIFF"])
 def test_a_tiff_file_whose_end_is_missing_is_called_truncated(tmp_path, large):
     path = tmp_path / "cut.tif"
@@ -278,6 +308,20 @@ def test_colours_are_of_adobe_rgb_where_exif_alone_says_so(tmp_path, caplog, dec
     Image.fromarray(colours).save(with_profile, exif=exif, icc_profile=srgb_profile(), **options)
     assert np.array_equal(as_bytes(read_image(with_profile).rgb), np.asarray(Image.open(with_profile)))
     assert not caplog.records
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("P", "png"), ("YCbCr", "tif")])
+def test_colours_of_other_modes_are_of_adobe_rgb_too(tmp_path, caplog, mode, suffix):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "a camera"
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ColorSpace] = 2
+    options = {"exif": exif, "tiffinfo": {ExifTags.IFD.Exif: {ExifTags.Base.ColorSpace: 2}}}
+    image = Image.new("RGB", (16, 16), (60, 180, 90))
+    image.save(tmp_path / f"plain.{suffix}", **options)
+    (image.quantize(2) if mode == "P" else image.convert(mode)).save(tmp_path / f"other.{suffix}", **options)
+    plain, other = (read_image(tmp_path / f"{name}.{suffix}").rgb for name in ("plain", "other"))
+    assert (plain - other).abs().max() <= 4 / 255
+    assert f"other.{suffix}: holds no profile; its colours are taken for Adobe RGB" in caplog.text
 
 
 def _srgb_of_adobe_rgb(values):
@@ -323,13 +367,13 @@ def test_rejects_float_and_32_bit_pixels(tmp_path, values):
 
 
 def test_rejects_modes_that_pillow_cannot_convert(tmp_path, monkeypatch):
-    Image.new("LAB", (2, 2)).save(tmp_path / "lab.tif")
+    Image.new("L", (2, 2)).save(tmp_path / "grey.tif")
 
-    def convert(self, mode):  # as every Pillow before 13 answers
+    def convert(self, mode):  # as Pillow answers for a mode that it knows no way from
         raise ValueError(f"conversion from {self.mode} to {mode} not supported")
 
     monkeypatch.setattr(Image.Image, "convert", convert)
-    assert_refuses(read_image, tmp_path / "lab.tif", saying="lab.tif: colour mode LAB cannot be read")
+    assert_refuses(read_image, tmp_path / "grey.tif", saying="grey.tif: colour mode L cannot be read")
 
 
 @pytest.mark.parametrize("profile", [None, b"no profile"])
@@ -441,7 +485,9 @@ def test_rejects_what_is_no_image(tmp_path):
     (tmp_path / "program.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
     assert_refuses(read_image, tmp_path / "program.jpg", saying="program.jpg: is not a readable PNG")
     (tmp_path / "big.tif").write_bytes(b"MM\0+\0\x08\0\0" + bytes(64))
-    assert_refuses(read_image, tmp_path / "big.tif", saying="big.tif: is a TIFF file of a kind that cannot be read")
+    assert_refuses(read_image, tmp_path / "big.tif", saying="big.tif: is a big-endian BigTIFF file, which cannot be")
+    (tmp_path / "odd.tif").write_bytes(b"II*\0\x08\0\0\0" + bytes(64))
+    assert_refuses(read_image, tmp_path / "odd.tif", saying="odd.tif: is a TIFF file of a kind that cannot be read")
     (tmp_path / "flat.png").write_bytes(png_of_16_bits(np.zeros((0, 4, 3), np.uint16)))
     assert_refuses(read_image, tmp_path / "flat.png", saying="flat.png: is ")
     assert_refuses(

@@ -1,6 +1,7 @@
 """Pictures on disk: read upright and in sRGB, written whole, with nothing lost or overwritten silently."""
 
 import os
+import struct
 import subprocess
 import sys
 
@@ -43,6 +44,10 @@ DESCRIPTIONS = {
     ExifTags.Base.HostComputer: "studio",
     ExifTags.Base.ImageHistory: "rephotographed",
     ExifTags.Base.CameraSerialNumber: "IQ4-0001",
+    ExifTags.Base.DateTimeOriginal: "1113:01:01 00:00:00",
+    ExifTags.Base.ImageNumber: 7,
+    ExifTags.Base.ImageID: "scroll-7",
+    ExifTags.Base.UniqueCameraModel: "Phase One IQ4",
     ExifTags.Base.Rating: 5,
     ExifTags.Base.RatingPercent: 99,
 } | {
@@ -76,6 +81,7 @@ XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 KEPT_XMP = XMP.format("", "").encode()
 STALE_XMP = XMP.format(
     """ tiff:Orientation="6"\n photoshop:ICCProfile='Adobe RGB' exif:PixelXDimension = "13" dc:format="image/tiff"
+    xmpNote:HasExtendedXMP="0123456789ABCDEF"
     photoshop:ColorMode="3" exif:PixelYDimension="9" exif:NativeDigest="1" tiff:NativeDigest="1" tiff:ImageLength="9"
     tiff:Compression="1" tiff:PhotometricInterpretation="2" tiff:SamplesPerPixel="3" tiff:PlanarConfiguration="1"
     tiff:YCbCrSubSampling="1" tiff:YCbCrPositioning="1\"""",
@@ -125,6 +131,16 @@ def test_descriptive_notes_survive(tmp_path, source, target):
         assert ExifTags.Base.Orientation not in exif
         assert image.info["icc_profile"] == srgb_profile()
         assert image.size == (9, 13)
+
+
+def test_xmp_beyond_one_segment_of_a_jpeg_is_told_of(tmp_path, caplog):
+    save_with_xmp(tmp_path / "old.jpg", STALE_XMP)
+    content = (tmp_path / "old.jpg").read_bytes()
+    extension = b"http://ns.adobe.com/xmp/extension/\0" + b"0" * 40 + b"<report/>"
+    segment = b"\xff\xe1" + struct.pack(">H", len(extension) + 2) + extension
+    (tmp_path / "old.jpg").write_bytes(content[:2] + segment + content[2:])
+    assert read_image(tmp_path / "old.jpg").xmp == KEPT_XMP
+    assert "old.jpg: of its XMP data, what goes beyond 64 KB is left out" in caplog.text
 
 
 @pytest.mark.parametrize("target", FORMATS)
