@@ -55,11 +55,11 @@ def test_a_changed_bit_is_found(tmp_path):
             load_checkpoint(path)
 
 
-def test_a_changed_name_or_shape_is_found(tmp_path):
+def test_a_changed_name_shape_or_dtype_is_found(tmp_path):
     path = tmp_path / "weights.safetensors"
     save_checkpoint(path, {"a": torch.zeros(1, 23)}, {})
     whole = path.read_bytes()
-    for before, after in ((b'"a":', b'"b":'), (b"[1,23]", b"[23,1]")):
+    for before, after in ((b'"a":', b'"b":'), (b"[1,23]", b"[23,1]"), (b'"F32"', b'"I32"')):
         assert whole.count(before) == 1
         path.write_bytes(whole.replace(before, after))
         with pytest.raises(UserError, match="is damaged: its contents are not those that were written"):

@@ -33,7 +33,8 @@ def test_presets_and_overrides(tmp_path, paintings):
     assert (paper.gradient_clip, paper.schedule, paper.style_distance, paper.blocks) == (0, "constant", "mse", 10)
     assert paper.loss_weights() == LossWeights(ccp=5, style=1, matting=1500, cycle=10)
     assert (paper.anchors, paper.temperature, paper.projection) == (64, 0.07, True)
-    assert (paper.largest_box, paper.cache_mb, paper.checkpoint_every) == (3, 512, 500)
+    assert (paper.largest_box, paper.cache_mb) == (3, 512)
+    assert (paper.checkpoint_every, paper.keep_checkpoints) == (500, 3)
     assert max(READ_EVERY.values()) <= LOG_EVERY <= 50, "a skipped step is told of after 50 at most"
     small = make_config("small")
     assert (small.crop, small.iterations, small.learning_rate, small.gradient_clip) == (128, 1_000, 1e-4, 5.0)

@@ -1,5 +1,6 @@
 """What training reads: crops of two works of a style, and the same samples at every resumption."""
 
+import inspect
 import itertools
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 from restoration.collection import Painting, find_paintings
 from restoration.data import DESCRIBED_SIDE, PairDataset, small_picture
-from restoration.imaging import read_image
+from restoration.imaging import from_pillow, read_image
 
 
 def same_samples(one, other):
@@ -81,13 +82,24 @@ class TestPairDataset:
         dataset = PairDataset(find_paintings(tmp_path), 8, scale_range=(1.0, 1.0))
         windows = read_image(tmp_path / "ink/1.png").rgb.unfold(1, 8, 1).unfold(2, 8, 1).permute(1, 2, 0, 3, 4)
         drawn = []
-        for index in range(80):
+        for index in range(400):
             crop = dataset[index]["degraded"]
             drawn.append(torch.stack([(windows == image).flatten(2).all(2) for image in (crop, crop.flip(-1))]))
             assert drawn[-1].sum() == 1
         times = sum(drawn)
         assert times.sum(0).all()
-        assert 20 <= times[1].sum() <= 60
+        assert 160 <= times[1].sum() <= 240  # four standard deviations
+
+    def test_crops_are_reduced_by_lanczos(self, tmp_path):
+        paint(tmp_path / "ink/1.png", (24, 24))
+        crop = PairDataset(find_paintings(tmp_path), 8, scale_range=(3.0, 3.0))[0]["degraded"]
+        with Image.open(tmp_path / "ink/1.png") as whole:
+            reduced = from_pillow(whole.resize((8, 8), Image.Resampling.LANCZOS))
+        assert torch.equal(crop, reduced) or torch.equal(crop, reduced.flip(-1))
+
+    def test_defaults(self):
+        defaults = {name: option.default for name, option in inspect.signature(PairDataset).parameters.items()}
+        assert (defaults["pairing"], defaults["scale_range"], defaults["neighbors"]) == ("random", (1.0, 3.0), 3)
 
     def test_scale_range_sets_the_size_of_the_box(self, tmp_path):
         # A ramp of one level a column: a crop's own step between columns is the scale at which it was drawn.
@@ -168,7 +180,9 @@ class TestPairDataset:
     def test_small_picture_is_shrunk_but_never_enlarged(self, tmp_path):
         paint(tmp_path / "wide.png", (2 * DESCRIBED_SIDE, 100))
         paint(tmp_path / "small.png", (20, 10))
-        assert small_picture(tmp_path / "wide.png").shape == (3, 50, DESCRIBED_SIDE)
+        with Image.open(tmp_path / "wide.png") as wide:
+            shrunk = from_pillow(wide.resize((DESCRIBED_SIDE, 50), Image.Resampling.LANCZOS, reducing_gap=2.0))
+        assert torch.equal(small_picture(tmp_path / "wide.png"), shrunk)  # reducing_gap is a thumbnail's
         assert small_picture(tmp_path / "small.png").shape == (3, 10, 20)
 
 

@@ -1,5 +1,6 @@
 """Several processes on one job: the same gradients, batches and checkpoints as one process, and a common end."""
 
+import contextlib
 import io
 import itertools
 import multiprocessing
@@ -179,6 +180,30 @@ def test_a_joined_record_tells_of_the_whole_batch():
     )
     poisoned = joined_record([record(1.0, 8.0, 0.0, "a"), record(float("nan"), float("nan"), 0.0, "b")])
     assert np.isnan(poisoned.numbers["style"]) and np.isnan(poisoned.numbers["largest_stream"])
+
+
+def largest_of_two(world):
+    return world.largest(15), world.largest(world.rank)
+
+
+def test_the_largest_number_is_no_sum():
+    assert on_processes(2, in_world, largest_of_two) == [(15, 1)] * 2
+
+
+def train_without_writing(world, paintings, run):
+    """Of any process but the first."""
+    writes = ("save_training", "save_weights", "write_json", "remove_old_checkpoints")
+    refused = {f"restoration.train.{name}": AssertionError(name) for name in writes if world.rank > 0}
+    with contextlib.ExitStack() as patches:
+        for name, error in refused.items():
+            patches.enter_context(mock.patch(name, side_effect=error))
+        return train_on(world, paintings, run, {"keep_checkpoints": 1, "checkpoint_every": 1})
+
+
+def test_one_process_writes(paintings, tmp_path):
+    found = on_processes(2, in_world, train_without_writing, paintings, tmp_path / "run")
+    assert found == [tmp_path / "run" / "checkpoint-0000004.safetensors"] * 2
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
 
 
 def train_on(world, paintings, run, options, resume=False):

@@ -10,7 +10,7 @@ from PIL import Image
 from restoration.collection import find_paintings
 from restoration.data import PairDataset
 from restoration.errors import UserError
-from restoration.loader import load_batches
+from restoration.loader import PictureCache, load_batches
 
 CPU = torch.device("cpu")
 
@@ -70,3 +70,12 @@ def test_cache_forgets_the_least_recently_used(folders, monkeypatch):
     for number in (1, 2, 1, 3, 1, 2, 3):
         dataset._pictures.read(folders / f"ink/{number}.png")
     assert read == ["1.png", "2.png", "3.png", "2.png", "3.png"]
+
+
+def test_cache_counts_pictures_of_every_size(monkeypatch):
+    sides = {"small": 4, "middle": 8, "large": 16}
+    monkeypatch.setattr("restoration.loader.read_rgb", lambda name: Image.new("RGB", (sides[name], sides[name])))
+    cache = PictureCache(4 * (16**2 + 8**2))  # the large one and another
+    for name in ("middle", "large", "small", "middle", "large", "small", "large", "middle", "small"):
+        cache.read(name)
+        assert cache._held == sum(4 * sides[kept] ** 2 for kept in cache._pictures) <= cache._limit

@@ -27,13 +27,14 @@ def generator():
 
 def test_the_four_terms():
     degraded, reference, result, cycled = pictures(4)
-    objective = ReconstructionLoss(loss_features(), anchors=4)
+    objective = ReconstructionLoss(loss_features(), anchors=4, temperature=0.2)
     losses = objective(degraded, reference, result, cycled, generator())
 
     features = loss_features()
+    projections = objective.contrast.projections
     outputs, targets, styles = (features(image) for image in (result, degraded, reference))
     expected = {
-        "ccp": 5 * ccpl_loss(outputs, targets, 4, projections=objective.contrast.projections, generator=generator()),
+        "ccp": 5 * ccpl_loss(outputs, targets, 4, 0.2, projections=projections, generator=generator()),
         "style": sum(
             (a.mean((2, 3)) - b.mean((2, 3))).square().mean()
             + ((a.var((2, 3), correction=0) + 1e-5).sqrt() - (b.var((2, 3), correction=0) + 1e-5).sqrt())
@@ -50,13 +51,16 @@ def test_the_four_terms():
 
 
 def test_l2_style_distance_is_eq_8_as_printed():
-    outputs, styles = ([torch.rand(1, 5, 6, 7, dtype=torch.float64)] for _ in range(2))
-    a, b = outputs[0][0], styles[0][0]
+    outputs, styles = ([torch.rand(3, 5, 6, 7, dtype=torch.float64)] for _ in range(2))
 
     def deviation(x):
         return (x.var((1, 2), correction=0) + 1e-5).sqrt()
 
-    expected = (a.mean((1, 2)) - b.mean((1, 2))).norm() + (deviation(a) - deviation(b)).norm()
+    norms = [
+        (a.mean((1, 2)) - b.mean((1, 2))).norm() + (deviation(a) - deviation(b)).norm()
+        for a, b in zip(outputs[0], styles[0], strict=True)
+    ]
+    expected = sum(norms) / 3
     computed = style_loss(outputs, [channel_statistics(style) for style in styles], "l2")
     assert torch.allclose(computed, expected)
 
@@ -131,6 +135,14 @@ def test_ccpl_switch_weights_and_style_distance():
     _, reference, result, _ = images
     style = [channel_statistics(feature) for feature in loss_features()(reference)]
     torch.testing.assert_close(printed["style"], style_loss(loss_features()(result), style, "l2"))
+
+
+def test_a_reference_of_another_size_is_the_style_as_well():
+    degraded, reference, result, cycled = pictures(4)
+    narrow = reference[..., :24]
+    losses = ReconstructionLoss(loss_features(), ccpl=False)(degraded, narrow, result, cycled)
+    style = [channel_statistics(feature) for feature in loss_features()(narrow)]
+    torch.testing.assert_close(losses["style"], style_loss(loss_features()(result), style))
 
 
 def test_flat_pictures_have_finite_gradients():

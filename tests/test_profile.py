@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_runs import config
 
+import restoration.parts
 from restoration.parts import Stopwatch, measuring, part
 from restoration.profile import profile_training
 
@@ -20,6 +21,15 @@ def test_a_profile_names_all_parts_and_keeps_nothing(paintings, tmp_path):
     assert parts.keys() == losses | passes | {"step"}
     assert sum(map(float, parts.values())) == pytest.approx(2 * float(parts["step"]), rel=0.02, abs=1)
     assert re.search(r"peak memory: (\d+ MiB|unknown)", table)
+
+
+def test_a_first_step_is_not_measured_and_five_are(paintings, monkeypatch):
+    measured = []
+    monkeypatch.setattr(
+        "restoration.profile._step", lambda *arguments: measured.append(restoration.parts._running is not None)
+    )
+    assert "(mean of 5 after a first one)" in profile_training(paintings, config(), device=CPU)
+    assert measured == [False] + [True] * 5
 
 
 def test_parts_within_parts_count_once(monkeypatch):
