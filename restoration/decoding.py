@@ -18,7 +18,7 @@ from scipy.ndimage import distance_transform_edt
 
 from restoration.colour import assume_declared_profile, to_srgb
 from restoration.errors import UserError, reason
-from restoration.metadata import descriptive_exif, descriptive_xmp, iptc, texts
+from restoration.metadata import descriptive_exif, descriptive_xmp, has_extended_xmp, iptc, iptc_is_cut, texts
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +45,6 @@ _TIFF_BEGINNINGS = (b"II*\0", b"MM\0*", b"II+\0", _BIG_ENDIAN_BIGTIFF)
 
 # Of 8 bits, by Pillow's name of a PNG's grey of fewer.
 _STEP_OF_GREY = {"L;2": 85, "L;4": 17}
-
-# Begins a segment of a JPEG: XMP specification part 3, section 1.1.3.1.
-_EXTENDED_XMP = b"http://ns.adobe.com/xmp/extension/\0"
 
 # As Pillow names a JPEG file of one picture, and one of several.
 _JPEG_FORMATS = ("JPEG", "MPO")
@@ -260,7 +257,7 @@ def _upright(image: Image.Image, path: Path) -> tuple[Image.Image, bytes | None]
 
 def _xmp(image: Image.Image, path: Path) -> bytes | None:
     packet = image.info.get("xmp")
-    if any(content.startswith(_EXTENDED_XMP) for _, content in getattr(image, "applist", ())):
+    if has_extended_xmp(image):
         logger.warning("%s: of its XMP data, what goes beyond 64 KB is left out", path)
     if not packet:
         return None
@@ -270,6 +267,8 @@ def _xmp(image: Image.Image, path: Path) -> bytes | None:
 
 
 def _iptc(image: Image.Image, path: Path) -> bytes | None:
+    if iptc_is_cut(image):
+        logger.warning("%s: of its IPTC data, what goes beyond 64 KB is left out", path)
     with _left_out_where_damaged("IPTC", path):
         return iptc(image)
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+from itertools import pairwise
 
 from PIL import ExifTags, Image, IptcImagePlugin, JpegImagePlugin
 
@@ -56,7 +57,10 @@ _STALE_XMP = re.compile(
     re.DOTALL,
 )
 
-# The keyword of a PNG's comment: PNG specification, section 11.3.3.1. A JPEG has one text, which goes by it as well.
+# Begins a segment of a JPEG: XMP specification part 3, section 1.1.3.1.
+_EXTENDED_XMP = b"http://ns.adobe.com/xmp/extension/\0"
+
+# The keyword of a PNG's comment: PNG specification, section 11.3.3.1. A JPEG's comments go by it as well.
 COMMENT = "Comment"
 # XMP's packet, ImageMagick's copies of other notes and of the old file's dates ("exif:Orientation", "date:modify").
 _NOT_A_TEXT = re.compile(r"Raw profile type |XML:com\.adobe\.xmp|(?:8bim|date|exif|icc|iptc|jpeg|png|tiff|xmp):")
@@ -98,12 +102,31 @@ def iptc(image: Image.Image) -> bytes | None:
     return b"".join(datasets) or None
 
 
+def iptc_is_cut(image: Image.Image) -> bool:
+    """Whether a JPEG has more of IPTC's data than Pillow reads, for which they end with the segment they begin in."""
+    parts = [content for _, content in _segments(image) if content.startswith(_PHOTOSHOP_NAME)]
+    read = image.info.get("photoshop", {}).get(_IPTC_RESOURCE)
+    return bool(read) and any(
+        part.endswith(read) and not following.startswith(_PHOTOSHOP_NAME + b"8BIM")
+        for part, following in pairwise(parts)
+    )
+
+
+def has_extended_xmp(image: Image.Image) -> bool:
+    """Whether a JPEG has XMP beyond the packet of its first segment."""
+    return any(content.startswith(_EXTENDED_XMP) for _, content in _segments(image))
+
+
+def _segments(image: Image.Image) -> list[tuple[str, bytes]]:
+    """A JPEG's notes, each with the name of its marker; of other files none."""
+    return image.applist if isinstance(image, JpegImagePlugin.JpegImageFile) else []
+
+
 def texts(image: Image.Image) -> dict[str, str] | None:
-    """What a PNG says by keywords (Title, Author, Copyright), and a JPEG's comment."""
+    """What a PNG says by keywords (Title, Author, Copyright), and a JPEG's comments, a line each."""
     found = dict(getattr(image, "text", {}))
-    comment = image.info.get("comment") if isinstance(image, JpegImagePlugin.JpegImageFile) else None
-    if comment:
-        found[COMMENT] = _decoded(comment.rstrip(b"\0"))
+    if comments := [content for marker, content in _segments(image) if marker == "COM" and content]:
+        found[COMMENT] = "\n".join(_decoded(comment.rstrip(b"\0")) for comment in comments)
     return {keyword: text for keyword, text in found.items() if not _NOT_A_TEXT.match(keyword)} or None
 
 

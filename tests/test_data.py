@@ -91,8 +91,8 @@ class TestPairDataset:
         assert 160 <= times[1].sum() <= 240  # four standard deviations
 
     def test_crops_are_reduced_by_lanczos(self, tmp_path):
-        paint(tmp_path / "ink/1.png", (24, 24))
-        crop = PairDataset(find_paintings(tmp_path), 8, scale_range=(3.0, 3.0))[0]["degraded"]
+        paint(tmp_path / "ink/1.png", (48, 48))
+        crop = PairDataset(find_paintings(tmp_path), 8, scale_range=(6.0, 6.0))[0]["degraded"]
         with Image.open(tmp_path / "ink/1.png") as whole:
             reduced = from_pillow(whole.resize((8, 8), Image.Resampling.LANCZOS))
         assert torch.equal(crop, reduced) or torch.equal(crop, reduced.flip(-1))

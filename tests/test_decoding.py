@@ -265,10 +265,43 @@ def test_lab_is_right_at_the_edge_of_srgb(tmp_path, with_profile):
     lab = ImageCms.createProfile("LAB")
     image = Image.new("RGB", (4, 4), (0, 160, 222))
     image = ImageCms.profileToProfile(image, ImageCms.createProfile("sRGB"), lab, outputMode="LAB")
-    options = {"icc_profile": ImageCms.ImageCmsProfile(lab).tobytes()} if with_profile else {}
-    image.save(tmp_path / "lab.tif", **options)
+    # Without it, Pillow would write the profile that the transform has given the picture.
+    image.save(tmp_path / "lab.tif", icc_profile=ImageCms.ImageCmsProfile(lab).tobytes() if with_profile else None)
+    with Image.open(tmp_path / "lab.tif") as written:
+        assert ("icc_profile" in written.info) == with_profile
     found = as_bytes(read_image(tmp_path / "lab.tif").rgb).astype(int)
     assert np.abs(found - (0, 160, 222)).max() <= 2
+
+
+def test_grey_linear_in_light_is_right_in_every_shade(tmp_path):
+    """By the table that stands for the formula dark shades would be up to 10 steps wrong."""
+    shades = np.arange(256)
+    Image.fromarray(shades.astype(np.uint8)[None]).save(tmp_path / "grey.tif", icc_profile=grey_profile())
+    light = shades / 255
+    expected = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055) * 255
+    assert np.array_equal(as_bytes(read_image(tmp_path / "grey.tif").rgb)[0, :, 0], expected.round())
+
+
+def test_cmyk_is_right_beside_a_jump_of_its_profile(tmp_path):
+    """By the table that stands for the formula shades near the jump would be grey."""
+    inks = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+    none = Image.new("L", inks.size)
+    image = Image.merge("CMYK", (none, none, none, inks))
+    image.save(tmp_path / "press.tif", icc_profile=_profile_of_black_or_white())
+    found = as_bytes(read_image(tmp_path / "press.tif").rgb)
+    assert (found[0, :128] >= 254).all() and (found[0, 128:] <= 1).all()
+
+
+def _profile_of_black_or_white():
+    """Of a press on whose paper less than half of black shows as none, and more as all; its other inks do nothing."""
+    same, jump, neutral = bytes(range(256)), bytes(128) + b"\xff" * 128, b"\x80" * 256
+    corners = bytes((255, 128, 128, 0, 128, 128)) * 8  # in Lab, without black and with it
+    unity = struct.pack(">9i", *np.eye(3, dtype=int).ravel() * 65_536)
+    table = struct.pack(">4s4x4B", b"mft1", 4, 3, 2, 0) + unity + same * 4 + corners + jump + neutral * 2
+    size = 128 + 4 + 12 + len(table)
+    header = struct.pack(">I4xI4s4s4s12x4s", size, 0x02400000, b"prtr", b"CMYK", b"Lab ", b"acsp")
+    illuminant = struct.pack(">28x3I", 0xF6D6, 0x10000, 0xD32D)
+    return (header + illuminant).ljust(128, b"\0") + struct.pack(">I4sII", 1, b"A2B0", 144, len(table)) + table
 
 
 @pytest.mark.parametrize("large", [False, True], ids=["TIFF", "BigTIFF"])

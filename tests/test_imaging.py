@@ -133,14 +133,40 @@ def test_descriptive_notes_survive(tmp_path, source, target):
         assert image.size == (9, 13)
 
 
+def add_segments(jpeg, *segments):
+    """Puts notes, each of a marker and a content, before those that the file has."""
+    added = b"".join(marker + struct.pack(">H", 2 + len(content)) + content for marker, content in segments)
+    written = jpeg.read_bytes()
+    jpeg.write_bytes(written[:2] + added + written[2:])
+
+
 def test_xmp_beyond_one_segment_of_a_jpeg_is_told_of(tmp_path, caplog):
     save_with_xmp(tmp_path / "old.jpg", STALE_XMP)
-    content = (tmp_path / "old.jpg").read_bytes()
-    extension = b"http://ns.adobe.com/xmp/extension/\0" + b"0" * 40 + b"<report/>"
-    segment = b"\xff\xe1" + struct.pack(">H", len(extension) + 2) + extension
-    (tmp_path / "old.jpg").write_bytes(content[:2] + segment + content[2:])
+    add_segments(
+        tmp_path / "old.jpg", (b"\xff\xe1", b"http://ns.adobe.com/xmp/extension/\0" + b"0" * 40 + b"<report/>")
+    )
     assert read_image(tmp_path / "old.jpg").xmp == KEPT_XMP
     assert "old.jpg: of its XMP data, what goes beyond 64 KB is left out" in caplog.text
+
+
+@pytest.mark.parametrize("following", ["more", "another", "cut"])
+def test_iptc_beyond_one_segment_of_a_jpeg_is_told_of(tmp_path, caplog, following):
+    """Not so where it ends before another resource of Photoshop, which may be cut itself."""
+    Image.fromarray(random_pixels()).save(tmp_path / "old.jpg")
+    dataset = b"\x1c\x02\x05\0\x05River"
+
+    def resource(number, length):
+        return struct.pack(">4sH2xI", b"8BIM", number, length)
+
+    parts = {
+        "more": [resource(0x0404, len(dataset) + 9) + dataset, b"x" * 9],
+        "another": [resource(0x0404, len(dataset)) + dataset, resource(0x03F3, 2) + b"xx"],
+        "cut": [resource(0x0404, len(dataset)) + dataset + resource(0x03F3, 4) + b"xx", b"xx"],
+    }[following]
+    add_segments(tmp_path / "old.jpg", *((b"\xff\xed", b"Photoshop 3.0\0" + part) for part in parts))
+    assert read_image(tmp_path / "old.jpg").iptc == dataset
+    told = "old.jpg: of its IPTC data, what goes beyond 64 KB is left out" in caplog.text
+    assert told == (following == "more")
 
 
 @pytest.mark.parametrize("target", FORMATS)
@@ -225,6 +251,12 @@ def test_a_comment_of_jpeg_is_a_text_of_png(tmp_path, caplog, target, encoding):
     write_image(tmp_path / f"new.{target}", picture.rgb, picture)
     assert read_image(tmp_path / f"new.{target}").texts == picture.texts
     assert not caplog.records
+
+
+def test_comments_of_a_jpeg_become_lines_of_one(tmp_path):
+    Image.fromarray(random_pixels()).save(tmp_path / "old.jpg", comment="of Müller".encode("latin-1"))
+    add_segments(tmp_path / "old.jpg", (b"\xff\xfe", "© 千里".encode() + b"\0"), (b"\xff\xfe", b""))
+    assert read_image(tmp_path / "old.jpg").texts == {"Comment": "© 千里\nof Müller"}
 
 
 def test_other_notes_of_a_jpeg_stand_before_iptc(tmp_path):

@@ -25,16 +25,17 @@ def generator():
     return torch.Generator().manual_seed(3)
 
 
-def test_the_four_terms():
+@pytest.mark.parametrize("temperature", [{}, {"temperature": 0.2}], ids=["default", "given"])
+def test_the_four_terms(temperature):
     degraded, reference, result, cycled = pictures(4)
-    objective = ReconstructionLoss(loss_features(), anchors=4, temperature=0.2)
+    objective = ReconstructionLoss(loss_features(), anchors=4, **temperature)
     losses = objective(degraded, reference, result, cycled, generator())
 
     features = loss_features()
     projections = objective.contrast.projections
     outputs, targets, styles = (features(image) for image in (result, degraded, reference))
     expected = {
-        "ccp": 5 * ccpl_loss(outputs, targets, 4, 0.2, projections=projections, generator=generator()),
+        "ccp": 5 * ccpl_loss(outputs, targets, 4, **temperature, projections=projections, generator=generator()),
         "style": sum(
             (a.mean((2, 3)) - b.mean((2, 3))).square().mean()
             + ((a.var((2, 3), correction=0) + 1e-5).sqrt() - (b.var((2, 3), correction=0) + 1e-5).sqrt())
@@ -140,9 +141,11 @@ def test_ccpl_switch_weights_and_style_distance():
 def test_a_reference_of_another_size_is_the_style_as_well():
     degraded, reference, result, cycled = pictures(4)
     narrow = reference[..., :24]
-    losses = ReconstructionLoss(loss_features(), ccpl=False)(degraded, narrow, result, cycled)
+    objective = ReconstructionLoss(loss_features(), anchors=4)
+    losses = objective(degraded, narrow, result, cycled, generator())
     style = [channel_statistics(feature) for feature in loss_features()(narrow)]
     torch.testing.assert_close(losses["style"], style_loss(loss_features()(result), style))
+    torch.testing.assert_close(losses["ccp"], objective(degraded, reference, result, cycled, generator())["ccp"])
 
 
 def test_flat_pictures_have_finite_gradients():

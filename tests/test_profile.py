@@ -32,6 +32,18 @@ def test_a_first_step_is_not_measured_and_five_are(paintings, monkeypatch):
     assert measured == [False] + [True] * 5
 
 
+def test_profiles_of_one_seed_start_from_the_same_weights(paintings, monkeypatch):
+    weights = []
+
+    def keep_weights(step, batches, optimise):
+        weights.append(torch.nn.utils.parameters_to_vector(optimise.module.parameters()))
+
+    monkeypatch.setattr("restoration.profile._step", keep_weights)
+    for _ in range(2):
+        profile_training(paintings, config(), device=CPU, steps=1)
+    assert torch.equal(weights[0], weights[-1])
+
+
 def test_parts_within_parts_count_once(monkeypatch):
     clock = iter((0, 1, 3, 4, 7, 10))
     monkeypatch.setattr(Stopwatch, "_now", lambda stopwatch: next(clock))
