@@ -65,7 +65,7 @@ def _applied(transform: ImageCms.ImageCmsTransform, image: Image.Image) -> Image
 
 def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
     if image.mode == "LAB":
-        return ImageCms.applyTransform(image, _build_transform(_lab(), image.mode))
+        return _applied(_transform_to_srgb(_lab(), image.mode), image)
     try:
         return image.convert("RGB")
     except ValueError:
@@ -89,8 +89,8 @@ def _srgb() -> ImageCms.ImageCmsProfile:
 
 
 @functools.cache
-def _lab() -> ImageCms.ImageCmsProfile:
-    return ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
+def _lab() -> bytes:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
 
 
 @functools.cache
@@ -125,17 +125,14 @@ def _transform_to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform 
 
     That is where no colour moves by more than a step of 8 bits: names tell little, some of linear light say sRGB, too.
     """
-    transform = _build_transform(ImageCms.ImageCmsProfile(io.BytesIO(profile)), mode)
+    # Left to itself littlecms puts a coarse table in place of Lab, CMYK and grey, and Lab is up to 40 steps wrong. What
+    # it does to RGB is right to a step, and takes a tenth of the time.
+    flags = ImageCms.Flags.NONE if mode == "RGB" else ImageCms.Flags.NOOPTIMIZE
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    transform = ImageCms.buildTransform(source, _srgb(), mode, "RGB", flags=flags)
     if mode != "RGB":
         return transform
     steps = np.linspace(0, 255, 18).round().astype(np.uint8)
     colours = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(-1, len(steps), 3)
     moved = np.asarray(ImageCms.applyTransform(Image.fromarray(colours), transform))
     return None if np.abs(moved.astype(int) - colours).max() <= 1 else transform
-
-
-def _build_transform(source: ImageCms.ImageCmsProfile, mode: str) -> ImageCms.ImageCmsTransform:
-    # Left to itself littlecms puts a coarse table in place of Lab, CMYK and grey, and Lab is up to 40 steps wrong. What
-    # it does to RGB is right to a step, and takes a tenth of the time.
-    flags = ImageCms.Flags.NONE if mode == "RGB" else ImageCms.Flags.NOOPTIMIZE
-    return ImageCms.buildTransform(source, _srgb(), mode, "RGB", flags=flags)
