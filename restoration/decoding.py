@@ -43,6 +43,9 @@ _TIFF_NOTES = {
 _BIG_ENDIAN_BIGTIFF = b"MM\0+"
 _TIFF_BEGINNINGS = (b"II*\0", b"MM\0*", b"II+\0", _BIG_ENDIAN_BIGTIFF)
 
+# What Pillow tells of a picture in bytes and numbers.
+_NEVER_TEXTS = ("dpi", "icc_profile", "photoshop", "transparency", "xmp")
+
 # Of 8 bits, by Pillow's name of a PNG's grey of fewer.
 _STEP_OF_GREY = {"L;2": 85, "L;4": 17}
 
@@ -120,8 +123,10 @@ def _open(path: Path) -> Image.Image:
                     image.seek(pages[0])
                 _check_tiff(image, path)
             if image.format == "PNG":
+                _drop_texts_named_like_notes(image)
                 _fit_transparent_colour(image)
             image.load()
+            _drop_texts_named_like_notes(image)  # those that a PNG has behind its pixels
             if image.format in _JPEG_FORMATS:
                 _take_declared_resolution(image)
             assume_declared_profile(image, path)
@@ -158,6 +163,13 @@ def _pages(image: Image.Image, path: Path) -> Sequence[int]:
 
 def _is_copy_or_mask(page: Image.Image) -> bool:
     return bool(page.tag_v2.get(ExifTags.Base.NewSubfileType, 0) & _COPY_OR_MASK)
+
+
+def _drop_texts_named_like_notes(image: Image.Image) -> None:
+    """From what Pillow tells of a picture: it puts a PNG's texts there by their keywords; `texts` has them still."""
+    for name in _NEVER_TEXTS:
+        if isinstance(image.info.get(name), str):
+            del image.info[name]
 
 
 def _fit_transparent_colour(image: Image.Image) -> None:

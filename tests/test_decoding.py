@@ -369,6 +369,19 @@ def _srgb_of_adobe_rgb(values):
     return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * np.abs(linear) ** (1 / 2.4) - 0.055)
 
 
+@pytest.mark.parametrize("behind", [False, True], ids=["before the pixels", "behind them"])
+def test_a_png_text_may_have_the_name_of_other_notes(tmp_path, caplog, behind):
+    told = dict.fromkeys(("comment", "dpi", "icc_profile", "photoshop", "transparency", "xmp"), "as before")
+    chunks = PngImagePlugin.PngInfo()
+    for name, text in told.items():
+        chunks.add(b"tEXt", name.encode() + b"\0" + text.encode(), after_idat=behind)
+    Image.fromarray(random_pixels()).save(tmp_path / "named.png", pnginfo=chunks)
+    picture = read_image(tmp_path / "named.png")
+    assert np.array_equal(as_bytes(picture.rgb), random_pixels())
+    assert picture.texts == told and picture.alpha is None and picture.dpi is None and picture.exif is None
+    assert not caplog.records
+
+
 def test_a_png_may_hold_long_notes(tmp_path):
     texts = PngImagePlugin.PngInfo()
     texts.add_text("Condition report", "as before\n" * 200_000, zip=True)
