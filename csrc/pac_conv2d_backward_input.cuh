@@ -118,9 +118,7 @@ struct PhaseAxis {
     place_step = quotient(tap_step * axis.dilation, axis.stride);
   }
 
-  // Divisions take 25 instructions, and are rarely needed.
-  __device__ static int quotient(int value, int divisor) { return divisor == 1 ? value : value / divisor; }
-  __device__ static bool divides(int divisor, int value) { return divisor == 1 || value % divisor == 0; }
+  __device__ static bool divides(int divisor, int value) { return quotient(value, divisor) * divisor == value; }
 };
 
 // A tap, counted on both axes among those that read a phase.
@@ -136,7 +134,7 @@ struct InputPhase {
 
   InputPhase() = default;
   __device__ InputPhase(const PacMap& map, int phase)
-      : rows(map.vertical, map.kernel_size, PhaseAxis::quotient(phase, count(map.horizontal))),
+      : rows(map.vertical, map.kernel_size, quotient(phase, count(map.horizontal))),
         columns(map.horizontal, map.kernel_size, phase - rows.pixel * count(map.horizontal)) {}
 
   HOST_DEVICE static int count(const PacAxis& axis) { return axis.stride < axis.size ? axis.stride : axis.size; }
