@@ -8,6 +8,7 @@ import struct
 import zlib
 
 import numpy as np
+import PIL
 import pytest
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, TiffImagePlugin, TiffTags
 
@@ -21,6 +22,9 @@ FORMATS = (*LOSSLESS, "jpg")
 
 PAINTINGS = os.environ.get("RESTORATION_PAINTINGS")
 needs_paintings = pytest.mark.skipif(not PAINTINGS, reason="RESTORATION_PAINTINGS names no folder of paintings")
+
+# Before, it read neither YCbCr nor associated alpha of grey from TIFF, and wrote no notes as long as JPEG holds.
+needs_pillow_13 = pytest.mark.skipif(int(PIL.__version__.partition(".")[0]) < 13, reason="needs Pillow 13")
 
 
 def random_pixels(height=9, width=13, channels=3, seed=0):

@@ -13,6 +13,7 @@ from pictures import (
     LOSSLESS,
     as_bytes,
     assert_refuses,
+    needs_pillow_13,
     random_pixels,
     save_with_iptc,
     save_with_xmp,
@@ -385,6 +386,7 @@ def test_formats_refuse_longer_sides_than_they_hold(tmp_path, suffix, longest):
     assert not (tmp_path / f"long.{suffix}").exists()
 
 
+@needs_pillow_13
 def test_jpeg_refuses_more_notes_than_it_holds_before_any_work(tmp_path):
     def assert_refuses_beyond(longest, name, save):
         for length, refused in ((longest - 500, False), (longest + 500, True)):
