@@ -200,8 +200,11 @@ def evaluate(
     apart = rows_apart(number)
     evaluations = evaluate(cases, methods, features, shown_every=apart)
     evaluated = list(track(evaluations, "evaluating", total=number, console=Console(stderr=True)))
-    write_report(evaluated, out, size=size)  # before anything is printed: nobody may be there to read it
-    print(f"{markdown_table(summarise(evaluated))}\n\n{CAPTION}")
+    # The report comes first: nobody may be there to read what is printed. What cannot be written is printed, too.
+    try:
+        write_report(evaluated, out, size=size, force=force)
+    finally:
+        print(f"{markdown_table(summarise(evaluated))}\n\n{CAPTION}")
     print(f"written to {out}" + (f"; {SHEET} shows one of {apart} pairs" if apart > 1 else ""))
 
 
@@ -407,6 +410,7 @@ def demo(
     from restoration.demo import make_demo
     from restoration.device import choose_device
 
+    _refuse_company("demo")
     report = make_demo(out, palette=palette, checkpoint=checkpoint, device=choose_device(device), force=force)
     metrics = report.metrics
     print(f"SSIM {metrics.ssim:.3f}, relative Gram loss {metrics.relative_gram:.3f}, {report.seconds:.1f} seconds")

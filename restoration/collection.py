@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 INDEX_FILE = "index.csv"
 MANIFEST_FILE = "MANIFEST.csv"
 SPLIT_FILE = "SPLIT.csv"
+ALL_STYLES = "all"  # names the means over all pairs of an evaluation
 _SPLITS = {"train": "train", "validation": "test", "test": "test"}
 
 
@@ -45,7 +46,7 @@ class Pair(NamedTuple):
 def find_paintings(
     root: str | os.PathLike, styles: Sequence[str] | None = None, split: str | None = None
 ) -> list[Painting]:
-    """List the images of a folder, sorted by path, without opening them.
+    """List the images of a folder, in the order of index.csv, or by style and path, without opening them.
 
     ``root`` is either a folder made by ``build_dataset`` (its index.csv is believed), or a folder of style folders
     with images at any depth, or a folder of images (one style, named after it). In the last two, MANIFEST.csv (columns
@@ -106,12 +107,19 @@ def evaluation_pairs(
     ``table`` has the columns degraded, reference: paths relative to ``root`` and within it. Without it every held-out
     image of ``root`` (every image, where none is held out) meets one of another work of its style; of another file
     where the style holds a single work; itself where the style holds a single file.
-    Raises UserError where the folder or the table is malformed or a listed file is missing.
+    Raises UserError where the folder or the table is malformed, a listed file is missing, or one of several styles is
+    named as all of them together are.
     """
     if count is not None and count < 1:
         raise UserError(f"--count must be 1 or more, got {count}")
-    if table is not None:
-        return _listed_pairs(Path(root), Path(table), count)
+    pairs = _own_pairs(root, count) if table is None else _listed_pairs(Path(root), Path(table), count)
+    styles = {pair.style for pair in pairs}
+    if ALL_STYLES in styles and len(styles) > 1:
+        raise UserError(f"{root}: rename the style '{ALL_STYLES}', whose name the means over all styles have")
+    return pairs
+
+
+def _own_pairs(root: str | os.PathLike, count: int | None) -> list[Pair]:
     pairs = []
     for group in by_style(find_paintings(root, split="test")):
         kept = len(group) if count is None else min(count, len(group))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from statistics import mean
@@ -9,10 +10,11 @@ from statistics import mean
 import torch
 
 import restoration
+from restoration.collection import ALL_STYLES
 from restoration.contact_sheet import contact_sheet
 from restoration.errors import UserError
 from restoration.evaluate import NETWORK, UNTOUCHED, Evaluation
-from restoration.files import check_can_be_written, lies_within, make_folder, write_json, write_text_whole
+from restoration.files import check_can_be_written, lies_within, make_folder, write_whole
 from restoration.imaging import check_writable, write_image
 
 METRICS, TABLE, SHEET = "metrics.json", "table.md", "contact_sheet.png"
@@ -56,20 +58,28 @@ def check_output(out: Path, data: Path | None = None, *, force: bool = False) ->
     check_writable(out / SHEET, force=force)
 
 
-def write_report(evaluations: list[Evaluation], out: Path, *, size: int) -> None:
-    """Writes TABLE, METRICS and SHEET into out, which `check_output` has approved; last what takes most room."""
+def write_report(evaluations: list[Evaluation], out: Path, *, size: int, force: bool = False) -> None:
+    """Writes TABLE, METRICS and SHEET into out, which `check_output` has approved; last what takes most room.
+
+    UserError where one of them has appeared since, unless force replaces it.
+    """
     summary = summarise(evaluations)
     make_folder(out)
-    write_text_whole(out / TABLE, f"{markdown_table(summary)}\n\n{CAPTION}\n")
+    _write_text(out / TABLE, f"{markdown_table(summary)}\n\n{CAPTION}\n", force)
     report = {
         "versions": {"restoration": restoration.__version__, "torch": torch.__version__},
         "size": size,
         "summary": summary,
         "pairs": [{"style": e.style, "pair": e.name, "scores": e.scores} for e in evaluations],
     }
-    write_json(out / METRICS, report)
+    _write_text(out / METRICS, json.dumps(report, indent=2) + "\n", force)
     rows = [(_label(e), list(e.pictures.values())) for e in evaluations if e.pictures]
-    write_image(out / SHEET, contact_sheet(rows, list(evaluations[0].pictures)), force=True)
+    write_image(out / SHEET, contact_sheet(rows, list(evaluations[0].pictures)), force=force)
+
+
+def _write_text(path: Path, text: str, force: bool) -> None:
+    # A style's name that is not in UTF-8 is written as it is.
+    write_whole(path, text.encode(errors="surrogateescape"), replace=force)
 
 
 def _label(evaluation: Evaluation) -> str:
@@ -90,12 +100,12 @@ def _goal(evaluation: Evaluation) -> str:
 
 
 def summarise(evaluations: list[Evaluation]) -> Summary:
-    """style ('all' last) -> method -> column -> value: means over the pairs whose result was finite.
+    """style (ALL_STYLES last) -> method -> column -> value: means over the pairs whose result was finite.
 
     Baselines also get `surpassed`: the network is lower in the goal and not lower in SSIM.
     """
     groups = {style: [e for e in evaluations if e.style == style] for style in sorted({e.style for e in evaluations})}
-    groups["all"] = evaluations
+    groups[ALL_STYLES] = evaluations
     summary: Summary = {}
     for style, group in groups.items():
         rows = {method: _means(method, group) for method in group[0].scores}
@@ -122,7 +132,7 @@ def _means(method: str, group: list[Evaluation]) -> dict[str, float | bool]:
 
 def markdown_table(summary: Summary) -> str:
     """A row for each style and method."""
-    columns = [name for name in COLUMNS if any(name in row for row in summary["all"].values())]
+    columns = [name for name in COLUMNS if any(name in row for row in summary[ALL_STYLES].values())]
     lines = [["style", "method", *(COLUMNS[name][0] for name in columns), "surpassed"]]
     for style, rows in summary.items():
         for method, row in rows.items():

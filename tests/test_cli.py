@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -313,6 +314,17 @@ def test_evaluate(workshop, tmp_path, capsys, monkeypatch):
     assert Image.open(tmp_path / "out" / "contact_sheet.png").width > 500
     code, _, err = call(capsys, monkeypatch, "evaluate", *arguments, "--out", tmp_path / "out", "--device", "cpu")
     assert code == 2 and "exists already" in err
+    assert call(capsys, monkeypatch, "evaluate", *arguments, "--force", "--out", tmp_path / "out")[0] == 0
+
+
+def test_scores_that_cannot_be_written_are_printed(workshop, tmp_path, capsys, monkeypatch):
+    """Nor is what has appeared meanwhile in their place overwritten."""
+    monkeypatch.setattr("restoration.evaluation_report.check_output", lambda *_, **__: None)
+    (tmp_path / "table.md").write_text("of another")
+    arguments = ("--data", workshop / "paintings", "--checkpoint", workshop / "small.safetensors", "--count", "1")
+    code, out, err = call(capsys, monkeypatch, "evaluate", *arguments, "--out", tmp_path, "--device", "cpu")
+    assert code == 2 and "exists already" in err and "| network " in out
+    assert (tmp_path / "table.md").read_text() == "of another"
 
 
 def test_scores_are_kept_where_nobody_reads_the_table(workshop, tmp_path, capsys, monkeypatch):
@@ -402,6 +414,7 @@ def test_options_reach_what_they_are_for(workshop, tmp_path, capsys, monkeypatch
         "ablate --data {paintings} --out {out}",
         "evaluate --data {paintings} --out {out}",
         "dataset build {paintings} {out}",
+        "demo --out {out}",
     ],
 )
 def test_several_processes_are_refused_to_commands_of_one(workshop, tmp_path, capsys, monkeypatch, command):
@@ -519,3 +532,20 @@ def test_a_demo_that_fails_leaves_no_picture(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("restoration.demo.write_image", write_one)
     assert call(capsys, monkeypatch, "demo", "--out", tmp_path / "demo", "--device", "cpu")[0] == 2
     assert list((tmp_path / "demo").iterdir()) == []
+
+
+def test_a_demo_that_fails_removes_no_picture_of_another(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "demo"
+
+    def draw_while_another_writes(palette):
+        for name in ("degraded", "reference"):
+            (out / f"{name}.png").write_bytes(b"another's")
+        return [np.zeros((64, 64, 3), np.uint8)] * 2
+
+    monkeypatch.setattr("restoration.demo.sample_pair", draw_while_another_writes)
+    code, _, err = call(capsys, monkeypatch, "demo", "--out", out, "--device", "cpu")
+    assert code == 2 and "degraded.png: exists already" in err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {
+        "degraded.png": b"another's",
+        "reference.png": b"another's",
+    }

@@ -237,6 +237,14 @@ class TestEvaluationPairs:
         assert degraded == ["blue/1.png", "blue/2.png", "ink/1.png", "ink/3.png"]
         assert all(pair.degraded != pair.reference for pair in pairs)
 
+    def test_a_style_is_not_named_as_all_of_them(self, folders):
+        (folders / "blue").rename(folders / "all")
+        saying = f"{folders}: rename the style 'all', whose name the means over all styles have"
+        assert_refuses(evaluation_pairs, folders, saying=saying)
+        write_table(folders / "pairs.csv", ["degraded", "reference"], ["ink/1.png", "ink/2.png"])
+        assert len(evaluation_pairs(folders, folders / "pairs.csv")) == 1
+        assert {pair.style for pair in evaluation_pairs(folders / "all")} == {"all"}  # whose means are those of all
+
     def test_rejects(self, folders):
         table = folders / "pairs.csv"
         assert_refuses(evaluation_pairs, folders, table, saying="pairs.csv: no such file")

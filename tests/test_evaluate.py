@@ -262,6 +262,18 @@ def test_a_style_whose_name_is_no_utf8_is_written_as_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "table.md", "contact_sheet.png"])
+def test_what_appears_while_it_is_evaluated_is_replaced_by_force_alone(tmp_path, name):
+    methods = dict.fromkeys((NETWORK, UNTOUCHED), untouched)
+    evaluations = list(evaluate(iter([Case("ink", "one", picture(0), picture(1))]), methods, FEATURES))
+    (tmp_path / name).write_text("theirs")
+    with pytest.raises(UserError, match=f"{name}: exists already"):
+        write_report(evaluations, tmp_path, size=32)
+    assert (tmp_path / name).read_text() == "theirs"
+    write_report(evaluations, tmp_path, size=32, force=True)
+    assert (tmp_path / name).read_bytes() != b"theirs"
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "table.md", "contact_sheet.png"])
 def test_what_cannot_be_written_is_found_before_the_work(tmp_path, name):
     (tmp_path / name).mkdir()
     with pytest.raises(UserError, match=f"{name}: is a folder, cannot be overwritten"):
@@ -290,5 +302,5 @@ def test_a_full_disk_leaves_the_former_report(tmp_path, monkeypatch):
 
     fill_the_disk(monkeypatch)
     with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
-        write_report(evaluations, tmp_path, size=64)
+        write_report(evaluations, tmp_path, size=64, force=True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
