@@ -10,6 +10,8 @@ something is always painted. Thin pale ink (plain line drawing, a twig in a corn
 from __future__ import annotations
 
 import csv
+import errno
+import functools
 import hashlib
 import itertools
 import logging
@@ -91,10 +93,11 @@ def build_dataset(
 ) -> BuildReport:
     """Cut the paintings of ``source`` into OUT/<split>/<style>/<name>_<x>_<y>.png and list them in OUT/index.csv.
 
-    ``source`` is read by ``data.find_paintings`` (style folders, or images of one style); ``styles`` chooses among its
-    styles. Windows of ``crop`` x ``crop`` pixels stand on a grid of ``stride`` pixels, the last ones flush with the
-    right and lower edges. ``small`` is what happens to images with a shorter side below ``crop``: "enlarge" (Lanczos,
-    shorter side = crop) or "skip". Crops below ``uniform_share`` are dropped (0 keeps all; see the module's rule).
+    ``source`` is read by ``collection.find_paintings`` (style folders, or images of one style); ``styles`` chooses
+    among its styles. Windows of ``crop`` x ``crop`` pixels stand on a grid of ``stride`` pixels, the last ones flush
+    with the right and lower edges. ``small`` is what happens to images with a shorter side below ``crop``: "enlarge"
+    (Lanczos, shorter side = crop) or "skip". Crops below ``uniform_share`` are dropped (0 keeps all; see the module's
+    rule).
 
     Without SPLIT.csv, ``test_share`` (default: TEST_SHARE) of each style's works (at least one of two or more, never
     all of them) is held out, chosen by a hash of the work's name; a work in two styles stands on one side. Damaged
@@ -108,36 +111,20 @@ def build_dataset(
     source, out = Path(source), Path(out)
     _check_options(crop, stride, small, uniform_share, test_share)
     paintings = find_paintings(source, styles)
-    if test_share is not None and any(painting.split for painting in paintings):
-        raise UserError(f"--test-share {test_share}: {source}/SPLIT.csv says which works are held out; leave one out")
+    _check_source(source, paintings, test_share)
     _check_folders(source, out, force)
     for painting in paintings:
         _check_name(source, painting)
 
     place = out.resolve()
+    cut = functools.partial(_cut, crop=crop, stride=stride, small=small, uniform_share=uniform_share)
     try:
         with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}-unfinished-") as workshop:
-            uncut = [Path(workshop, "crops", name) for name in _crop_names(source, paintings)]
-            stopped = threading.Event()
-
-            def cut(painting: Painting, stem: Path) -> _Cut:
-                return _cut(painting, stem, crop, stride, small, uniform_share, stopped)
-
-            cuts = []
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                try:
-                    for result in pool.map(cut, paintings, uncut):
-                        cuts.append(result)
-                        if progress is not None:
-                            progress(len(cuts), len(paintings))
-                except BaseException:
-                    stopped.set()  # the pool waits for the pictures at hand
-                    raise
+            stems = [Path(workshop, "crops", name) for name in _crop_names(source, paintings)]
+            cuts = _cut_all(paintings, stems, cut, progress)
             finished = Path(workshop, "dataset")
             report = _arrange(source, finished, paintings, cuts, TEST_SHARE if test_share is None else test_share)
-            if place.exists():
-                place.rename(Path(workshop, "replaced"))
-            finished.rename(place)
+            _publish(finished, source, out, force)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
     return report
@@ -159,6 +146,26 @@ def is_uniform(image: Image.Image, share: float = UNIFORM_SHARE) -> bool:
 def _starts(length: int, crop: int, stride: int) -> list[int]:
     last = length - crop
     return [*range(0, last, stride), last]
+
+
+def _cut_all(
+    paintings: Sequence[Painting],
+    stems: Sequence[Path],
+    cut: Callable[..., _Cut],
+    progress: Callable[[int, int], None] | None,
+) -> list[_Cut]:
+    """What ``cut``, which is ``_cut`` with its options, makes of each painting; on all processors."""
+    cuts, stopped = [], threading.Event()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            for result in pool.map(functools.partial(cut, stopped=stopped), paintings, stems):
+                cuts.append(result)
+                if progress is not None:
+                    progress(len(cuts), len(paintings))
+        except BaseException:
+            stopped.set()  # the pool waits for the pictures at hand
+            raise
+    return cuts
 
 
 def _cut(
@@ -237,6 +244,29 @@ def _arrange(
     return report
 
 
+def _publish(finished: Path, source: Path, out: Path, force: bool) -> None:
+    """Put the finished data set in the place of ``out``; where that may have been filled meanwhile, it is left."""
+    place = out.resolve()
+    if not force:
+        try:
+            finished.rename(place)  # replaces an empty folder and refuses a full one in one step
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise UserError(f"{out}: is no longer empty; must be a new or empty folder") from error
+        return
+    _check_folders(source, out, force)
+    replaced = finished.with_name("replaced")
+    try:
+        if place.exists():
+            place.rename(replaced)
+        finished.rename(place)
+    except BaseException:
+        if replaced.exists() and not place.exists():
+            replaced.rename(place)
+        raise
+
+
 def _held_out(paintings: Sequence[Painting], test_share: float) -> set[str]:
     """The painting_ids of ``test_share`` of each style's works, at least one of two or more and never all.
 
@@ -285,6 +315,11 @@ def _check_options(crop: int, stride: int, small: str, uniform_share: float, tes
         raise UserError(f"--test-share must be at least 0 and below 1, got {test_share}")
 
 
+def _check_source(source: Path, paintings: Sequence[Painting], test_share: float | None) -> None:
+    if test_share is not None and any(painting.split for painting in paintings):
+        raise UserError(f"--test-share {test_share}: {source}/SPLIT.csv says which works are held out; leave one out")
+
+
 def _check_name(source: Path, painting: Painting) -> None:
     """Of what the index says, not of where the source lies."""
     try:
@@ -305,6 +340,8 @@ def _check_folders(source: Path, out: Path, force: bool) -> None:
         return
     if not out.is_dir():
         raise UserError(f"{out}: is a file, must be a new or empty folder")
+    if os.path.ismount(out.resolve()):
+        raise UserError(f"{out}: is a mount point, which nothing can replace; take a folder in it")
     if not any(out.iterdir()):
         return
     # Only what this function made is ever deleted.

@@ -309,6 +309,47 @@ def test_interrupted_build_leaves_no_half_data_set(source, out, force, interrupt
     assert sorted(os.listdir(source.parent)) == (["out", "source"] if force else ["source"])
 
 
+@pytest.mark.parametrize(
+    ("force", "saying"), [(False, "is no longer empty; must be a new or empty folder"), (True, "was not made with the")]
+)
+def test_what_comes_into_out_during_the_work_stays(source, out, force, saying):
+    if force:
+        build(source, out)
+    out.mkdir(exist_ok=True)
+
+    def put_a_file(done, total):
+        (out / "notes.txt").write_text("mine")
+
+    before = files(out)
+    assert_refuses(build, source, out, force=force, progress=put_a_file, saying=saying)
+    assert files(out) == sorted([*before, "notes.txt"])
+    assert sorted(os.listdir(source.parent)) == ["out", "source"]
+
+
+def test_an_interruption_between_the_two_renames_gives_the_former_data_set_back(source, out, monkeypatch):
+    build(source, out)
+    before, rename = files(out), Path.rename
+
+    def interrupt(path, target):
+        if path.name == "dataset":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        build(source, out, force=True)
+    assert files(out) == before
+
+
+def test_a_mount_point_is_refused_before_any_work(source, out, monkeypatch):
+    mounted = out.with_name("mounted")
+    mounted.mkdir()
+    out.symlink_to(mounted)
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == mounted)
+    saying = f"{out}: is a mount point"
+    assert_refuses(build, source, out, progress=lambda *_: pytest.fail("paintings were cut"), saying=saying)
+
+
 def test_a_name_that_the_index_cannot_hold_is_refused_before_any_work(source, out):
     (source / "ink/1.png").rename(source / "ink" / os.fsdecode(b"a\xe9.png"))
     saying = "ink/a\\xe9.png: must have a name in UTF-8, as index.csv is; rename it"
