@@ -37,12 +37,14 @@ def make_demo(
     for picture in pictures:
         check_writable(picture, force=force)
 
+    written = []
     try:
         for path, drawn in zip((degraded, reference), sample_pair(palette), strict=True):
             write_image(path, from_pillow(Image.fromarray(drawn)), force=force)
+            written.append(path)
         (report,) = recolourer.recolour_files([Job(degraded, reference, result)], force=force)
     except BaseException:
-        for path in (degraded, reference):
+        for path in written:  # the others may be of a second demonstration in this folder
             path.unlink(missing_ok=True)
         raise
     row = [read_image(path).rgb for path in (degraded, reference, result)]
