@@ -1,4 +1,5 @@
 """Convolutions of bfloat16 also on processors for which PyTorch has no library of them: in float32, and rounded once.
+And what makes pictures large enough for convolutions.
 
 PyTorch itself multiplies bfloat16 number by number there (x86 without AVX-512, say), in many times float32's time.
 """
@@ -36,3 +37,9 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor, padding: int = 0) -> Tensor:
     # Autocast would round x once more, and convolve what it rounded.
     with torch.autocast(x.device.type, enabled=False):
         return F.conv2d(x.to(dtype), weight, bias, padding=padding).to(x.dtype)
+
+
+def replicate_up_to(image: Tensor, least: int, multiple: int = 1) -> Tensor:
+    """Replicates the right and lower edges of [B,C,H,W] until both sides are multiples, and no shorter than least."""
+    below, right = (-(-max(least, side) // multiple) * multiple - side for side in image.shape[-2:])
+    return F.pad(image, (0, right, 0, below), mode="replicate") if right or below else image

@@ -21,7 +21,7 @@ from restoration.blocks import (
     round_to_quantum,
     round_to_quantum_,
 )
-from restoration.convolution import has_fast_bf16
+from restoration.convolution import has_fast_bf16, replicate_up_to
 from restoration.reversible import Coupling, Rearrangement, Step, Streams, run_chain
 from restoration.whitening import Transfer, transfer_statistics
 
@@ -219,6 +219,9 @@ class _RoundedCopy:
     def __init__(self) -> None:
         self._copy: nn.Module | None = None
 
+    # A copy made in inference mode could not be written to in any other. To leave that mode switches gradients on, so
+    # no_grad comes second.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def of(self, blocks: nn.Module) -> nn.Module:
         """The copy with the numbers that the blocks have now; on one device always the same tensors."""
@@ -276,13 +279,7 @@ _SPLIT = Rearrangement(_split, _join)
 
 def pad_to_valid_size(image: Tensor) -> Tensor:
     """Replicates the right and lower edges of [B,C,H,W] up to a size that the network accepts."""
-    height, width = image.shape[-2:]
-
-    def missing(side: int) -> int:
-        return max(MINIMUM_SIDE, -(-side // SIDE_MULTIPLE) * SIDE_MULTIPLE) - side
-
-    right, below = missing(width), missing(height)
-    return F.pad(image, (0, right, 0, below), mode="replicate") if right or below else image
+    return replicate_up_to(image, MINIMUM_SIDE, SIDE_MULTIPLE)
 
 
 def largest_value(streams: Iterable[Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ from skimage.color import deltaE_ciede2000, rgb2lab
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
+from restoration.convolution import replicate_up_to
 from restoration.vgg import VGG19Features
 
 # The Gaussian window of Wang et al. 2004: sigma 1.5 cut at 3.5 sigma is 11 pixels wide.
@@ -84,12 +85,7 @@ def structural_similarity_index(first: Tensor, second: Tensor) -> float:
 
     Sides under the window are replicated up to it.
     """
-    height, width = first.shape[-2:]
-    missing = (0, max(0, SSIM_WINDOW - width), 0, max(0, SSIM_WINDOW - height))
-    first, second = (
-        F.pad(image[None].cpu(), missing, mode="replicate")[0].numpy() if any(missing) else image.cpu().numpy()
-        for image in (first, second)
-    )
+    first, second = replicate_up_to(torch.stack((first.cpu(), second.cpu())), SSIM_WINDOW).numpy()
     return float(
         structural_similarity(
             first,

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from restoration.convolution import computing_dtype, conv2d
+from restoration.convolution import computing_dtype, conv2d, replicate_up_to
 from restoration.errors import UserError
 
 LAYERS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1")
@@ -167,10 +167,7 @@ class VGG19Features(nn.Module):
         return converted
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        height, width = image.shape[-2:]
-        if min(height, width) < MINIMUM_SIDE:
-            missing = (0, max(0, MINIMUM_SIDE - width), 0, max(0, MINIMUM_SIDE - height))
-            image = F.pad(image, missing, mode="replicate")
+        image = replicate_up_to(image, MINIMUM_SIDE)
         x = (image - self.mean) / self.deviation
         x = x.to(self.block1_conv1_weight.dtype, memory_format=torch.channels_last)
         features = []

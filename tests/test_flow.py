@@ -244,6 +244,15 @@ def test_a_processor_without_fast_bf16_is_told_once(fast, monkeypatch, caplog):
     assert all(record.levelno == logging.WARNING for record in caplog.records)
 
 
+def test_a_first_pass_in_inference_mode_spoils_no_later_one():
+    net, x = network("bf16"), picture(16, 20)
+    with torch.inference_mode():
+        first = net.encode(x)
+    z = net.encode(x)
+    z.sum().backward()
+    assert torch.equal(z, first)
+
+
 def test_rejects_unknown_precision():
     with pytest.raises(ValueError, match="precision must be one of fp32, bf16, got 'int8'"):
         ReversibleNetwork(SMALL, "int8")

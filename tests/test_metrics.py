@@ -76,6 +76,12 @@ def test_one_pixel():
     assert measure(pixel, pixel, pixel, metric_features()).ssim == 1
 
 
+def test_ssim_of_sides_under_the_window_is_that_of_replicated_edges():
+    a, b = picture(8, 20), picture(8, 20, seed=1)
+    larger = [torch.cat((image, image[:, -1:].expand(-1, 3, -1)), 1) for image in (a, b)]
+    assert structural_similarity_index(a, b) == structural_similarity_index(*larger)
+
+
 def test_limit_side_keeps_proportions_and_leaves_out_no_pixel():
     assert limit_side(picture(300, 100), 150).shape == (3, 150, 50)
     image = picture(10, 20)
