@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 from restoration.errors import UserError
 from restoration.flow import Architecture
-from restoration.losses import LossWeights
+from restoration.losses import STYLE_DISTANCES, LossWeights
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 SCHEDULES = ("constant", "cosine")
-STYLE_DISTANCES = ("mse", "l2")
 PAIRINGS = ("random", "nearest")
 
 
@@ -89,43 +88,28 @@ OVERRIDABLE = tuple(field.name for field in dataclasses.fields(TrainingConfig) i
 # What says which weights there are: a run keeps these.
 SHAPING = ("blocks", "dpca", "cafe", "ccpl", "projection")
 
-# Field: smallest value allowed.
-_LEAST = {
-    "crop": 24,  # below it VGG19's relu4_1 has no pixel with eight neighbours
-    "batch": 1,
-    "iterations": 1,
-    "blocks": 1,
-    "anchors": 1,
-    "temperature": 1e-3,  # below, one pair of a row decides alone
-    "workers": 0,
-    "cache_mb": 0,
-    "checkpoint_every": 1,
-    "keep_checkpoints": 1,
-    "sample_every": 1,
-    "seed": 0,
-    "largest_box": 1.0,
-    "gradient_clip": 0.0,
-    "ccp_weight": 0.0,
-    "style_weight": 0.0,
-    "matting_weight": 0.0,
-    "cycle_weight": 0.0,
-}
 LARGEST_CROP = 16_384
-# And the largest; most of them beyond any use, so that a slip of the hand is found before the work. Of each step's
-# anchors PyTorch takes a seed of 63 bits, made of the run's and the step's number.
-_MOST = {
-    "seed": 2**40,
-    "iterations": 10_000_000,
-    "crop": LARGEST_CROP,
-    "batch": 65_536,
-    "blocks": 1_000,
-    "workers": 1_000,
-    "cache_mb": 100_000_000,
-    "largest_box": 1_000.0,
-    "temperature": 1_000.0,
-    "gradient_clip": 1e12,
-    **dict.fromkeys(("anchors", "checkpoint_every", "keep_checkpoints", "sample_every"), 10_000_000),
-    **dict.fromkeys(("ccp_weight", "style_weight", "matting_weight", "cycle_weight"), 1e12),
+# Field: smallest and largest value allowed. Most of the latter lie beyond any use, so that a slip of the hand is found
+# before the work.
+_RANGES = {
+    "crop": (24, LARGEST_CROP),  # below it VGG19's relu4_1 has no pixel with eight neighbours
+    "batch": (1, 65_536),
+    "iterations": (1, 10_000_000),
+    "blocks": (1, 1_000),
+    "anchors": (1, 10_000_000),
+    "temperature": (1e-3, 1_000.0),  # below, one pair of a row decides alone
+    "workers": (0, 1_000),
+    "cache_mb": (0, 100_000_000),
+    "checkpoint_every": (1, 10_000_000),
+    "keep_checkpoints": (1, 10_000_000),
+    "sample_every": (1, 10_000_000),
+    "seed": (0, 2**40),  # of this and a step's number is made the seed of its anchors, 63 bits for PyTorch
+    "largest_box": (1.0, 1_000.0),
+    "gradient_clip": (0.0, 1e12),
+    "ccp_weight": (0.0, 1e12),
+    "style_weight": (0.0, 1e12),
+    "matting_weight": (0.0, 1e12),
+    "cycle_weight": (0.0, 1e12),
 }
 _LEAST_RATE = 1e-30  # float32 has no numbers much smaller
 _CHOICES = {
@@ -147,8 +131,8 @@ def make_config(preset: str = "paper", **overrides: object) -> TrainingConfig:
 
 def checked(config: TrainingConfig) -> TrainingConfig:
     """The same settings; UserError names the first that is out of range."""
-    for name, least in _LEAST.items():
-        value, most = getattr(config, name), _MOST[name]
+    for name, (least, most) in _RANGES.items():
+        value = getattr(config, name)
         if not value >= least:  # nor is NaN
             raise UserError(f"{option(name)} must be at least {least}, got {value}")
         if value > most:

@@ -11,6 +11,7 @@ from restoration.parts import part
 from restoration.vgg import LAYER_CHANNELS, VGG19Features
 from restoration_kernels import CCPLoss, ccpl_loss, matting_laplacian_energy
 
+STYLE_DISTANCES = ("mse", "l2")
 MATTING_GRADIENT_LIMIT = 0.05  # a pixel, for the weighted loss of one image: CAP-VSTNet's clamp, it steadies training
 VARIANCE_FLOOR = 1e-5  # under the root of a standard deviation, whose slope is infinite at zero
 
@@ -45,6 +46,7 @@ class ReconstructionLoss(nn.Module):
         style_distance: str = "mse",
     ) -> None:
         super().__init__()
+        _check_distance("ReconstructionLoss: style_distance", style_distance)
         self.features = features
         self.weights = weights or LossWeights()
         self.style_distance = style_distance
@@ -110,6 +112,7 @@ def style_loss(outputs: list[Tensor], style: list[tuple[Tensor, Tensor]], distan
     outputs are features [B,C,H,W], style the channel_statistics of those wanted. 'mse' is the mean over channels and
     batch of the squared difference; 'l2' the batch's mean Euclidean norm, as printed in eq. 8.
     """
+    _check_distance("style_loss: distance", distance)
 
     def difference(computed: Tensor, wanted: Tensor) -> Tensor:
         delta = computed - wanted
@@ -120,6 +123,11 @@ def style_loss(outputs: list[Tensor], style: list[tuple[Tensor, Tensor]], distan
         for output, statistics in zip(outputs, style, strict=True)
         for computed, wanted in zip(channel_statistics(output), statistics, strict=True)
     )
+
+
+def _check_distance(argument: str, distance: str) -> None:
+    if distance not in STYLE_DISTANCES:
+        raise ValueError(f"{argument} must be one of {', '.join(STYLE_DISTANCES)}, got {distance!r}")
 
 
 def channel_statistics(feature: Tensor) -> tuple[Tensor, Tensor]:

@@ -138,6 +138,14 @@ def test_ccpl_switch_weights_and_style_distance():
     torch.testing.assert_close(printed["style"], style_loss(loss_features()(result), style, "l2"))
 
 
+def test_rejects_unknown_style_distances():
+    message = "distance must be one of mse, l2, got 'l1'"
+    with pytest.raises(ValueError, match=f"style_loss: {message}"):
+        style_loss([], [], "l1")
+    with pytest.raises(ValueError, match=f"ReconstructionLoss: style_{message}"):
+        ReconstructionLoss(loss_features(), style_distance="l1")
+
+
 def test_a_reference_of_another_size_is_the_style_as_well():
     degraded, reference, result, cycled = pictures(4)
     narrow = reference[..., :24]
