@@ -181,7 +181,8 @@ def _evaluated(folder: Path, pairs: list[Pair], features: VGG19Features, size: i
     if stored.get("subject") == subject:
         return stored["summary"]
     methods = choose_methods(load_network(checkpoint).to(device), device, baselines=False)
-    evaluations = evaluate(pair_cases(pairs, size), methods, features)
+    # The pictures of one pair are kept, the fewest that can be: nobody looks at them.
+    evaluations = evaluate(pair_cases(pairs, size), methods, features, shown_every=len(pairs))
     summary = summarise(list(track(evaluations, "evaluating", total=len(pairs), console=Console(stderr=True))))
     means = {style: rows[NETWORK] for style, rows in summary.items()}
     write_json(scores, {"subject": subject, "summary": means})

@@ -5,15 +5,20 @@ import shutil
 import sys
 
 import pytest
+import torch
 from pictures import fill_the_disk
 
 from restoration import ablate
 from restoration.ablate import DIVERGED, VARIANTS, WHOLE, Run, compare, plan, report
+from restoration.checkpoints import save_network
 from restoration.cli import main
+from restoration.collection import evaluation_pairs
 from restoration.config import make_config
 from restoration.errors import UserError
+from restoration.flow import Architecture, ReversibleNetwork
 from restoration.journal import TrainingDivergedError
 from restoration.runs import newest_checkpoint
+from restoration.vgg import metric_features
 
 TINY = ("--crop", "24", "--batch", "1", "--blocks", "1", "--size", "32", "--count", "1", "--device", "cpu")
 
@@ -144,6 +149,22 @@ def test_a_damaged_picture_of_the_pairs_is_found_before_the_work(ablated, tmp_pa
     damaged.write_bytes(damaged.read_bytes()[:-100])
     code, error, _ = run("--style", "ink")
     assert code == 2 and "0.png: is damaged or truncated" in error and error.count("\n") == 1 and not out.exists()
+
+
+def test_pictures_of_one_pair_at_most_are_kept(paintings, tmp_path, monkeypatch):
+    kept = []
+
+    def evaluate(*arguments, **options):
+        for evaluation in evaluate_all(*arguments, **options):
+            kept.append(bool(evaluation.pictures))
+            yield evaluation
+
+    evaluate_all = ablate.evaluate
+    monkeypatch.setattr(ablate, "evaluate", evaluate)
+    save_network(tmp_path / "checkpoint-0000001.safetensors", ReversibleNetwork(Architecture(4, 1, 1)), {})
+    pairs = evaluation_pairs(paintings, None, 2)
+    ablate._evaluated(tmp_path, pairs, metric_features(), 16, torch.device("cpu"))
+    assert len(kept) == len(pairs) > 1 and sum(kept) <= 1
 
 
 def test_one_seed_or_no_size_is_refused(paintings, tmp_path, capsys, monkeypatch):
