@@ -9,6 +9,10 @@ class UnsuitableWeightsError(UserError):
     """The network's values left the range in which its arithmetic is exact: it cannot treat this picture."""
 
 
+class UnwritableError(UserError):
+    """A place takes no file, whichever it be: its disk is full, its folder gone or closed."""
+
+
 class ReportedError(UserError):
     """A UserError that another process of the same job has met, and reports."""
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from restoration.errors import UserError, reason
+from restoration.errors import UnwritableError, UserError, reason
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +27,8 @@ _UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.partial")  # of write_whole
 def write_whole(path: Path, content: bytes | memoryview, *, replace: bool = True) -> None:
     """Gives path this content: whenever process or machine stops, path is the old file or the new one, never a part.
 
-    UserError where it cannot be written, on a full disk, say, or where a file is there that shall not be replaced: that
-    stays as it was, and nothing else is left.
+    UnwritableError where it cannot be written, on a full disk, say; UserError where a file is there that shall not be
+    replaced: that stays as it was, and nothing else is left.
     """
     # Short, as path's own name may be as long as can be.
     temporary = path.with_name(f".{secrets.token_hex(8)}{PARTIAL_SUFFIX}")
@@ -39,7 +39,9 @@ def write_whole(path: Path, content: bytes | memoryview, *, replace: bool = True
     except FileExistsError:
         raise UserError(f"{path}: exists already (--force overwrites)") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({reason(error)}); what was there before is untouched") from error
+        raise UnwritableError(
+            f"{path}: cannot be written ({reason(error)}); what was there before is untouched"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ import torch
 from PIL import ExifTags, Image, PngImagePlugin
 
 from restoration.decoding import decode, reading
-from restoration.errors import UserError, reason
+from restoration.errors import UnwritableError, UserError, reason
 from restoration.files import write_whole
 from restoration.metadata import COMMENT, JPEG_BYTES_BESIDE_IPTC, descriptive_exif, jpeg_with_iptc
 
@@ -136,9 +136,9 @@ def check_writable(path: str | os.PathLike, *, force: bool = False, like: Pictur
     if path.is_dir():
         raise UserError(f"{path}: is a folder, cannot be overwritten by an image")
     if not path.parent.is_dir():
-        raise UserError(f"{path}: its folder {path.parent} does not exist")
+        raise UnwritableError(f"{path}: its folder {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UserError(f"{path}: its folder {path.parent} is not writable")
+        raise UnwritableError(f"{path}: its folder {path.parent} is not writable")
     if not force and os.path.lexists(path):
         raise UserError(f"{path}: exists already (--force overwrites)")
     if like is not None:
@@ -154,8 +154,9 @@ def write_image(
     resolution, JPEG none for more than 65,535 dots an inch; IPTC needs JPEG or TIFF, texts need PNG, but for JPEG's
     comment: a warning names what is left out. The file appears whole or not at all, and replaces another only with
     ``force``. PNG, TIFF and WebP are lossless.
-    Raises UserError where the file cannot be written, or where JPEG would lose transparency or notes; ValueError
-    where rgb has another shape than [3, H, W], another size than the alpha of ``like``, or a value that is not finite.
+    Raises UnwritableError where the file cannot be written, UserError where another is there, or where JPEG would lose
+    transparency or notes; ValueError where rgb has another shape than [3, H, W], another size than the alpha of
+    ``like``, or a value that is not finite.
     """
     path = Path(path)
     _check_pixels(rgb, like)
@@ -180,7 +181,7 @@ def write_image(
         if image_format == "JPEG" and like is not None and like.iptc is not None:
             content = jpeg_with_iptc(encoded.getvalue(), like.iptc)
     except (OSError, ValueError, RuntimeError, OverflowError, struct.error) as error:
-        raise UserError(f"{path}: cannot be written ({reason(error)})") from error
+        raise UnwritableError(f"{path}: cannot be written ({reason(error)})") from error
     write_whole(path, content, replace=force)
 
 

@@ -7,7 +7,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from restoration.blocks import ReversibleBlock
 from restoration.checkpoints import load_network
 from restoration.decoding import READABLE_SUFFIXES
-from restoration.errors import UserError
-from restoration.files import make_folder
+from restoration.errors import UnwritableError, UserError
+from restoration.files import make_folder, size_in_bytes
 from restoration.flow import ReversibleNetwork
 from restoration.imaging import check_format_holds, check_writable, read_image, read_rgb, write_image
+from restoration.memory import is_out_of_memory
 from restoration.metrics import Metrics, measure
 from restoration.recolouring import padded_pixels, recolour
 from restoration.vgg import metric_features
@@ -31,11 +32,12 @@ FORMATS = ("png", "tif", "jpg", "webp")  # of a folder's results
 
 @dataclass(frozen=True)
 class Job:
-    """One painting to recolour."""
+    """One painting to recolour. replaces_empty: an output of 0 bytes is replaced, with force or without."""
 
     degraded: Path
     reference: Path
     output: Path
+    replaces_empty: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,8 @@ def plan(
 
     Folders pair by file name without suffix; every picture of the degraded folder needs a partner. The output is then
     a folder (made if missing) of files of the same names, of image_format, one of FORMATS; None: the first of them.
-    skip_existing: less the jobs whose output is there. on_failure, if any, is told of each of several pictures that
-    cannot be read, or that the format cannot hold, and its job is left out.
+    skip_existing: less the jobs whose output is there and not empty. on_failure, if any, is told of each of several
+    pictures that cannot be read, or that the format cannot hold, and its job is left out.
     """
     if force and skip_existing:
         raise UserError("--force overwrites what --skip-existing leaves alone: take one of them")
@@ -83,8 +85,13 @@ def plan(
     if folders:
         jobs = _pair_folders(degraded, reference, output, f".{image_format or FORMATS[0]}")
     if skip_existing:
-        # An output that is there is whole: `write_image` publishes nothing less.
-        jobs = [job for job in jobs if not job.output.is_file()]
+        # An output that is there is whole, as `write_image` publishes nothing less; but it is empty where a process was
+        # killed that had only taken the name, as is done on file systems without hard links.
+        jobs = [
+            replace(job, replaces_empty=size_in_bytes(job.output) == 0)
+            for job in jobs
+            if not (job.output.is_file() and size_in_bytes(job.output) > 0)
+        ]
     ready = []
     for job in jobs:
         try:
@@ -98,7 +105,8 @@ def plan(
             on_failure(error)
             continue
         if not folders or output.is_dir():
-            check_writable(job.output, force=force, like=None if folders else picture)  # which is known to fit already
+            # Of a folder, it is known already that the format holds the picture.
+            check_writable(job.output, force=force or job.replaces_empty, like=None if folders else picture)
         ready.append(job)
     return ready
 
@@ -220,37 +228,40 @@ class Recolourer:
     ) -> Iterator[Report]:
         """Makes the folders of all jobs; then, as they are asked for, carries these out one by one.
 
-        The reports come each after its file is written. on_failure is told of each picture that cannot be read or
-        treated, and the others are gone on with; without it the first such error is raised.
+        The reports come each after its file is written. on_failure is told of each picture that cannot be read, treated
+        or measured, or whose output has appeared meanwhile, and the others are gone on with; without it the first such
+        error is raised. What keeps the others from being written, too, a full disk, say, is raised in any case.
         """
         for folder in {job.output.parent for job in jobs}:
             make_folder(folder)
         for job in jobs:
-            began = time.monotonic()
             try:
-                degraded, reference = read_image(job.degraded), read_image(job.reference)
-                visible = degraded.visible, reference.visible
-                if self._progress is not None:
-                    self._progress.begin(job, degraded.rgb, reference.rgb)
-                with _naming(job.degraded):
-                    result, notes = recolour(
-                        self._network,
-                        degraded.rgb,
-                        reference.rgb,
-                        self._device,
-                        self._strength,
-                        visible=visible,
-                    )
+                report = self._recolour_file(job, force)
             except UserError as error:
-                if on_failure is None:
+                if on_failure is None or isinstance(error, UnwritableError):
                     raise
                 on_failure(error)
                 continue
+            yield report
+
+    def _recolour_file(self, job: Job, force: bool) -> Report:
+        began = time.monotonic()
+        degraded, reference = read_image(job.degraded), read_image(job.reference)
+        visible = degraded.visible, reference.visible
+        if self._progress is not None:
+            self._progress.begin(job, degraded.rgb, reference.rgb)
+        with _naming(job.degraded):
+            result, notes = recolour(
+                self._network, degraded.rgb, reference.rgb, self._device, self._strength, visible=visible
+            )
+        force = force or (job.replaces_empty and size_in_bytes(job.output) == 0)
+        with _telling_of_memory(f"{job.output}: memory does not suffice to write it"):
             write_image(job.output, result, degraded, force=force)
-            seconds = time.monotonic() - began
-            seen = zip((degraded.rgb, reference.rgb, result), (*visible, visible[0]), strict=True)
-            pictures = (_bounding_box(*picture).to(self._device) for picture in seen)
-            yield Report(job, measure(*pictures, self._features), seconds, notes)
+        seconds = time.monotonic() - began
+        seen = zip((degraded.rgb, reference.rgb, result), (*visible, visible[0]), strict=True)
+        pictures = (_bounding_box(*picture).to(self._device) for picture in seen)
+        with _telling_of_memory(f"{job.output}: is written, but memory does not suffice to measure it"):
+            return Report(job, measure(*pictures, self._features), seconds, notes)
 
 
 def _bounding_box(image: Tensor, visible: Tensor | None) -> Tensor:
@@ -282,6 +293,17 @@ class _Progress:
         pixels = padded_pixels(reference) + 2 * padded_pixels(degraded)
         self._job, self._changed, self._work = job, 0, self._numbers_a_pixel * pixels
         self._tell(job, 0.0)
+
+
+@contextmanager
+def _telling_of_memory(message: str) -> Iterator[None]:
+    """Makes the end of memory a UserError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(message) from error
 
 
 @contextmanager

@@ -1,14 +1,20 @@
 """Recolouring of files: what is kept, what is refused before any work, folders."""
 
+import os
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from pictures import fill_the_disk
 from PIL import Image
 
+from restoration import reconstruct
 from restoration.checkpoints import save_network
-from restoration.errors import UserError
+from restoration.errors import UnwritableError, UserError
 from restoration.flow import Architecture, ReversibleNetwork
 from restoration.imaging import read_image
+from restoration.progress import PictureProgress
 from restoration.reconstruct import FORMATS, Recolourer, plan
 
 CPU = torch.device("cpu")
@@ -213,6 +219,101 @@ def test_a_picture_that_cannot_be_treated_is_named(tmp_path, checkpoint, monkeyp
     monkeypatch.setattr(ReversibleNetwork, "encode_halves", fail)
     with pytest.raises(UserError, match=f"faded.png: .*{message}"):
         run(picture, picture, tmp_path / "out.png", checkpoint)
+
+
+def test_a_picture_whose_output_appears_meanwhile_is_named_and_the_others_recoloured(tmp_path, checkpoint):
+    faded, kept, out = folders_of(tmp_path, faded=["a.png", "b.png"], kept=["a.png", "b.png"], out=[])
+    jobs, failures = plan(faded, kept, out), []
+    (out / "a.png").write_bytes(b"theirs")
+    reports = list(Recolourer(CPU, checkpoint=checkpoint).recolour_files(jobs, on_failure=failures.append))
+    assert [report.job.degraded.name for report in reports] == ["b.png"]
+    assert [str(failure) for failure in failures] == [f"{out / 'a.png'}: exists already (--force overwrites)"]
+    assert (out / "a.png").read_bytes() == b"theirs"
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("write_image", "memory does not suffice to write it"),
+        ("measure", "is written, but memory does not suffice to measure it"),
+    ],
+)
+def test_a_picture_at_whose_end_memory_ends_is_named_and_the_others_recoloured(
+    tmp_path, checkpoint, monkeypatch, function, message
+):
+    faded, kept = folders_of(tmp_path, faded=["a.png", "b.png"], kept=["a.png", "b.png"])
+    real, troubles, failures = getattr(reconstruct, function), [RuntimeError("DefaultCPUAllocator: no memory")], []
+
+    def fail_once(*arguments, **options):
+        if troubles:
+            raise troubles.pop()
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(reconstruct, function, fail_once)
+    jobs = plan(faded, kept, tmp_path / "out")
+    reports = list(Recolourer(CPU, checkpoint=checkpoint).recolour_files(jobs, on_failure=failures.append))
+    assert [report.job.degraded.name for report in reports] == ["b.png"]
+    assert [str(failure) for failure in failures] == [f"{tmp_path / 'out' / 'a.png'}: {message}"]
+
+
+def close_to_writers(monkeypatch, folder):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != folder)
+
+
+def fail_to_encode(monkeypatch, folder):
+    def fail(*arguments, **options):
+        raise OSError("encoder error")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        lambda monkeypatch, folder: fill_the_disk(monkeypatch),
+        lambda monkeypatch, folder: shutil.rmtree(folder),
+        close_to_writers,
+        fail_to_encode,
+    ],
+    ids=["full disk", "folder gone", "folder closed", "encoder"],
+)
+def test_what_keeps_files_from_being_written_ends_a_folder(tmp_path, checkpoint, monkeypatch, trouble):
+    faded, kept, out = folders_of(tmp_path, faded=["a.png", "b.png"], kept=["a.png", "b.png"], out=[])
+    jobs = plan(faded, kept, out)
+    recolourer = Recolourer(
+        CPU, checkpoint=checkpoint, on_progress=lambda job, share: share or trouble(monkeypatch, out)
+    )
+    reports = recolourer.recolour_files(jobs, on_failure=lambda error: pytest.fail(f"went on after {error}"))
+    with pytest.raises(UnwritableError, match=r"a\.png: "):
+        list(reports)
+
+
+def test_an_empty_output_is_not_there(tmp_path, checkpoint):
+    """A crash leaves it on a file system without hard links; what fills it meanwhile stays."""
+    faded, kept, out = folders_of(tmp_path, faded=["a.png", "b.png"], kept=["a.png", "b.png"], out=["b.png"])
+    (out / "a.png").touch()
+    with pytest.raises(UserError, match=r"a\.png: exists already"):
+        plan(faded, kept, out)
+    jobs = plan(faded, kept, out, skip_existing=True)
+    assert [job.output.name for job in jobs] == ["a.png"]
+    recolourer = Recolourer(CPU, checkpoint=checkpoint)
+    (out / "a.png").write_bytes(b"theirs")
+    with pytest.raises(UserError, match=r"a\.png: exists already"):
+        list(recolourer.recolour_files(jobs))
+    (out / "a.png").write_bytes(b"")
+    list(recolourer.recolour_files(jobs))
+    assert Image.open(out / "a.png").size == (20, 20)
+
+
+def test_a_line_that_nobody_reads_leaves_no_file_open():
+    progress = PictureProgress(shown=False)
+    lowest, writing = os.pipe()
+    os.close(lowest)
+    with open(writing, "w") as pipe:
+        progress.say("nobody reads this", pipe)
+        following = os.open(os.devnull, os.O_RDONLY)
+        os.close(following)
+    assert following == lowest
 
 
 def test_nothing_is_overwritten_without_force(tmp_path, checkpoint):
