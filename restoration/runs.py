@@ -41,9 +41,7 @@ def checkpoint_to_resume(run: Path, resume: bool, initial_weights: Path | None) 
     check_can_be_written(run)
     if resume and initial_weights is not None:
         raise UserError("--initial-weights are for a run that starts; --resume goes on with the run's own")
-    newest = newest_checkpoint(run)
-    if resume and newest is None:
-        raise UserError(f"{run}: holds no checkpoint to resume from")
+    newest = _checkpoint_of_a_run(run) if resume else newest_checkpoint(run)
     if newest is not None and not resume:
         raise UserError(f"{run}: holds a training run already; give --resume to go on, or another --out")
     if newest is None and not _holds_settings(run):
@@ -161,6 +159,14 @@ def newest_checkpoint(run: Path) -> Path | None:
     return next(reversed(checkpoints_of(run)), None)
 
 
+def _checkpoint_of_a_run(run: Path) -> Path:
+    """The newest; UserError where there is none."""
+    newest = newest_checkpoint(run)
+    if newest is None:
+        raise UserError(f"{run}: holds no checkpoint to resume from")
+    return newest
+
+
 def load_training(path: Path) -> Checkpoint:
     """UserError where the file holds weights alone."""
     checkpoint = load_checkpoint(path)
@@ -174,9 +180,7 @@ def load_training(path: Path) -> Checkpoint:
 
 def resumed_config(run: Path, overrides: dict[str, object]) -> TrainingConfig:
     """Settings of run's newest checkpoint, with those overrides that are not None, none of them among SHAPING."""
-    path = newest_checkpoint(run)
-    if path is None:
-        raise UserError(f"{run}: holds no checkpoint to resume from")
+    path = _checkpoint_of_a_run(run)
     known = {field.name for field in fields(TrainingConfig)}
     try:
         stored = load_training(path).description["training"]

@@ -46,7 +46,7 @@ from restoration.runs import (
     where_to_go_on,
 )
 from restoration.step import Optimisation, Outcome, TrainingStep
-from restoration.vgg import VGG19Features, loss_features, measure_channel_means, metric_features
+from restoration.vgg import VGG19Features, load_vgg_weights, loss_features, measure_channel_means, metric_features
 
 SMOOTHING = 0.98  # of the losses shown: they jump tenfold from batch to batch
 LOG_EVERY = 10  # steps between TensorBoard scalars
@@ -89,7 +89,8 @@ def train(
     # Before paintings are read, which can take minutes: what else may be wrong.
     weights = None
     if initial_weights is not None:
-        weights = world.decide(lambda: load_checkpoint(initial_weights).part(NETWORK_PREFIX))
+        weights = world.decide(lambda: weights_that_fit(config, initial_weights))
+    world.together(lambda: load_vgg_weights(vgg))
     start = 0 if checkpoint is None else int(checkpoint.description["step"])
     batches = world.together(lambda: _batches(run, config, start, world))
     paintings = world.decide(lambda: find_paintings(data, styles=styles, split="train"))
@@ -118,6 +119,13 @@ def check_precision(config: TrainingConfig, device: torch.device) -> None:
     """UserError where the device has no convolutions of that precision."""
     if config.precision == "tf32" and device.type != "cuda":
         raise UserError(f"--precision tf32 is of CUDA devices, got the device {device.type}; take fp32 or bf16")
+
+
+def weights_that_fit(config: TrainingConfig, path: Path) -> dict[str, Tensor]:
+    """The network's parameters that a file holds; UserError where they are not those of the settings' architecture."""
+    weights = load_checkpoint(path).part(NETWORK_PREFIX)
+    load_parameters(ReversibleNetwork(config.architecture()), weights, path)
+    return weights
 
 
 def _batches(run: Path, config: TrainingConfig, start: int, world: World) -> Iterator[range]:

@@ -64,6 +64,7 @@ def test_a_run_goes_on_with_its_styles_and_loss_network_and_without_its_settings
         seen.append((path, {painting.style for painting in found}))
         return features
 
+    monkeypatch.setattr("restoration.train.load_vgg_weights", lambda path: None)
     monkeypatch.setattr("restoration.train.loss_network", note)
     monkeypatch.chdir(tmp_path)
     train(paintings, run, config(iterations=1), device=CPU, vgg=Path("vgg.pth"), styles=["ink"])
@@ -77,6 +78,7 @@ def test_a_run_that_goes_on_with_other_paintings_or_weights_says_so(paintings, t
     run, vgg = tmp_path / "run", tmp_path / "vgg.pth"
     shutil.copytree(paintings, tmp_path / "moved")
     vgg.write_text("weights")
+    monkeypatch.setattr("restoration.train.load_vgg_weights", lambda path: None)
     monkeypatch.setattr("restoration.train.loss_network", lambda *_: loss_features())
     train(paintings, run, config(iterations=1), device=CPU, vgg=vgg)
     train(tmp_path / "moved", run, config(iterations=2), device=CPU, resume=True)
@@ -106,6 +108,11 @@ def test_paintings_are_others_where_style_work_or_size_is_another(folders):
     assert before not in [told(replace(first, **{name: "other"})) for name in ("style", "painting_id")]
     first.path.write_bytes(first.path.read_bytes() + b"more")
     assert before != told(first)
+
+
+def test_a_folder_without_checkpoints_has_no_settings_to_resume(tmp_path):
+    with pytest.raises(UserError, match=f"^{tmp_path}: holds no checkpoint to resume from$"):
+        resumed_config(tmp_path, {})
 
 
 def test_a_damaged_checkpoint_names_the_one_before_it(paintings, tmp_path):

@@ -79,10 +79,10 @@ def test_given_vgg_weights_are_of_losses_and_nearest_pairs(paintings, tmp_path, 
         return "means"
 
     monkeypatch.setattr("restoration.train.measure_channel_means", measure)
-    for name in ("loss_features", "metric_features"):
+    for name in ("load_vgg_weights", "loss_features", "metric_features"):
         monkeypatch.setattr(f"restoration.train.{name}", lambda *arguments: given.append(arguments) or features)
     train(tmp_path, tmp_path / "run", config(iterations=1, pairing="nearest"), device=CPU, vgg=vgg)
-    assert given == [(vgg,), (vgg, 5), (vgg, "means")]
+    assert given == [(vgg,), (vgg,), (vgg, 5), (vgg, "means")]
 
 
 @pytest.mark.parametrize(
@@ -416,11 +416,16 @@ def test_rejects(paintings, tmp_path, monkeypatch):
 def test_what_is_wrong_beside_the_paintings_is_said_before_they_are_read(tmp_path, paintings, monkeypatch):
     run = tmp_path / "run"
     train(paintings, run, config(iterations=1), device=CPU)
-    monkeypatch.setattr("restoration.train.training_pairs", lambda *_: pytest.fail("paintings were read"))
+    monkeypatch.setattr("restoration.train.find_paintings", lambda *_, **__: pytest.fail("paintings were sought"))
     with pytest.raises(UserError, match="has reached step 1 already; give more --iterations"):
         train(paintings, run, config(iterations=1), device=CPU, resume=True)
     with pytest.raises(UserError, match="missing: no such checkpoint"):
         train(paintings, tmp_path / "other", config(), device=CPU, initial_weights=tmp_path / "missing")
+    weights = run / "network.safetensors"
+    with pytest.raises(UserError, match=f"{weights}: holds a network of another architecture"):
+        train(paintings, tmp_path / "other", config(blocks=2), device=CPU, initial_weights=weights)
+    with pytest.raises(UserError, match=r"missing\.pth: no such file of VGG19 weights"):
+        train(paintings, tmp_path / "other", config(), device=CPU, vgg=tmp_path / "missing.pth")
 
 
 def test_one_backward_pass_gives_every_parameter_a_gradient():
