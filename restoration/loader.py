@@ -20,7 +20,10 @@ from restoration.imaging import read_rgb
 
 
 class PictureCache:
-    """Decoded pictures, the least recently used of which leave when all together exceed ``limit`` bytes."""
+    """Decoded pictures, the least recently used of which leave when all together exceed ``limit`` bytes.
+
+    One that exceeds them alone is not kept, and the others stay.
+    """
 
     def __init__(self, limit: int):
         self._limit = limit
@@ -32,6 +35,8 @@ class PictureCache:
             self._pictures.move_to_end(path)
             return self._pictures[path]
         picture = read_rgb(path)
+        if _bytes_held(picture) > self._limit:
+            return picture
         self._pictures[path] = picture
         self._held += _bytes_held(picture)
         while self._held > self._limit:

@@ -72,4 +72,5 @@ class PictureProgress:
 
 def _print_to_nobody(file: IO[str]) -> None:
     # What is left in the buffer fails once more at the end, unless it has a place to go.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), file.fileno())

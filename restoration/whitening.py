@@ -158,6 +158,7 @@ def transfer_moments(z: Tensor, content: Moments, style: Moments, strength: floa
     strength in [0,1] scales the change: 0 returns z, 1 the full transfer. The change is what is computed, so equal
     moments return z exactly.
     """
+    _check_strength("transfer_moments", strength)
     change, *ridges = _change(content, style, strength, z.dtype)
     return Transfer(_Moved.apply(z, *change), *ridges)
 
@@ -167,12 +168,18 @@ def transfer_parts_(
     parts: Sequence[Tensor], content: Moments, style: Moments, strength: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """`transfer_moments` of z whose channels lie in several tensors [B,·,H,W], in place. Returns the two ridges."""
+    _check_strength("transfer_parts_", strength)
     change, *ridges = _change(content, style, strength, parts[0].dtype)
     for rows in _strips(parts[0]):
         pieces = [part[:, :, rows] for part in parts]
         moved = _Moved.apply(torch.cat(pieces, 1), *change)
         torch._foreach_copy_(pieces, moved.split([piece.shape[1] for piece in pieces], 1))
     return tuple(ridges)
+
+
+def _check_strength(caller: str, strength: float) -> None:
+    if not 0.0 <= strength <= 1.0:
+        raise ValueError(f"{caller}: strength must lie in [0, 1], got {strength}")
 
 
 def _change(
@@ -183,8 +190,6 @@ def _change(
     The centre is the content's mean, rounded to dtype: of a nearly flat content the matrix enlarges deviations ten
     thousand times, and would enlarge the rounding of whole values as much.
     """
-    if not 0.0 <= strength <= 1.0:
-        raise ValueError(f"transfer_moments: strength must lie in [0, 1], got {strength}")
     counts = [len(content.covariance), len(style.covariance)]
     factors, ridges = regularised_cholesky(torch.cat((content.covariance, style.covariance)))
     content_factor, style_factor = factors.split(counts)
@@ -229,9 +234,11 @@ def transfer_statistics(
     each style; padded, where the pictures were), integers: every label of the content takes the statistics of the same
     label in the styles; a label that no style has takes those of the whole styles. strength in [0,1]. Differentiable in
     content and styles.
-    Raises ValueError where weights are negative, not finite or zero altogether, where there are not as many of them, or
-    of style_labels, as styles, where labels have another size, and where those of one side are given alone.
+    Raises ValueError where strength is out of range, where weights are negative, not finite or zero altogether, where
+    there are not as many of them, or of style_labels, as styles, where labels have another size, and where those of one
+    side are given alone.
     """
+    _check_strength("transfer_statistics", strength)
     styles = [styles] if isinstance(styles, Tensor) else list(styles)
     weights = [1.0] * len(styles) if weights is None else list(weights)
     _check_weights("transfer_statistics", weights, len(styles))

@@ -72,6 +72,16 @@ def test_cache_forgets_the_least_recently_used(folders, monkeypatch):
     assert read == ["1.png", "2.png", "3.png", "2.png", "3.png"]
 
 
+def test_a_picture_beyond_the_limit_leaves_the_others_in_the_cache(monkeypatch):
+    read, sides = [], {"small": 4, "large": 16}
+    monkeypatch.setattr(
+        "restoration.loader.read_rgb", lambda name: read.append(name) or Image.new("RGB", (sides[name],) * 2)
+    )
+    cache = PictureCache(4 * 16**2 - 1)
+    assert [cache.read(name).width for name in ("small", "large", "small", "large")] == [4, 16, 4, 16]
+    assert read == ["small", "large", "large"]
+
+
 def test_cache_counts_pictures_of_every_size(monkeypatch):
     sides = {"small": 4, "middle": 8, "large": 16}
     monkeypatch.setattr("restoration.loader.read_rgb", lambda name: Image.new("RGB", (sides[name], sides[name])))

@@ -218,8 +218,14 @@ def test_transfers_of_what_is_nearly_flat_are_exact():
 def test_rejects():
     z = encoded(4, 4)
     for strength in (-0.5, 1.5):
-        with pytest.raises(ValueError, match=rf"strength must lie in \[0, 1\], got {strength}"):
-            transfer_statistics(z, z, strength=strength)
+        for caller, arguments in (
+            (transfer_statistics, (z, z)),
+            (transfer_moments, (z, moments(z), moments(z))),
+            (transfer_parts_, ([z], moments(z), moments(z))),
+        ):
+            message = rf"^{caller.__name__}: strength must lie in \[0, 1\], got {strength}"
+            with pytest.raises(ValueError, match=message):
+                caller(*arguments, strength=strength)
     with pytest.raises(ValueError, match="one entry a reference"):
         transfer_statistics(z, [z, z], weights=[1.0])
     labels = torch.zeros(4, 4)
