@@ -1,13 +1,15 @@
 """Builds the extension restoration_kernels._C from csrc with CMake and Ninja; the rest is in pyproject.toml.
 
 Environment: RESTORATION_CUDA=0 leaves the CUDA kernels out, 1 demands them (default: where nvcc is found);
-RESTORATION_CUDA_ARCHS names the architectures by number, as in "86-real,90"; CXX and CUDACXX name the compilers.
+RESTORATION_CUDA_ARCHS names the architectures by number, as in "86-real,90"; CXX and CUDACXX name the compilers,
+CXX with options or after a launcher, as in "ccache g++", if need be.
 """
 
 import hashlib
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -69,15 +71,16 @@ def build_module(version):
 
 
 def find_compiler():
-    """The C++ compiler that CXX names, or the first of the usual ones."""
-    wishes = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    found = next(filter(None, map(shutil.which, wishes)), None)
+    """CMake's list of the C++ compiler that CXX names and its arguments, or of the first of the usual compilers."""
+    words = shlex.split(os.environ.get("CXX", ""))
+    programs = words[:1] or ["c++", "g++", "clang++"]
+    found = next(filter(None, map(shutil.which, programs)), None)
     if found is None:
         raise CompileError(
             f"restoration_kernels needs a C++17 compiler for its CPU kernels, and none was found (looked for "
-            f"{', '.join(wishes)}). Install one (on Debian or Ubuntu: apt install g++) or name it in CXX."
+            f"{', '.join(programs)}). Install one (on Debian or Ubuntu: apt install g++) or name it in CXX."
         )
-    return found
+    return ";".join([found, *words[1:]])
 
 
 def find_nvcc():
@@ -119,7 +122,7 @@ def tool(name):
         package = __import__(name)
         folder = Path(package.CMAKE_BIN_DIR if name == "cmake" else package.BIN_DIR)
         found = shutil.which(str(folder / name))
-    except ImportError:
+    except (ImportError, AttributeError):  # a folder of that name on the path is imported as an empty package
         found = shutil.which(name)
     if found is None:
         raise CompileError(f"building restoration_kernels needs {name}: pip install {name}")

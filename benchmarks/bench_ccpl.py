@@ -73,10 +73,14 @@ LAYER = ("features", "target", "anchors", "neighbors", "weight", "bias", "last_w
 TRAINED = [f"{part}_{number}" for number in range(4) for part in ("features", *LAYER[4:])]
 
 
+def layers_of(tensors):
+    """The tensors of each layer, in the order of LAYER."""
+    return [[tensors[f"{part}_{number}"] for part in LAYER] for number in range(len(tensors) // len(LAYER))]
+
+
 def whole_loss(backend, **tensors):
     """ccpl_loss once the anchors are drawn, so that all rivals work at the same places."""
-    layers = [[tensors[f"{part}_{number}"] for part in LAYER] for number in range(len(tensors) // len(LAYER))]
-    return sum(layer_loss(*layer[:4], projection(*layer[4:]), 0.07, backend) for layer in layers)
+    return sum(layer_loss(*layer[:4], projection(*layer[4:]), 0.07, backend) for layer in layers_of(tensors))
 
 
 def projection(weight, bias, last_weight, last_bias):
@@ -86,7 +90,7 @@ def projection(weight, bias, last_weight, last_bias):
 
 def loss_traffic(**tensors):
     """As for the differences, of both images; parameters are read, and their gradients written."""
-    layers = [[tensors[f"{part}_{number}"] for part in LAYER] for number in range(len(tensors) // len(LAYER))]
+    layers = layers_of(tensors)
     moved = [difference_traffic(layer[0], layer[2]) for layer in layers]
     parameters = sum(tensor.nbytes for layer in layers for tensor in layer[4:])
     forward = sum(traffic["forward"] for traffic in moved)

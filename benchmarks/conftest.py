@@ -1,4 +1,4 @@
-"""Options and the one fixture of the benchmarks; a bench file is a list CONTESTS and a function that takes both."""
+"""Options and fixtures of the benchmarks; a bench file is a list CONTESTS and a function of `measure` and `entry`."""
 
 import collections
 import gc

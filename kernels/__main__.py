@@ -1,5 +1,7 @@
 """``python -m restoration_kernels``: which operator runs on which backend here, or why not."""
 
+import sys
+
 import torch
 
 from ._backend import BACKENDS, OPERATORS, extension
@@ -7,7 +9,12 @@ from ._samples import samples
 
 
 def main():
-    """Prints the table."""
+    """Prints the table, or what is wrong with the environment, with exit status 2."""
+    try:
+        extension()
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
     print(f"torch {torch.__version__}, CUDA devices: {torch.cuda.device_count()}")
     print(f"compiled extension: {_describe_extension()}")
     width = max(map(len, OPERATORS))

@@ -174,8 +174,15 @@ def extension():
 
 
 @functools.cache
-def _has_triton():
-    return importlib.util.find_spec("triton") is not None
+def _why_no_triton():
+    """None if the package triton can be used, else the reason. Its import takes a second: only for those who ask."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"the package triton failed to load ({error}); reinstall it"
+    return None
 
 
 @_constant_when_compiled
@@ -183,10 +190,10 @@ def why_not_here(backend):
     """None if this machine and this installation can run kernels of the backend, else the reason."""
     if backend in ("cuda", "cpu") and extension()[0] is None:
         return extension()[1]
-    if backend == "triton" and not _has_triton():
-        return "the package triton is not installed"
     if backend in ("cuda", "triton") and not torch.cuda.is_available() and backend not in _ON_ANY_DEVICE:
         return "torch finds no CUDA device"
+    if backend == "triton":
+        return _why_no_triton()
     if backend == "cuda" and extension()[0].build_info()["cuda"] is None:
         return "the compiled extension was built without CUDA kernels; reinstall the package where nvcc is present"
     return None
@@ -221,9 +228,9 @@ def _why_not_on_gpu(index):
     return reason and f"the compiled kernels do not run on this GPU ({reason}); reinstall the package on this machine"
 
 
-def no_float16(x, **_):
-    """A predicate: CPU kernels take none."""
-    return "its kernel takes no float16" if x.dtype == torch.float16 else None
+def no_float16(x, dtype=None, **_):
+    """A predicate: CPU kernels take none, and return none."""
+    return "its kernel takes no float16" if torch.float16 in (x.dtype, dtype) else None
 
 
 def rows_in_32_bits(x, **_):

@@ -89,7 +89,8 @@ def fill_with_zeros(tensor):
     except OSError:  # no room for both
         tensor.zero_()
         return
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # a system built without large pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
     # The tensor keeps the mapping alive.
     tensor.set_(torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape))
 

@@ -35,12 +35,7 @@ def define(schema, allocate, launch):
         _launch_on(device, launch, backend, outputs, arguments, tensors)
         return _results(outputs)
 
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(
-        f"{_LIBRARY.ns}::{name}", lambda *arguments: _results(allocate(*arguments[:-1])), lib=_LIBRARY
-    )
-    op = getattr(getattr(torch.ops, _LIBRARY.ns), name).default
+    op = _register(name, schema, run, lambda *arguments: _results(allocate(*arguments[:-1])))
     tensors = _tensor_places(op)
     return op
 
@@ -62,13 +57,18 @@ def define_in_place(schema, launch):
         if not output.is_inference():
             torch.autograd.graph.increment_version(output)  # what autograd has saved of it is no more what it was
 
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{_LIBRARY.ns}::{name}", lambda *arguments: None, lib=_LIBRARY)
-    op = getattr(getattr(torch.ops, _LIBRARY.ns), name).default
+    op = _register(name, schema, run, lambda *arguments: None)
     names = [argument.name for argument in op._schema.arguments]
     tensors = [place - 1 for place in _tensor_places(op)[1:]]
     return op
+
+
+def _register(name, schema, run, fake):
+    """Registers an op that ``run`` computes, and of which torch.compile and torch.export see ``fake``; returns it."""
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{_LIBRARY.ns}::{name}", fake, lib=_LIBRARY)
+    return getattr(getattr(torch.ops, _LIBRARY.ns), name).default
 
 
 def _tensor_places(op):

@@ -9,7 +9,11 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Sample:
-    """A call of an operator; of size "tiny" for definitions in loops, "odd" for kernels, "model" for benchmarks."""
+    """A call of an operator.
+
+    Of size "tiny" for definitions in loops, "odd" for kernels, "model" for benchmarks, or "series" in a file of
+    benchmarks, for its curves over the number of pixels or rows.
+    """
 
     operator: str
     name: str

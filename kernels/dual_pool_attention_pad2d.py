@@ -71,7 +71,7 @@ def _kernels_cannot(x, dtype):
 
 
 def _cpu_cannot(x, dtype=None, **_):
-    return "its kernel takes no float16" if torch.float16 in (x.dtype, dtype) else _kernels_cannot(x, dtype)
+    return _backend.no_float16(x, dtype) or _kernels_cannot(x, dtype)
 
 
 # The kernels count in 32 bits: CUDA rows and columns, as the attention's, Triton the pixels of a plane.

@@ -2,6 +2,7 @@ import asyncio
 import contextlib
 import importlib.util
 import logging
+import re
 import subprocess
 import sys
 import threading
@@ -165,16 +166,20 @@ def test_compile_takes_the_wish_of_its_tracing():
 
 @pytest.fixture
 def extension(monkeypatch):
-    """Replaces the compiled module by what a function returns or raises; "missing" where there is no file."""
+    """Replaces the compiled module, and triton, by what a function returns or raises; "missing" where there is none."""
 
     def replace(load):
         monkeypatch.setattr(_backend.importlib.util, "find_spec", lambda name: None if load == "missing" else object())
         monkeypatch.setattr(_backend.importlib, "import_module", load)
+        forget()
+
+    def forget():
         _backend.extension.cache_clear()
+        _backend._why_no_triton.cache_clear()
 
     yield replace
     monkeypatch.undo()
-    _backend.extension.cache_clear()
+    forget()
 
 
 def broken(name):
@@ -216,6 +221,18 @@ def test_a_wish_for_instructions_is_not_passed_over(extension):
     with pytest.raises(ValueError) as raised:
         dual_pool_attention(torch.randn(1, 3, 4, 4), torch.randn(3))
     assert str(raised.value) == message
+
+
+def test_table_says_in_one_line_which_instructions_are_unknown(extension, capsys):
+    def refuse(name):
+        raise ImportError("RESTORATION_CPU_ISA must be one that this processor runs (baseline), got sse9")
+
+    extension(refuse)
+    with pytest.raises(SystemExit) as raised:
+        main()
+    assert raised.value.code == 2
+    message = "RESTORATION_CPU_ISA must be one that this processor runs (baseline), got sse9\n"
+    assert capsys.readouterr() == ("", message)
 
 
 def test_wish_for_an_absent_gpu(monkeypatch):
@@ -265,11 +282,35 @@ def test_extension_without_kernels_for_the_gpu(extension, monkeypatch):
 
 def test_triton_runs_on_the_cpu_when_interpreted(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(_backend, "_has_triton", lambda: True)
+    monkeypatch.setattr(_backend, "_why_no_triton", lambda: None)
     monkeypatch.setattr(_backend, "_ON_ANY_DEVICE", ("triton", "reference"))
     assert _backend.why_not_here("triton") is None
     assert _backend.why_not_on("triton", torch.device("cpu")) is None
     assert _backend.why_not_here("cuda") is not None
+
+
+def test_triton_that_fails_to_load_is_skipped(extension, monkeypatch):
+    """By the automatic choice, as the compiled extension."""
+    x, weight = torch.randn(1, 3, 4, 4), torch.randn(3)
+    expected = dual_pool_attention(x, weight, backend="reference")
+    monkeypatch.setattr(_backend, "_ON_ANY_DEVICE", ("triton",))
+    monkeypatch.setattr(_backend, "_FOR_CPU_TENSORS", ("triton", "cpu", "reference"))
+    extension(broken)
+    assert torch.equal(dual_pool_attention(x, weight), expected)
+    reason = "the package triton failed to load (undefined symbol: spam); reinstall it"
+    assert _backend.why_not_here("triton") == reason
+    with pytest.raises(RuntimeError, match=re.escape(f"got 'triton' from the argument: {reason}")):
+        dual_pool_attention(x, weight, backend="triton")
+
+
+def test_triton_is_left_out_where_no_gpu_needs_it(extension, monkeypatch):
+    """Its import takes a second."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(_backend, "_ON_ANY_DEVICE", ())
+    loaded = []
+    extension(loaded.append)
+    assert _backend.why_not_here("triton") == "torch finds no CUDA device"
+    assert loaded == []
 
 
 def test_table_names_every_operator_and_backend(capsys):

@@ -2,10 +2,12 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
+import types
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -185,6 +187,47 @@ def test_build_errors_name_cause_and_remedy(tmp_path, environment, message):
     )
     assert result.returncode != 0
     assert message in result.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def setup_functions(monkeypatch):
+    """Functions of setup.py, which itself builds nothing here."""
+    monkeypatch.setattr("setuptools.setup", lambda **options: None)
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def program(path):
+    """An executable file that does nothing."""
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("wish", "arguments"),
+    [("g++", ""), ("g++ -m64", ";-m64"), ("g++ '-DNAME=a b'", ";-DNAME=a b"), ("", ""), (" ", "")],
+)
+def test_compiler_with_its_arguments(setup_functions, tmp_path, monkeypatch, wish, arguments):
+    """As CMake's list; make and CMake take the same from CXX."""
+    compiler = program(tmp_path / "g++")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", wish)
+    assert setup_functions["find_compiler"]() == compiler + arguments
+
+
+def test_compiler_after_a_launcher(setup_functions, tmp_path, monkeypatch):
+    launcher = program(tmp_path / "ccache")
+    monkeypatch.setenv("CXX", f"{launcher} g++ -m64")
+    assert setup_functions["find_compiler"]() == f"{launcher};g++;-m64"
+
+
+@pytest.mark.parametrize("name", ["cmake", "ninja"])
+def test_folder_that_hides_a_tool(setup_functions, tmp_path, monkeypatch, name):
+    """Python imports any folder on its path as a package, here one of CMake's modules without the package cmake."""
+    monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    path = program(tmp_path / name)
+    assert setup_functions["tool"](name) == path
 
 
 def copy_tree(folder, code=True):

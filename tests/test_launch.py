@@ -1,6 +1,7 @@
 """The border to the compiled kernels. The CUDA kernels are reached without a GPU, through the runner of simt_build."""
 
 import errno
+import mmap
 import os
 import subprocess
 import sys
@@ -40,6 +41,18 @@ def test_fill_with_zeros_where_no_fresh_memory_is_left(monkeypatch):
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
     monkeypatch.setattr("mmap.mmap", fail)
+    tensor = torch.full((2, 1450, 1450), torch.nan, dtype=torch.float64)
+    _launch.fill_with_zeros(tensor)
+    assert not tensor.any()
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="the system has no large pages")
+def test_fill_with_zeros_where_the_system_was_built_without_large_pages(monkeypatch):
+    class Memory(mmap.mmap):
+        def madvise(self, *arguments):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr("mmap.mmap", Memory)
     tensor = torch.full((2, 1450, 1450), torch.nan, dtype=torch.float64)
     _launch.fill_with_zeros(tensor)
     assert not tensor.any()
