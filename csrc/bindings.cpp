@@ -62,7 +62,9 @@ PYBIND11_MODULE(RESTORATION_MODULE, module) {
   } catch (const std::invalid_argument& error) {
     throw py::import_error(error.what());
   }
-  pthread_atfork(nullptr, nullptr, [] { forked = true; });
+  if (pthread_atfork(nullptr, nullptr, [] { forked = true; }) != 0) {
+    throw py::import_error("pthread_atfork failed, and a fork could not be noticed");
+  }
   module.doc() = "Compiled kernels of restoration_kernels. Call the functions of the package instead.";
   module.attr("DTYPES") = py::dict(
       "float32"_a = static_cast<int64_t>(DType::float32), "float64"_a = static_cast<int64_t>(DType::float64),

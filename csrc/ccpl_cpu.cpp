@@ -1,7 +1,7 @@
 // Neighbour differences on the CPU: formula in ccpl.h. The other half of the loss is in ccpl_info_nce_cpu.cpp.
 // Forward gathers and subtracts; backward writes each touched place of a map of zeros once. The owner of a place adds
 // up all that it gets: repeated places accumulate, in float32 at least, and the result does not depend on the thread
-// count. Scratch memory: 64 bytes a place and thread.
+// count. Scratch memory of a thread: 64 / sizeof(T) sums an entry; in channels-last one a channel.
 
 #include "ccpl.h"
 #include "common_cpu.h"

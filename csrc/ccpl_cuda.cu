@@ -5,7 +5,6 @@
 // Read: nine places an anchor; the gradient of the differences twice. Written: eight rows; nine places. Saved: nothing.
 
 #include <stdexcept>
-#include <string>
 #include <type_traits>
 
 #include "ccpl.h"

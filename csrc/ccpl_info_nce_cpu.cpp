@@ -2,7 +2,8 @@
 // A thread owns a block of rows and walks over the keys chunk by chunk. Forward keeps the maximum and the sum of the
 // exponentials of each row; backward makes the chunk's probabilities again and multiplies them with its keys. Both
 // products run in one register-blocked kernel: kTileRows rows by kPanel columns, vectorised across the columns.
-// Read: query and key, packed once into panels. Saved: log_sum. Scratch memory: the panels, 2·B·S·D numbers at most.
+// Read: query and key, packed once into panels. Saved: log_sum. Scratch memory: the keys, B·S·D numbers with S padded to
+// whole panels, and a block of rows a thread; in backward also the keys with D padded, and a block of sums a thread.
 
 #include <limits>
 

@@ -87,7 +87,7 @@ __device__ __forceinline__ int64_t first_warp_row() {
   return (int64_t{blockIdx.x} * kMatrixWarps + threadIdx.x / kWarpThreads) * kRowTiles * kFragmentRows;
 }
 
-// The row of half `half` of a lane's sums, and its column.
+// The row of half `half` of a lane's sums.
 __device__ __forceinline__ int lane_row(int tile, int half) {
   return tile * kFragmentRows + SumFragment::row(half * 2);
 }

@@ -15,15 +15,21 @@
 #define HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
-// The namespaces that the CPU kernels are compiled into, slowest first; CMakeLists.txt says with which flags.
+// declare(isa, arguments...) for each namespace that the CPU kernels are compiled into, slowest first; CMakeLists.txt
+// says with which flags.
 #if defined(RESTORATION_AMX)
-#define FOR_EACH_CPU_ISA(declare) declare(baseline) declare(avx2) declare(avx512) declare(avx512bf16) declare(amx)
+#define FOR_EACH_CPU_ISA(declare, ...)                                                         \
+  declare(baseline, ##__VA_ARGS__) declare(avx2, ##__VA_ARGS__) declare(avx512, ##__VA_ARGS__) \
+      declare(avx512bf16, ##__VA_ARGS__) declare(amx, ##__VA_ARGS__)
 #elif defined(RESTORATION_AVX512BF16)
-#define FOR_EACH_CPU_ISA(declare) declare(baseline) declare(avx2) declare(avx512) declare(avx512bf16)
+#define FOR_EACH_CPU_ISA(declare, ...)                                                         \
+  declare(baseline, ##__VA_ARGS__) declare(avx2, ##__VA_ARGS__) declare(avx512, ##__VA_ARGS__) \
+      declare(avx512bf16, ##__VA_ARGS__)
 #elif defined(RESTORATION_X86)
-#define FOR_EACH_CPU_ISA(declare) declare(baseline) declare(avx2) declare(avx512)
+#define FOR_EACH_CPU_ISA(declare, ...) \
+  declare(baseline, ##__VA_ARGS__) declare(avx2, ##__VA_ARGS__) declare(avx512, ##__VA_ARGS__)
 #else
-#define FOR_EACH_CPU_ISA(declare) declare(baseline)
+#define FOR_EACH_CPU_ISA(declare, ...) declare(baseline, ##__VA_ARGS__)
 #endif
 
 namespace restoration {

@@ -119,6 +119,31 @@ void dispatch_cpu_dtype(const char* operator_name, DType dtype, Call call) {
 constexpr int64_t kParallelElements = int64_t{1} << 15;
 constexpr int64_t kParallelProducts = int64_t{1} << 18;
 
+// Whole rows of all channels of an image, about so many numbers: the work of one thread at a time.
+struct Bands {
+  int64_t batch;
+  int64_t channels;
+  int64_t height;
+  int64_t width;
+  int64_t rows_per_band;
+  int64_t bands_per_image;
+
+  Bands(int64_t elements, int64_t batch, int64_t channels, int64_t height, int64_t width)
+      : batch(batch),
+        channels(channels),
+        height(height),
+        width(width),
+        rows_per_band(std::max<int64_t>(1, elements / std::max<int64_t>(1, channels * width))),
+        bands_per_image(ceil_divide(height, rows_per_band)) {}
+
+  int64_t count() const { return batch * bands_per_image; }
+  int64_t pixels() const { return height * width; }
+  int64_t image(int64_t band) const { return band / bands_per_image; }
+  int64_t first_row(int64_t band) const { return band % bands_per_image * rows_per_band; }
+  int64_t last_row(int64_t band) const { return std::min(height, first_row(band) + rows_per_band); }
+  bool worth_threads(int threads) const { return threads > 1 && batch * channels * pixels() >= kParallelElements; }
+};
+
 // Outputs larger than this leave a last-level cache (4 MB a core and more is rare) before anyone reads them. Writing
 // them past the caches saves the read that an ordinary store makes of every line before it changes it.
 constexpr int64_t kStreamingBytes = int64_t{8} << 20;

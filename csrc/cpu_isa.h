@@ -1,6 +1,7 @@
 // Which copy of the CPU kernels runs (FOR_EACH_CPU_ISA in common.h): chosen once, when the module is loaded.
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
 #include <initializer_list>
 #include <stdexcept>
@@ -24,7 +25,8 @@ const char* const kCpuIsaNames[] = {
 };
 
 #if defined(RESTORATION_AMX)
-// Whether there is one for bfloat16 (AMX), and Linux lets this process use it, which has to be asked for once.
+// Whether there is one for bfloat16 (AMX), and Linux lets this process use it, which has to be asked for once. Once it
+// does, sigaltstack refuses the process stacks without room for the tiles, such as those of 8192 bytes.
 bool may_use_matrix_unit() {
   constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;  // in edx of leaf 7
   constexpr int kRequestPermission = 0x1023;                   // ARCH_REQ_XCOMP_PERM
@@ -39,6 +41,8 @@ bool may_use_matrix_unit() {
 // Index into the instruction sets that the CPU kernels are compiled for: the best of this processor, or the one that
 // the environment variable RESTORATION_CPU_ISA asks for, with which tests run every copy on one machine.
 int choose_cpu_isa() {
+  const char* const variable = std::getenv("RESTORATION_CPU_ISA");
+  const std::string wish = variable == nullptr ? "" : variable;
   int best = 0;
 #if defined(RESTORATION_X86)
   __builtin_cpu_init();
@@ -51,16 +55,16 @@ int choose_cpu_isa() {
       if (__builtin_cpu_supports("avx512bf16")) best = 3;
 #endif
 #if defined(RESTORATION_AMX)
-      if (best == 3 && may_use_matrix_unit()) best = 4;
+      const bool wants_less = std::find(kCpuIsaNames, kCpuIsaNames + 4, wish) != kCpuIsaNames + 4;
+      if (best == 3 && !wants_less && may_use_matrix_unit()) best = 4;
 #endif
     }
   }
 #endif
-  const char* wish = std::getenv("RESTORATION_CPU_ISA");
-  if (wish == nullptr || *wish == 0) return best;
+  if (wish.empty()) return best;
   std::string known;
   for (int isa = 0; isa <= best; ++isa) {
-    if (std::string(wish) == kCpuIsaNames[isa]) return isa;
+    if (wish == kCpuIsaNames[isa]) return isa;
     known += std::string(isa == 0 ? "" : ", ") + kCpuIsaNames[isa];
   }
   throw std::invalid_argument("RESTORATION_CPU_ISA must be one that this processor runs (" + known + "), got " + wish);
@@ -73,16 +77,8 @@ template <typename Function>
 Function best_copy(std::initializer_list<Function> copies) {
   return copies.begin()[cpu_isa];
 }
-#if defined(RESTORATION_AMX)
-#define CPU_KERNEL(function) \
-  best_copy({&baseline::function, &avx2::function, &avx512::function, &avx512bf16::function, &amx::function})
-#elif defined(RESTORATION_AVX512BF16)
-#define CPU_KERNEL(function) best_copy({&baseline::function, &avx2::function, &avx512::function, &avx512bf16::function})
-#elif defined(RESTORATION_X86)
-#define CPU_KERNEL(function) best_copy({&baseline::function, &avx2::function, &avx512::function})
-#else
-#define CPU_KERNEL(function) best_copy({&baseline::function})
-#endif
+#define ADDRESS_OF(isa, function) &isa::function,
+#define CPU_KERNEL(function) best_copy({FOR_EACH_CPU_ISA(ADDRESS_OF, function)})
 
 }  // namespace
 }  // namespace restoration

@@ -108,14 +108,14 @@ struct Workspace {
 
 template <typename A>
 void launch_weights(A* rows, A* columns, const DualPoolAttentionSizes& sizes, cudaStream_t stream) {
-  LAUNCH(dual_pool_attention_weights_kernel<A>, dim3(ceil_divide(sizes.height + sizes.width, kTileThreads)),
+  LAUNCH(dual_pool_attention_weights_kernel<A>, dim3(grid_x(ceil_divide(sizes.height + sizes.width, kTileThreads))),
          dim3(kTileThreads), 0, stream, rows, columns, sizes.height, sizes.width, sizes.pool_size);
 }
 
 template <typename A>
 void launch_sum(const A* partial, const A* scale, A* total, int64_t planes, int64_t tiles, cudaStream_t stream) {
-  LAUNCH(dual_pool_attention_sum_kernel<A>, dim3(ceil_divide(planes, kTileThreads / kWarpThreads)), dim3(kTileThreads),
-         0, stream, partial, scale, total, planes, tiles);
+  LAUNCH(dual_pool_attention_sum_kernel<A>, dim3(grid_x(ceil_divide(planes, kTileThreads / kWarpThreads))),
+         dim3(kTileThreads), 0, stream, partial, scale, total, planes, tiles);
 }
 
 // mean [B,C] of x, with the pooling weights that it leaves in the workspace.
@@ -134,7 +134,7 @@ void launch_means(const T* x, const Workspace<T>& workspace, AccumulateType<T>* 
 template <typename T>
 void launch_grad_weight(const Workspace<T>& workspace, const AccumulateType<T>* mean, T* grad_weight,
                         const DualPoolAttentionSizes& sizes, cudaStream_t stream) {
-  LAUNCH(dual_pool_attention_backward_weight_kernel<T>, dim3(sizes.taps), dim3(kTileThreads), 0, stream,
+  LAUNCH(dual_pool_attention_backward_weight_kernel<T>, dim3(grid_x(sizes.taps)), dim3(kTileThreads), 0, stream,
          workspace.grad_logit, mean, grad_weight, sizes.planes(), sizes.channels, sizes.taps);
 }
 

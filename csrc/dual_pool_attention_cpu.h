@@ -15,22 +15,16 @@ constexpr int64_t kBlock = 2048;
 // short beside a single large plane that all threads share.
 constexpr int64_t kStripElements = int64_t{1} << 16;
 
-struct Strips {
+// Bands of planes, each an image of one channel.
+struct Strips : Bands {
   DualPoolAttentionSizes sizes;
-  int64_t rows_per_strip;
-  int64_t strips_per_plane;
 
   explicit Strips(const DualPoolAttentionSizes& sizes)
-      : sizes(sizes),
-        rows_per_strip(std::max<int64_t>(1, kStripElements / std::max<int64_t>(1, sizes.width))),
-        strips_per_plane(ceil_divide(sizes.height, rows_per_strip)) {}
+      : Bands(kStripElements, sizes.planes(), 1, sizes.height, sizes.width), sizes(sizes) {}
 
-  int64_t count() const { return sizes.planes() * strips_per_plane; }
-  int64_t plane(int64_t strip) const { return strip / strips_per_plane; }
-  int64_t first_row(int64_t strip) const { return strip % strips_per_plane * rows_per_strip; }
-  int64_t last_row(int64_t strip) const { return std::min(sizes.height, first_row(strip) + rows_per_strip); }
-  int64_t offset(int64_t strip) const { return (plane(strip) * sizes.height + first_row(strip)) * sizes.width; }
-  int64_t elements(int64_t strip) const { return (last_row(strip) - first_row(strip)) * sizes.width; }
+  int64_t plane(int64_t strip) const { return image(strip); }
+  int64_t offset(int64_t strip) const { return (plane(strip) * height + first_row(strip)) * width; }
+  int64_t elements(int64_t strip) const { return (last_row(strip) - first_row(strip)) * width; }
 };
 
 // Calls task(strip) for every strip. In the second pass over the same data, `backwards` starts with the planes that the
@@ -38,8 +32,7 @@ struct Strips {
 template <typename Task>
 void for_each_strip(const Strips& strips, int threads, bool backwards, Task task) {
   const int64_t count = strips.count();
-  const bool parallel = threads > 1 && strips.sizes.planes() * strips.sizes.pixels() >= kParallelElements;
-#pragma omp parallel for schedule(static) num_threads(threads) if (parallel)
+#pragma omp parallel for schedule(static) num_threads(threads) if (strips.worth_threads(threads))
   for (int64_t index = 0; index < count; ++index) {
     task(backwards ? count - 1 - index : index);
   }
@@ -61,10 +54,10 @@ HOST_DEVICE double blocked_sum(int64_t count, Term term) {
 
 // total[plane] = sum of the partial sums of its strips, in order.
 inline void sum_strips(const Strips& strips, const double* partial, double* total) {
-  for (int64_t plane = 0; plane < strips.sizes.planes(); ++plane) {
+  for (int64_t plane = 0; plane < strips.batch; ++plane) {
     total[plane] = 0;
-    for (int64_t strip = 0; strip < strips.strips_per_plane; ++strip) {
-      total[plane] += partial[plane * strips.strips_per_plane + strip];
+    for (int64_t strip = 0; strip < strips.bands_per_image; ++strip) {
+      total[plane] += partial[plane * strips.bands_per_image + strip];
     }
   }
 }

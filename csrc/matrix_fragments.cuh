@@ -85,12 +85,6 @@ struct LeftFragment {
 
   __device__ static int row(int place) { return fragment_lane() / 4 + place % 2 * 8; }
   __device__ static int word(int place) { return fragment_lane() % 4 + place / 2 * 4; }
-
-  // From tile[row][word], rows `stride` words apart. An odd multiple of 4 has no bank conflicts.
-  __device__ void load(const uint32_t* tile, int stride) {
-#pragma unroll
-    for (int place = 0; place < kCount; ++place) words[place] = tile[row(place) * stride + word(place)];
-  }
 };
 
 template <typename T>
@@ -100,12 +94,6 @@ struct RightFragment {
 
   __device__ static int column(int) { return fragment_lane() / 4; }
   __device__ static int word(int place) { return fragment_lane() % 4 + place * 4; }
-
-  // From tile[column][word], columns `stride` words apart. An odd multiple of 4 has no bank conflicts.
-  __device__ void load(const uint32_t* tile, int stride) {
-#pragma unroll
-    for (int place = 0; place < kCount; ++place) words[place] = tile[column(place) * stride + word(place)];
-  }
 };
 
 struct SumFragment {

@@ -3,8 +3,6 @@
 // other, read from front to back.
 #pragma once
 
-#include <utility>
-
 #include "operands_cpu.h"
 
 // Two loops of so many sums in one function, and the compiler keeps them in memory.

@@ -5,6 +5,8 @@
 // Here: the mathematics of one window that the CPU and the CUDA kernels share, the arguments, and the entry points.
 #pragma once
 
+#include <type_traits>
+
 #include "common.h"
 
 namespace restoration {
@@ -109,10 +111,8 @@ struct WindowBasis {
   }
 };
 
-template <int kValue>
-struct RadiusTag {
-  static constexpr int value = kValue;
-};
+template <int kRadius>
+using RadiusTag = std::integral_constant<int, kRadius>;
 
 // Calls call(type tag, radius tag). Half precision is widened in Python, which has also checked the radius.
 template <typename Call>

@@ -139,19 +139,23 @@ class Strip {
     return sum;
   }
 
-  // The windows from `column` on, one in each lane. Lanes from `count` on reach beyond the image and give zeros.
+  // The windows from `column` on, one in each lane. Lanes from `count` on reach beyond the image and give zeros, chosen
+  // and not multiplied: what they compute of guide beside zeros may be infinite.
   Lanes fit_windows(int64_t row, int64_t column, int64_t count, double* residuals) {
     WindowBasis<Lanes, kPixels> basis;
     for (int channel = 0; channel < 3; ++channel) load_windows(guide_, channel, row, column, basis.colours[channel]);
     basis.orthogonalise(root_eps_);
-    Lanes inside;
-    for (int lane = 0; lane < kVectorWindows; ++lane) inside[lane] = lane < count;
+    Vector<Integer<double>> inside;
+    for (int lane = 0; lane < kVectorWindows; ++lane) inside[lane] = lane < count ? -1 : 0;
     Lanes energy = {};
     for (int64_t channel = 0; channel < sizes_.channels; ++channel) {
       Lanes values[kPixels];
       load_windows(image_, channel, row, column, values);
-      energy += basis.residuals(values) * inside;
-      for (int pixel = 0; pixel < kPixels; ++pixel, residuals += kBlock) store(residuals, values[pixel] * inside);
+      const Lanes energies = basis.residuals(values);
+      energy += inside ? energies : Lanes{};
+      for (int pixel = 0; pixel < kPixels; ++pixel, residuals += kBlock) {
+        store(residuals, inside ? values[pixel] : Lanes{});
+      }
     }
     return energy;
   }

@@ -7,7 +7,6 @@
 // All of it in float64 or, of float32 tensors on GPUs where that is slow, in TwoFloat; docs/matting_laplacian.md compares
 // their accuracy with that of float32.
 
-#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <stdexcept>

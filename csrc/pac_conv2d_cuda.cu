@@ -84,7 +84,7 @@ struct Plan {
   bool is_usual;      // 3 x 3 taps, whose k are computed at once: that reads and addresses the guide least often
   bool keeps_kernel;  // for all tiles of outputs
 
-  explicit Plan(const PacConv2dSizes& sizes) : tiling(sizes, Products::kPixels, Products::kMaximumColumns) {
+  explicit Plan(const PacConv2dSizes& sizes) : tiling(sizes, Products::kPixels) {
     // An odd multiple of 4: the planes that the lanes of a fragment read together then lie in different banks.
     plane_stride = (tiling.rows() * tiling.span + 3) / 8 * 8 + 4;
     const int64_t all_planes = ceil_divide(sizes.channels, Products::kChannels);
@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(Products::kThreads, Products::kBlocks)
 
 constexpr int kPackThreads = 256;
 
-template <typename Products, typename T>
+template <typename Products>
 int64_t workspace_bytes(const PacConv2dSizes& sizes) {
   const Plan<Products> plan(sizes);
   return plan.output_tiles * plan.tile_weights() * int64_t{sizeof(typename Products::Element)};
@@ -322,9 +322,8 @@ void choose_products(const PacConv2dSizes& sizes, bool allow_tf32, DType dtype, 
 
 int64_t pac_conv2d_forward_workspace(const PacConv2dSizes& sizes, bool allow_tf32, DType dtype) {
   int64_t bytes = 0;
-  choose_products(sizes, allow_tf32, dtype, [&](auto tag, auto products) {
-    bytes = workspace_bytes<typename decltype(products)::Type, typename decltype(tag)::Type>(sizes);
-  });
+  choose_products(sizes, allow_tf32, dtype,
+                  [&](auto, auto products) { bytes = workspace_bytes<typename decltype(products)::Type>(sizes); });
   return bytes;
 }
 

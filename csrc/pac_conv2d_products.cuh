@@ -34,7 +34,6 @@ struct FragmentProducts {
   static constexpr int kPixels = kThreads;
   static constexpr int kKernelStride = kPixels + 8;  // between taps: lanes that read different taps read different banks
   static constexpr int kOutputs = kOutputCount;
-  static constexpr int kMaximumColumns = 128;
   static constexpr int kChannels = Staged<T>::kChannels;
   static constexpr int kFragments = kOutputs / kFragmentColumns;
   static constexpr int kOwnPixels = 4;
@@ -131,7 +130,6 @@ struct ExactProducts {
   static constexpr int kPixels = kPixelThreads * kPixelsEach;
   static constexpr int kKernelStride = kPixels;
   static constexpr int kOutputs = kOutputThreads * kOutputsEach;
-  static constexpr int kMaximumColumns = 128;
   static constexpr int kChannels = 1;
   static constexpr int kOwnPixels = kPixelsEach;
   static constexpr int kOwnOutputs = Vector<T>::kCount;
@@ -191,7 +189,6 @@ struct SharedProducts {
   static constexpr int kBlocks = 5;
   static constexpr int kPixels = kThreads;
   static constexpr int kKernelStride = kPixels;
-  static constexpr int kMaximumColumns = 128;
   static constexpr int kChannels = Staged<T>::kChannels;
   static constexpr int kOutputs = kStagedPlanes * kChannels;
   static constexpr int kOwnPixels = 1;

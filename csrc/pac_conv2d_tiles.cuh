@@ -58,8 +58,9 @@ struct PacConv2dTiling {
   int tap_step;
 
   static constexpr int kMinimumColumns = 16;  // so that fragments lie in whole rows
+  static constexpr int kMaximumColumns = 128;
 
-  PacConv2dTiling(const PacConv2dSizes& sizes, int pixels, int maximum_columns)
+  PacConv2dTiling(const PacConv2dSizes& sizes, int pixels)
       : vertical(sizes.vertical, sizes.kernel_size),
         horizontal(sizes.horizontal, sizes.kernel_size),
         kernel_size(static_cast<int>(sizes.kernel_size)),
@@ -68,7 +69,7 @@ struct PacConv2dTiling {
         out_channels(static_cast<int>(sizes.out_channels)),
         normalize(sizes.normalize) {
     // Long rows are staged with fewer instructions; shorter ones are worth it where an eighth less lies beyond the image.
-    columns_log2 = log2_of(maximum_columns);
+    columns_log2 = log2_of(kMaximumColumns);
     for (int shorter = columns_log2; (1 << shorter) >= kMinimumColumns; --shorter) {
       const int64_t area = covered(shorter, log2_of(pixels));
       if (area < covered(columns_log2, log2_of(pixels)) * 7 / 8) columns_log2 = shorter;

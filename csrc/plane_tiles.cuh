@@ -62,7 +62,10 @@ struct Tiling {
     return power;
   }
 
-  dim3 grid(int64_t planes) const { return dim3(tiles, grid_y(planes)); }
+  dim3 grid(int64_t planes) const {
+    if (planes > UINT32_MAX) throw std::runtime_error(std::to_string(planes) + " planes are too many for CUDA");
+    return dim3(tiles, grid_y(planes));
+  }
   dim3 block() const { return dim3(threads_x, threads_y); }
 };
 
@@ -144,7 +147,8 @@ struct ThreadTile {
   }
 };
 
-// In 32 bits, which hold every plane: a division in 64 bits costs as much as the arithmetic of a whole tile.
+// In 32 bits, which hold every plane that Tiling::grid lets through: a division in 64 bits costs as much as the
+// arithmetic of a whole tile.
 __device__ __forceinline__ int64_t channel_of(int64_t plane, int64_t channels) {
   return static_cast<unsigned>(plane) % static_cast<unsigned>(channels);
 }

@@ -7,32 +7,6 @@
 
 namespace restoration::CPU_ISA {
 
-// Whole rows of all channels of an image, about so many numbers: the work of one thread at a time. Those that lie in
-// pixels are to stay in the second-level cache while a few channels after another are read or written.
-struct Bands {
-  int64_t batch;
-  int64_t channels;
-  int64_t height;
-  int64_t width;
-  int64_t rows_per_band;
-  int64_t bands_per_image;
-
-  Bands(int64_t elements, int64_t batch, int64_t channels, int64_t height, int64_t width)
-      : batch(batch),
-        channels(channels),
-        height(height),
-        width(width),
-        rows_per_band(std::max<int64_t>(1, elements / std::max<int64_t>(1, channels * width))),
-        bands_per_image(ceil_divide(height, rows_per_band)) {}
-
-  int64_t count() const { return batch * bands_per_image; }
-  int64_t pixels() const { return height * width; }
-  int64_t image(int64_t band) const { return band / bands_per_image; }
-  int64_t first_row(int64_t band) const { return band % bands_per_image * rows_per_band; }
-  int64_t last_row(int64_t band) const { return std::min(height, first_row(band) + rows_per_band); }
-  bool worth_threads(int threads) const { return threads > 1 && batch * channels * pixels() >= kParallelElements; }
-};
-
 // A count that the compiler knows, so that loops over it keep their vectors in registers.
 template <typename A>
 using WholeVector = std::integral_constant<int64_t, kLanes<A>>;
@@ -47,8 +21,8 @@ HOST_DEVICE void fill_tile(Vector<A>* tile, Count count, Value vector) {
 
 // Calls call(channel, channels, row, column, columns) for the tiles of a band, and next(channel, channels) after the
 // last tile of each few channels; the two counts are WholeVector or int64_t. Channels take turns band by band, not row
-// by row: rows of one plane lie next to each other, the same row of all planes in as many pages, and often in one set of
-// the caches.
+// by row: rows of one plane lie next to each other, the same row of all planes in as many pages, and often in one set
+// of the caches. A band that lies in pixels is to stay in the second-level cache meanwhile.
 template <typename A, typename Call, typename Next>
 HOST_DEVICE void for_each_tile(const Bands& bands, int64_t band, Call call, Next next) {
   constexpr WholeVector<A> kSide{};

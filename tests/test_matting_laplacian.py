@@ -149,6 +149,18 @@ def test_many_windows(backend, radius):
     compare.check_values(backend, sample, torch.float64, energy_definition, ("image",))
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("width", [18, 21])
+def test_large_flat_guide(backend, width):
+    """16 windows in a row fill the vectors of every CPU; of 19 the last vector reaches beyond the guide, to zeros."""
+    arguments = {
+        "image": torch.full((1, 1, 12, width), 0.5, dtype=torch.float64),
+        "guide": torch.full((1, 3, 12, width), 1e160, dtype=torch.float64),
+    }
+    for name, result in compare.differentiate(compare.public(OPERATORS[0], backend), arguments, ("image",)).items():
+        assert torch.equal(result, torch.zeros_like(result)), name
+
+
 @compare.one_case(*OPERATORS)
 def test_only_requested_grads(backend, sample):
     compare.check_only_requested_grads(backend, sample)

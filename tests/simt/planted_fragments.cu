@@ -12,6 +12,22 @@ constexpr int kThreads = 64;
 constexpr int kSteps = 3;  // of depth
 thread_local std::string message;
 
+// From tile[row][word], rows `stride` words apart. An odd multiple of 4 has no bank conflicts.
+template <typename T>
+__device__ void load(restoration::LeftFragment<T>& left, const uint32_t* tile, int stride) {
+  for (int place = 0; place < left.kCount; ++place) {
+    left.words[place] = tile[left.row(place) * stride + left.word(place)];
+  }
+}
+
+// From tile[column][word], columns `stride` words apart.
+template <typename T>
+__device__ void load(restoration::RightFragment<T>& right, const uint32_t* tile, int stride) {
+  for (int place = 0; place < right.kCount; ++place) {
+    right.words[place] = tile[right.column(place) * stride + right.word(place)];
+  }
+}
+
 // sums [16, 8] = left [16, depth] · right [depth, 8], packed into shared memory; warp 1 makes the product of -left.
 template <typename T, bool kRounded>
 __global__ void product_kernel(const float* left, const float* right, float* sums) {
@@ -41,8 +57,8 @@ __global__ void product_kernel(const float* left, const float* right, float* sum
   for (int step = 0; step < kSteps; ++step) {
     restoration::LeftFragment<T> left_fragment;
     restoration::RightFragment<T> right_fragment;
-    left_fragment.load(left_tile + warp * 16 * kStride + step * kFragmentWords, kStride);
-    right_fragment.load(right_tile + step * kFragmentWords, kStride);
+    load(left_fragment, left_tile + warp * 16 * kStride + step * kFragmentWords, kStride);
+    load(right_fragment, right_tile + step * kFragmentWords, kStride);
     multiply_accumulate(fragment, left_fragment, right_fragment);
   }
   for (int place = 0; place < fragment.kCount; ++place) {
