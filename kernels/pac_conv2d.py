@@ -72,7 +72,8 @@ def pac_conv2d(
         graph is captured. On GPUs products of float32 are rounded to tf32 where torch.backends.cudnn.allow_tf32 (or
         conv.fp32_precision there) asks for it, as in conv2d. Inf or NaN in the guide spoils the output and the
         gradients of x and guide in reach of one kernel only: next to a pixel of Inf the taps vanish, at it the centre
-        remains, and the guide's gradient is NaN there.
+        remains, and the guide's gradient is NaN there. What such numbers are multiplied with outside the image, where
+        taps count as zero, is zero or NaN as the backend has it.
 
     Raises:
         TypeError, ValueError: an argument is not as said here.

@@ -233,7 +233,7 @@ def pac_conv2d_backward_input_kernel(
     channel = program % chunks * CHANNELS + tl.arange(0, CHANNELS)
     rows, columns = tl.cdiv(height, steps.row_stride), tl.cdiv(width, steps.column_stride)
     tiles = tl.cdiv(rows, ROWS) * tl.cdiv(columns, COLUMNS)
-    row, column = tile_places(program // chunks % tiles, rows, columns, ROWS, COLUMNS)
+    row, column = tile_places(program // chunks % tiles, columns, ROWS, COLUMNS)
     block = program // chunks // tiles
     row_phases, column_phases = tl.minimum(steps.row_stride, height), tl.minimum(steps.column_stride, width)
     first_column = block % column_phases
@@ -267,7 +267,7 @@ def pac_conv2d_backward_input_kernel(
                 gradients = grad_y + channel.to(tl.int64)[:, None] * out_pixels + place[None, :]
                 product = tl.load(gradients, mask=(channel < C)[:, None] & inside[None, :], other=0).to(ACCUMULATE)
                 if partial is not None:
-                    share = tl.sum(kernel * tl.sum(values * product, 0))
+                    share = tl.sum(kernel * tl.sum(tl.where(inside[None, :], values * product, 0), 0))
                     tl.store(partial + program.to(tl.int64) * K * K + tap, share)
                 product *= tl.load(weight + tap).to(ACCUMULATE)
             else:
@@ -279,7 +279,8 @@ def pac_conv2d_backward_input_kernel(
                 slope = kernel * tl.sum(values * product, 0)
                 slot = (program % chunks * batch + image) * K * K + tap
                 tl.store(slopes + slot * out_pixels + place, slope, mask=inside)
-            sums = tl.fma(product, kernel[None, :], sums)
+            # Inf stays out where the tap has no place.
+            sums = tl.where(inside[None, :], tl.fma(product, kernel[None, :], sums), sums)
     if grad_x is not None:
         tl.store(grad_x + offsets, sums, mask=owned)
 

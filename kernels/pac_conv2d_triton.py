@@ -172,7 +172,7 @@ def start(tuned, grid, *arguments):
 
 
 @triton.jit
-def tile_places(tile, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def tile_places(tile, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Rows and columns [ROWS·COLUMNS] of a tile of a plane."""
     across = tl.cdiv(width, COLUMNS)
     index = tl.arange(0, ROWS * COLUMNS)
@@ -196,7 +196,7 @@ def locate(row, column, height, width):
 def places_of_tile(tile, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Image, rows, columns and offsets of a tile's places, and which exist; the tiles of images follow each other."""
     tiles = tl.cdiv(height, ROWS) * tl.cdiv(width, COLUMNS)
-    row, column = tile_places(tile % tiles, height, width, ROWS, COLUMNS)
+    row, column = tile_places(tile % tiles, width, ROWS, COLUMNS)
     place, exists = locate(row, column, height, width)
     return (tile // tiles).to(tl.int64), row, column, place, exists
 
