@@ -10,7 +10,7 @@
 namespace restoration {
 
 // Divisions take 25 instructions, and strides are rarely other than 1.
-__device__ __forceinline__ int quotient(int value, int divisor) { return divisor == 1 ? value : value / divisor; }
+HOST_DEVICE int quotient(int value, int divisor) { return divisor == 1 ? value : value / divisor; }
 
 struct PacAxis : PacConv2dTiling::Axis {
   using Axis::Axis;
@@ -24,6 +24,12 @@ struct PacAxis : PacConv2dTiling::Axis {
   }
 };
 
+struct PacPlace {
+  int row;
+  int column;
+};
+
+// The pixels of a padded plane are counted in 32 bits, planes and images in 64.
 struct PacMap {
   int64_t batch;
   int64_t pixels;
@@ -62,17 +68,16 @@ struct PacMap {
     }
   }
 
+  __device__ bool has_output(PacPlace at) const {
+    return at.row >= 0 && at.row < vertical.output && at.column >= 0 && at.column < horizontal.output;
+  }
+
   // The output place whose tap lies at this pixel, or -1.
-  __device__ int64_t reader(int row, int column, int tap_row, int tap_column) const {
+  __device__ int reader(int row, int column, int tap_row, int tap_column) const {
     const int out_row = vertical.reader(row, tap_row);
     const int out_column = horizontal.reader(column, tap_column);
-    return out_row < 0 || out_column < 0 ? -1 : int64_t{out_row} * horizontal.output + out_column;
+    return out_row < 0 || out_column < 0 ? -1 : out_row * horizontal.output + out_column;
   }
-};
-
-struct PacPlace {
-  int row;
-  int column;
 };
 
 // The place `offset` after another, in rows of `width` places.
@@ -130,6 +135,23 @@ template <>
 struct Operand<float> : ExactOperand<float> {};
 template <>
 struct Operand<double> : ExactOperand<double> {};
+
+// One word of an operand, of numbers that are rounded where it holds others.
+template <typename Factor, typename R>
+__device__ __forceinline__ typename Operand<Factor>::Element pack_operand(const R (&numbers)[Operand<Factor>::kCount]) {
+  if constexpr (sizeof(R) == 2 && std::is_same_v<R, Factor>) {
+    uint32_t word;
+    std::memcpy(&word, numbers, sizeof(word));
+    return word;
+  } else {
+    typename Operand<Factor>::Sum values[Operand<Factor>::kCount];
+    UNROLL
+    for (int number = 0; number < Operand<Factor>::kCount; ++number) {
+      values[number] = static_cast<typename Operand<Factor>::Sum>(numbers[number]);
+    }
+    return Operand<Factor>::pack(values);
+  }
+}
 
 // One warp's share of a product: kRowTiles · 16 rows, kColumnTiles · 8 columns. A lane owns the same sums whether it
 // makes them or tensor cores do.

@@ -11,6 +11,7 @@
 #include "pac_conv2d_backward_guide.cuh"
 #include "pac_conv2d_backward_input.cuh"
 #include "pac_conv2d_backward_shared.cuh"
+#include "pac_conv2d_backward_staged.cuh"
 #include "pac_conv2d_backward_weight.cuh"
 
 namespace restoration {
@@ -82,7 +83,13 @@ void launch(const PacConv2dBackward& arguments, const PacConv2dSizes& sizes, con
     } else {
       Element* const packed = static_cast<Element*>(plan.weight);
       launch_pack<T, Factor>(arguments.weight, packed, plan.packed, map, stream);
-      launch_input<T, R, Factor>(arguments, packed, plan.kernel, plan.slope, plan.packed, map, stream);
+      bool staged = false;
+      if constexpr (!Operand<Factor>::kExact) {
+        staged = launch_staged<T, R, Factor>(arguments, packed, plan.kernel, plan.slope, plan.packed, map, stream);
+      }
+      if (!staged) {
+        launch_input<T, R, Factor>(arguments, packed, plan.kernel, plan.slope, plan.packed, map, stream);
+      }
     }
   }
   if (sizes.batch > 0 && plan.slope != nullptr) {

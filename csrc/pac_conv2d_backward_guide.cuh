@@ -12,7 +12,8 @@ namespace {
 // Of all kernels here, which wait for memory. 64 registers hold what they keep, or 128 in float64.
 constexpr int kPlaceThreads = 256;
 
-// Channels whose gradients a thread sums in registers. Slopes are read once for each.
+// Channels of which a thread keeps the centre's numbers, and sums gradients, in registers. Slopes are read once for
+// each so many.
 constexpr int kGuideChannels = 8;
 
 dim3 place_grid(int64_t places, int64_t batch) {
@@ -30,7 +31,7 @@ struct GuidePixel {
   bool inside;
 
   __device__ GuidePixel(const T* planes, int64_t first, const PacMap& map, int row, int column)
-      : number(planes, first * map.pixels + int64_t{row} * map.horizontal.size + column, map.pixels),
+      : number(planes, first * map.pixels + row * map.horizontal.size + column, map.pixels),
         inside(map.vertical.contains(row) && map.horizontal.contains(column)) {}
   // The next channel, or 0 where there is none.
   __device__ A next(bool exists = true) {
@@ -42,7 +43,7 @@ struct GuidePixel {
 
 // kernel[t](p) = k_t(p); with normalize its share of the sum, 0 for taps outside the image.
 template <typename T>
-__global__ void __launch_bounds__(kPlaceThreads)
+__global__ void __launch_bounds__(kPlaceThreads, 16 / sizeof(AccumulateType<T>))
     pac_conv2d_backward_affinity_kernel(const T* __restrict__ guide, AccumulateType<T>* __restrict__ kernel,
                                         PacMap map) {
   using A = AccumulateType<T>;
@@ -55,8 +56,12 @@ __global__ void __launch_bounds__(kPlaceThreads)
       return GuidePixel<T>(guide, index * map.guide_channels, map, map.vertical.position(at.row, tap_row),
                            map.horizontal.position(at.column, tap_column));
     };
-    const GuidePixel<T> centre = pixel_under(middle, middle);
-    A total = 0;
+    GuidePixel<T> centre = pixel_under(middle, middle);
+    A centres[kGuideChannels], total = 0;
+    UNROLL
+    for (int channel = 0; channel < kGuideChannels; ++channel) {
+      centres[channel] = centre.next(channel < map.guide_channels);
+    }
     const PlaneWalk<A> first(kernel, map.tap_plane(index, 0) + place, map.out_pixels);
     PlaneWalk<A> entry = first;
     map.visit_taps([&](int tap, int tap_row, int tap_column) {
@@ -64,10 +69,14 @@ __global__ void __launch_bounds__(kPlaceThreads)
       A distance = 0;
       // That of the centre stays 0: its k is 1 by definition, also for Inf.
       if (tap != map.taps / 2) {
-#pragma unroll 8
-        for (int channel = 0; channel < map.guide_channels; ++channel) {
-          const A difference = own.next() - other.next();
-          distance += difference * difference;
+        const auto add_square = [&](A difference) { distance += difference * difference; };
+        UNROLL
+        for (int channel = 0; channel < kGuideChannels; ++channel) {
+          add_square(centres[channel] - other.next(channel < map.guide_channels));
+        }
+#pragma unroll 4
+        for (int channel = kGuideChannels; channel < map.guide_channels; ++channel) {
+          add_square(own.next() - other.next());
         }
       }
       A value = std::exp(A(-0.5) * distance);
@@ -117,7 +126,7 @@ __global__ void __launch_bounds__(kPlaceThreads, 16 / sizeof(AccumulateType<T>))
   if (pixel >= map.pixels) return;
   const PacPlace at = place_after(first_place(), threadIdx.x, map.horizontal.size);
   const int last = map.kernel_size - 1, middle = map.kernel_size / 2;
-  const int64_t own = map.reader(at.row, at.column, middle, middle);
+  const int own = map.reader(at.row, at.column, middle, middle);
   for (int64_t index = blockIdx.y; index < map.batch; index += gridDim.y) {
     for (int first = 0; first < map.guide_channels; first += kGuideChannels) {
       const int count = min(kGuideChannels, map.guide_channels - first);
@@ -133,7 +142,7 @@ __global__ void __launch_bounds__(kPlaceThreads, 16 / sizeof(AccumulateType<T>))
         if (tap == map.taps / 2) return;
         GuidePixel<T> other(guide, first_plane, map, at.row + (tap_row - middle) * map.vertical.dilation,
                             at.column + (tap_column - middle) * map.horizontal.dilation);
-        const int64_t back = map.reader(at.row, at.column, last - tap_row, last - tap_column);
+        const int back = map.reader(at.row, at.column, last - tap_row, last - tap_column);
         const bool reads = own >= 0 && other.inside;
         // Nobody has written the slope of a tap outside the image, and 0 times Inf would be NaN.
         if (!reads && back < 0) return;

@@ -5,8 +5,8 @@
 // they are u_t(p): times k_t(p) they are added to grad_x, and their product with x is the slope, so u never reaches
 // memory. While one piece of the operands is multiplied, the next is on its way into registers.
 // Pixels lie `stride` apart (a phase), so that each tap is read by all of a block or by none.
-// With few channels instructions are the limit. So where a tap is read is counted on from tap to tap, without divisions,
-// planes are found by stepping from one to the next, and x stays in registers where it fits.
+// Where a tap is read is counted on from tap to tap, without divisions, planes are found by stepping from one to the
+// next, and x stays in registers where it fits: with few channels instructions are the limit.
 #pragma once
 
 #include "pac_conv2d_backward.cuh"
@@ -109,16 +109,26 @@ struct PhaseAxis {
 
   PhaseAxis() = default;
   __device__ PhaseAxis(const PacAxis& axis, int kernel_size, int first)
-      : pixel(first), pixels(quotient(axis.size - first + axis.stride - 1, axis.stride)), tap(0), tap_step(1) {
+      : pixel(first),
+        pixels(quotient(axis.size - first + axis.stride - 1, axis.stride)),
+        tap(0),
+        tap_step(step_of_taps(axis, kernel_size)) {
     const int position = pixel + axis.padding;
     while (tap < kernel_size && !divides(axis.stride, position - tap * axis.dilation)) ++tap;
-    while (tap_step < kernel_size && !divides(axis.stride, tap_step * axis.dilation)) ++tap_step;
     taps = tap < kernel_size ? quotient(kernel_size - 1 - tap, tap_step) + 1 : 0;
     place = quotient(position - tap * axis.dilation, axis.stride);
     place_step = quotient(tap_step * axis.dilation, axis.stride);
   }
 
-  __device__ static bool divides(int divisor, int value) { return quotient(value, divisor) * divisor == value; }
+  // Between those taps, whichever the phase.
+  HOST_DEVICE static int step_of_taps(const PacAxis& axis, int kernel_size) {
+    int step = 1;
+    while (step < kernel_size && !divides(axis.stride, step * axis.dilation)) ++step;
+    return step;
+  }
+
+ private:
+  HOST_DEVICE static bool divides(int divisor, int value) { return quotient(value, divisor) * divisor == value; }
 };
 
 // A tap, counted on both axes among those that read a phase.
@@ -154,12 +164,15 @@ struct InputPhase {
   __device__ int index(const PacMap& map, PhaseTap tap) const {
     return (rows.tap + tap.row * rows.tap_step) * map.kernel_size + columns.tap + tap.column * columns.tap_step;
   }
-  // The output that reads a pixel of the phase with this tap, or -1.
-  __device__ int64_t reader(const PacMap& map, PacPlace pixel, PhaseTap tap) const {
-    const int row = pixel.row + rows.place - tap.row * rows.place_step;
-    const int column = pixel.column + columns.place - tap.column * columns.place_step;
-    const bool exists = row >= 0 && row < map.vertical.output && column >= 0 && column < map.horizontal.output;
-    return exists ? int64_t{row} * map.horizontal.output + column : -1;
+  // Where the output that reads a pixel of the phase with this tap would be.
+  __device__ PacPlace reader_at(PacPlace pixel, PhaseTap tap) const {
+    return {pixel.row + rows.place - tap.row * rows.place_step,
+            pixel.column + columns.place - tap.column * columns.place_step};
+  }
+  // That output, or -1.
+  __device__ int reader(const PacMap& map, PacPlace pixel, PhaseTap tap) const {
+    const PacPlace at = reader_at(pixel, tap);
+    return map.has_output(at) ? at.row * map.horizontal.output + at.column : -1;
   }
 };
 
@@ -177,7 +190,7 @@ struct InputPiece {
   A kernel_value;
 
   // place: the output that reads this thread's pixel, or -1. kernel: k of the tap.
-  __device__ void load(const R* grad_y, const Element* weight, const A* kernel, const PacMap& map, int64_t place,
+  __device__ void load(const R* grad_y, const Element* weight, const A* kernel, const PacMap& map, int place,
                        int piece) {
     if (threadIdx.x < kInputPixels) kernel_value = place >= 0 ? kernel[place] : A(0);
     const int first = (piece * Tile::kWords + first_word()) * kCount;
@@ -198,11 +211,8 @@ struct InputPiece {
     if (threadIdx.x < kInputPixels) kernel_values[threadIdx.x] = kernel_value;
     UNROLL
     for (int word = 0; word < kWords; ++word) {
-      A values[kCount];
-      UNROLL
-      for (int number = 0; number < kCount; ++number) values[number] = static_cast<A>(grads[word][number]);
       grad_words[(first_word() + word) * Tile::kPixelStride + threadIdx.x % kInputPixels] =
-          Operand<Factor>::pack(values);
+          pack_operand<Factor>(grads[word]);
     }
     if (threadIdx.x < Tile::kVectors) {
       const int first = threadIdx.x * Vector<Element>::kCount;
@@ -262,27 +272,37 @@ struct LaneX {
   }
 };
 
-// What becomes of u_t(p) when the product of a tap is done: gradient += k_t(p) · u, and if wanted dots[pixel] = the sum
-// of x · u over this warp's channels.
+// What becomes of u_t(p) in one of a lane's rows: gradient += k_t(p) · u.
+template <typename Sums, typename A>
+__device__ __forceinline__ void add_products(Sums& gradient, Sums& sums, int row, A kernel_value) {
+  UNROLL
+  for (int column = 0; column < Sums::kColumns; ++column) {
+    gradient.sum(row, column) += kernel_value * sums.sum(row, column);
+  }
+}
+
+// The sum of x · u over a lane's channels; three more lanes share the row.
+template <typename Sums, typename X>
+__device__ __forceinline__ typename Sums::A lane_dot(Sums& sums, X& x, int row) {
+  const auto& numbers = x.row(row);
+  typename Sums::A dot = 0;
+  UNROLL
+  for (int column = 0; column < Sums::kColumns; ++column) {
+    if (Sums::column(column) < x.channels) dot += sums.sum(row, column) * numbers[column];
+  }
+  return dot;
+}
+
+// All rows when the product of a tap is done, and if wanted dots[pixel] = the sum of x · u over this warp's channels.
 template <typename Sums, typename X, typename A>
 __device__ __forceinline__ void use_products(Sums& sums, Sums& gradient, X& x, const A* kernel_values, bool wants_dots,
                                              A* dots) {
   UNROLL
   for (int row = 0; row < Sums::kRows; ++row) {
     const int pixel = Sums::row(row);
-    const A value = kernel_values[pixel];
-    UNROLL
-    for (int column = 0; column < Sums::kColumns; ++column) {
-      gradient.sum(row, column) += value * sums.sum(row, column);
-    }
+    add_products(gradient, sums, row, kernel_values[pixel]);
     if (!wants_dots) continue;
-    const auto& numbers = x.row(row);
-    A dot = 0;
-    UNROLL
-    for (int column = 0; column < Sums::kColumns; ++column) {
-      if (Sums::column(column) < x.channels) dot += sums.sum(row, column) * numbers[column];
-    }
-    // The four lanes that share these pixels.
+    A dot = lane_dot(sums, x, row);
     dot += __shfl_xor_sync(kFullWarp, dot, 1);
     dot += __shfl_xor_sync(kFullWarp, dot, 2);
     if (fragment_lane() % 4 == 0) dots[pixel] = dot;
@@ -391,7 +411,7 @@ __global__ void __launch_bounds__(kInputThreads, InputTile<Factor, kChannels>::k
         buffer = 1 - buffer;
         if (phase.exists(next_tap)) store(buffer);
         __syncthreads();
-        const int64_t place = last_piece && owns && wants_slope ? reader(tap) : -1;
+        const int place = last_piece && owns && wants_slope ? reader(tap) : -1;
         if (place >= 0) {
           A dot = tap_dots[own];
           if constexpr (Tile::kWarpsAcross == 2) dot += tap_dots[kInputPixels + own];

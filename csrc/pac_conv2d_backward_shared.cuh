@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kSharedThreads)
         gradients[channel] = 0;
       }
       map.visit_taps([&](int tap, int tap_row, int tap_column) {
-        const int64_t place = pixel < map.pixels ? map.reader(at.row, at.column, tap_row, tap_column) : -1;
+        const int place = pixel < map.pixels ? map.reader(at.row, at.column, tap_row, tap_column) : -1;
         A share = 0;
         if (place >= 0) {
           const int64_t entry = map.tap_plane(image, tap) + place;

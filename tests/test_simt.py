@@ -36,7 +36,7 @@ HOT_KERNELS = {
     "pac_conv2d_cuda.cu": ["pac_conv2d_forward_kernel", "pac_conv2d_pack_kernel"],
     "pac_conv2d_backward_cuda.cu": [
         f"pac_conv2d_backward_{kernel}_kernel"
-        for kernel in ("affinity", "input", "weight", "shared", "centre", "guide", "reduce", "pack")
+        for kernel in ("affinity", "input", "staged", "weight", "shared", "centre", "guide", "reduce", "pack")
     ],
     "relu_split_cuda.cu": ["relu_split_forward_kernel", "relu_split_backward_kernel"],
     # Of each arithmetic at radius 1; the windows of radius 2 and 3 are larger than a thread's registers.

@@ -41,7 +41,14 @@ EXAMPLES = {
     "passes": example(70, 9, 2, (9, 15), 3, padding=1, alpha=-0.5),
     "one_tap": example(64, 65, 3, (3, 27), 3, padding=1, normalize=True),
     "phases": example(17, 18, 2, (9, 11), 3, stride=(2, 4), padding=1, normalize=True, batch=2),
+    # Phases of 129 and of 128 pixels, one more than a tile.
+    "long_phases": example(2, 2, 1, (257, 1), 3, stride=(2, 1), padding=1),
     "far_taps": example(9, 3, 2, (7, 9), 5, padding=(6, 3), dilation=(3, 2)),
+    # What all taps read of a tile does not fit into shared memory.
+    "farther_taps": example(12, 5, 2, (6, 9), 5, padding=32, dilation=16),
+    "many_outputs": example(5, 290, 2, (3, 5), 3, padding=1),
+    # Several rectangles on both axes, and deeper products than one.
+    "rectangles": example(6, 37, 2, (18, 35), 3, padding=1, batch=2),
     "shares": example(2, 3, 1, (30, 41), 3, padding=1),
     "shared": example(19, 19, 2, (5, 60), 3, shared=True, padding=1, batch=5),
     # More shares than a block adds up at once, more channels than one pass takes, more images than a grid holds, and
@@ -111,7 +118,7 @@ def test_taps_that_read_a_phase(stride):
         judge(example(2, 2, 1, (6, 7), 5, stride=stride, dilation=dilation, padding=(13, 11)))
 
 
-@pytest.mark.parametrize("name", ["few_channels", "passes", "phases"])
+@pytest.mark.parametrize("name", ["few_channels", "passes", "phases", "farther_taps", "rectangles"])
 def test_tf32(name, monkeypatch):
     """Operands keep 13 bits less than float32's."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
@@ -187,9 +194,26 @@ def test_spoiled_guide_stays_local(name, spoiled):
     assert results["x"].isfinite().all() == (spoiled == torch.inf)
 
 
-def test_spoiled_x_stays_local():
+def test_spoiled_guide_is_not_felt_where_nobody_reads():
+    """The slope of an output that does not exist is never read: 0 times Inf would be NaN."""
+    arguments = {"x": torch.ones(1, 1, 3, 3), "guide": torch.zeros(1, 1, 3, 3), "weight": torch.ones(2, 1, 3, 3)}
+    arguments["guide"][0, 0, 0, 0] = torch.inf
+    assert differentiate("cuda", arguments, ("guide",))["guide"].isnan().nonzero().tolist() == [
+        [0, 0, 0, 0],
+        [0, 0, 1, 1],
+    ]
+
+
+def test_taps_inside_whose_kernels_are_zero():
+    """Far from the colours inside, an output whose centre lies outside has nothing to divide by."""
+    arguments = {"x": torch.ones(1, 1, 1, 1), "guide": torch.full((1, 1, 1, 1), 20.0)}
+    judge({**arguments, "weight": torch.ones(1, 1, 3, 3), "padding": 2, "normalize": True})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_spoiled_x_stays_local(dtype):
     """It reaches the guide's gradient through the slopes of the outputs that read it."""
-    arguments = EXAMPLES["few_channels"]
+    arguments = convert(EXAMPLES["few_channels"], dtype, "cpu")
     clean = differentiate("cuda", arguments, ("x", "guide"))
     x = arguments["x"].clone()
     x[:, 1, 2, 7] = torch.nan
