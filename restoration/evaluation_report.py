@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from statistics import mean
@@ -14,7 +13,7 @@ from restoration.collection import ALL_STYLES
 from restoration.contact_sheet import contact_sheet
 from restoration.errors import UserError
 from restoration.evaluate import NETWORK, UNTOUCHED, Evaluation
-from restoration.files import check_can_be_written, lies_within, make_folder, write_whole
+from restoration.files import check_can_be_written, lies_within, make_folder, write_json, write_text_whole
 from restoration.imaging import check_writable, write_image
 
 METRICS, TABLE, SHEET = "metrics.json", "table.md", "contact_sheet.png"
@@ -65,21 +64,16 @@ def write_report(evaluations: list[Evaluation], out: Path, *, size: int, force: 
     """
     summary = summarise(evaluations)
     make_folder(out)
-    _write_text(out / TABLE, f"{markdown_table(summary)}\n\n{CAPTION}\n", force)
+    write_text_whole(out / TABLE, f"{markdown_table(summary)}\n\n{CAPTION}\n", replace=force)
     report = {
         "versions": {"restoration": restoration.__version__, "torch": torch.__version__},
         "size": size,
         "summary": summary,
         "pairs": [{"style": e.style, "pair": e.name, "scores": e.scores} for e in evaluations],
     }
-    _write_text(out / METRICS, json.dumps(report, indent=2) + "\n", force)
+    write_json(out / METRICS, report, replace=force)
     rows = [(_label(e), list(e.pictures.values())) for e in evaluations if e.pictures]
     write_image(out / SHEET, contact_sheet(rows, list(evaluations[0].pictures)), force=force)
-
-
-def _write_text(path: Path, text: str, force: bool) -> None:
-    # A style's name that is not in UTF-8 is written as it is.
-    write_whole(path, text.encode(errors="surrogateescape"), replace=force)
 
 
 def _label(evaluation: Evaluation) -> str:

@@ -62,14 +62,14 @@ def _publish(temporary: Path, path: Path, replace: bool) -> None:
     os.replace(temporary, path)
 
 
-def write_text_whole(path: Path, text: str) -> None:
+def write_text_whole(path: Path, text: str, *, replace: bool = True) -> None:
     """`write_whole` of text in UTF-8. A file's name in it that is not in UTF-8 is written as it is."""
-    write_whole(path, text.encode(errors="surrogateescape"))
+    write_whole(path, text.encode(errors="surrogateescape"), replace=replace)
 
 
-def write_json(path: Path, value: object) -> None:
+def write_json(path: Path, value: object, *, replace: bool = True) -> None:
     """`write_text_whole` of a value as JSON."""
-    write_text_whole(path, json.dumps(value, indent=2) + "\n")
+    write_text_whole(path, json.dumps(value, indent=2) + "\n", replace=replace)
 
 
 def read_json(path: Path) -> dict:

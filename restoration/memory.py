@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from restoration.errors import UserError
 
 MEBIBYTE = 2**20
 CPU = torch.device("cpu")
@@ -59,6 +63,17 @@ def forget_peak() -> bool:
 def is_out_of_memory(error: Exception) -> bool:
     """Of a GPU, or of a CPU, whose allocator has no error of its own."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+@contextmanager
+def telling_of_memory(message: str) -> Iterator[None]:
+    """Makes the end of memory a UserError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(message) from error
 
 
 def return_freed_pages(device: torch.device = CPU) -> bool:

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from restoration.errors import UnsuitableWeightsError, UserError
+from restoration.errors import UnsuitableWeightsError
 from restoration.flow import ReversibleNetwork, check_stream_range
-from restoration.memory import is_out_of_memory
+from restoration.memory import telling_of_memory
 from restoration.whitening import RIDGE_LADDER, Moments, moments_of_parts, transfer_parts_
 
 # Convolutions see zeros past the edge, which shows as a coloured frame some pixels wide after the transfer. With the
@@ -31,20 +31,17 @@ def recolour(
     visible: the pixels [H,W] and [h,w], bool, whose colours count; None, or no more than the code's channels: all.
     UserError where memory does not suffice, UnsuitableWeightsError where these weights cannot treat the picture.
     """
+    pixels = max(degraded[0].numel(), reference[0].numel()) / 1e6
+    place = "this computer's memory; reduce it" if device.type == "cpu" else "this GPU; take --device cpu"
     try:
-        # One code at a time: each takes 128 bytes a pixel.
-        own, wanted = visible
-        style = _moments_inside(network.encode_halves(_with_margin(reference).to(device)), reference, wanted)
-        code = network.encode_halves(_with_margin(degraded).to(device))
-        ridges = transfer_parts_(code, _moments_inside(code, degraded, own), style, strength)
-        check_stream_range(*code)
-        result = _inside(network.decode_halves(code), degraded)[0]
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        pixels = max(degraded[0].numel(), reference[0].numel()) / 1e6
-        place = "this computer's memory; reduce it" if device.type == "cpu" else "this GPU; take --device cpu"
-        raise UserError(f"a picture of {pixels:.1f} megapixels does not fit {place}") from error
+        with telling_of_memory(f"a picture of {pixels:.1f} megapixels does not fit {place}"):
+            # One code at a time: each takes 128 bytes a pixel.
+            own, wanted = visible
+            style = _moments_inside(network.encode_halves(_with_margin(reference).to(device)), reference, wanted)
+            code = network.encode_halves(_with_margin(degraded).to(device))
+            ridges = transfer_parts_(code, _moments_inside(code, degraded, own), style, strength)
+            check_stream_range(*code)
+            result = _inside(network.decode_halves(code), degraded)[0]
     except OverflowError as error:
         raise UnsuitableWeightsError(str(error)) from error
     if not result.isfinite().all():

@@ -20,7 +20,7 @@ from restoration.errors import UnwritableError, UserError
 from restoration.files import make_folder, size_in_bytes
 from restoration.flow import ReversibleNetwork
 from restoration.imaging import check_format_holds, check_writable, read_image, read_rgb, write_image
-from restoration.memory import is_out_of_memory
+from restoration.memory import telling_of_memory
 from restoration.metrics import Metrics, measure
 from restoration.recolouring import padded_pixels, recolour
 from restoration.vgg import metric_features
@@ -255,12 +255,12 @@ class Recolourer:
                 self._network, degraded.rgb, reference.rgb, self._device, self._strength, visible=visible
             )
         force = force or (job.replaces_empty and size_in_bytes(job.output) == 0)
-        with _telling_of_memory(f"{job.output}: memory does not suffice to write it"):
+        with telling_of_memory(f"{job.output}: memory does not suffice to write it"):
             write_image(job.output, result, degraded, force=force)
         seconds = time.monotonic() - began
         seen = zip((degraded.rgb, reference.rgb, result), (*visible, visible[0]), strict=True)
         pictures = (_bounding_box(*picture).to(self._device) for picture in seen)
-        with _telling_of_memory(f"{job.output}: is written, but memory does not suffice to measure it"):
+        with telling_of_memory(f"{job.output}: is written, but memory does not suffice to measure it"):
             return Report(job, measure(*pictures, self._features), seconds, notes)
 
 
@@ -293,17 +293,6 @@ class _Progress:
         pixels = padded_pixels(reference) + 2 * padded_pixels(degraded)
         self._job, self._changed, self._work = job, 0, self._numbers_a_pixel * pixels
         self._tell(job, 0.0)
-
-
-@contextmanager
-def _telling_of_memory(message: str) -> Iterator[None]:
-    """Makes the end of memory a UserError."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(message) from error
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from restoration.flow import ReversibleNetwork
 from restoration.journal import Journal, StepRecord, TrainingDivergedError
 from restoration.loader import load_batches
 from restoration.losses import ReconstructionLoss
-from restoration.memory import is_out_of_memory
+from restoration.memory import telling_of_memory
 from restoration.progress import LastingConsole
 from restoration.runs import (
     SETTINGS_NAME,
@@ -300,10 +300,9 @@ def _told_in_one_line(run: Path, world: World) -> Iterator[None]:
 def memory_told_in_one_line() -> Iterator[None]:
     """The end of memory, that of a process that loads pictures too, becomes a UserError that says what to do."""
     try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if is_out_of_memory(error):
-            raise UserError("memory does not suffice for a step; take a smaller --crop or --batch") from error
+        with telling_of_memory("memory does not suffice for a step; take a smaller --crop or --batch"):
+            yield
+    except RuntimeError as error:
         if LOST_WORKER.search(str(error)) is None:
             raise
         raise UserError(
