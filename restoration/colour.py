@@ -14,6 +14,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
 from restoration.errors import UserError, reason
+from restoration.matrix_profile import MatrixProfile, OtherProfileError, matrix_profile
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,20 @@ def to_srgb(image: Image.Image, path: Path) -> tuple[Image.Image, bytes | None]:
     except (OSError, ImageCms.PyCMSError) as error:
         logger.warning("%s: its colour profile is ignored (%s)", path, reason(error))
         return _to_rgb(image, path), None
+
+
+def deep_to_srgb(values: np.ndarray, image: Image.Image) -> np.ndarray | None:
+    """`to_srgb` of the same picture with 16 bits a channel, uint16 [H, W, 1 or 3]: [H, W, 3].
+
+    None where its profile has tables, or a black that is not dark: with those littlecms, which knows how, takes 8 bits.
+    """
+    profile = image.info.get("icc_profile")
+    if profile:
+        with suppress(OSError, ImageCms.PyCMSError):  # of those `to_srgb` has told
+            if _transform_to_srgb(profile, image.mode) is not None:
+                curves = _deep_profile(profile, image.mode)
+                return None if curves is None else _deeply_to_srgb(curves, values)
+    return np.broadcast_to(values, (*values.shape[:2], 3))
 
 
 def _applied(transform: ImageCms.ImageCmsTransform, image: Image.Image) -> Image.Image:
@@ -132,7 +147,30 @@ def _transform_to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform 
     transform = ImageCms.buildTransform(source, _srgb(), mode, "RGB", flags=flags)
     if mode != "RGB":
         return transform
-    steps = np.linspace(0, 255, 18).round().astype(np.uint8)
-    colours = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(-1, len(steps), 3)
+    colours = _sampled_colours()
     moved = np.asarray(ImageCms.applyTransform(Image.fromarray(colours), transform))
     return None if np.abs(moved.astype(int) - colours).max() <= 1 else transform
+
+
+def _sampled_colours() -> np.ndarray:
+    """Of all over RGB, uint8 [H, W, 3]."""
+    steps = np.linspace(0, 255, 18).round().astype(np.uint8)
+    return np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(-1, len(steps), 3)
+
+
+def _deeply_to_srgb(curves: MatrixProfile, values: np.ndarray) -> np.ndarray:
+    return curves.to_srgb(values, matrix_profile(_srgb().tobytes()))
+
+
+@functools.lru_cache(maxsize=4)  # of 768 KB each
+def _deep_profile(profile: bytes, mode: str) -> MatrixProfile | None:
+    """None where the profile has tables, or littlecms, which makes a grey black dark, differs by more than a step."""
+    try:
+        curves = matrix_profile(profile)
+    except OtherProfileError:
+        return None
+    colours = _sampled_colours() if mode == "RGB" else np.arange(256, dtype=np.uint8)[None]
+    expected = np.asarray(_applied(_transform_to_srgb(profile, mode), Image.fromarray(colours)))
+    deep = colours.astype(np.uint16).reshape(*colours.shape[:2], -1) * 257
+    found = _deeply_to_srgb(curves, deep) / 257
+    return curves if np.abs(found - expected).max() <= 1.5 else None

@@ -1,4 +1,4 @@
-"""From a picture's file to upright 8-bit pixels in sRGB, by Pillow, and to what the file says beside them."""
+"""From a picture's file to upright pixels in sRGB, by Pillow, and to what the file says beside them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from scipy.ndimage import distance_transform_edt
 
-from restoration.colour import assume_declared_profile, to_srgb
+from restoration.colour import assume_declared_profile, deep_to_srgb, to_srgb
+from restoration.deep import DEEP, DEEP_FORMATS, low_bytes, raw_modes
 from restoration.errors import UserError, reason
 from restoration.metadata import descriptive_exif, descriptive_xmp, has_extended_xmp, iptc, iptc_is_cut, texts
 
@@ -35,6 +36,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 # Values of TIFF's tags, and the name under which a picture carries what they say of its grey.
 _NOT_COMPRESSED, _PLANES_APART, _WHITE_IS_ZERO, _SIGNED, _COPY_OR_MASK = 1, 2, 0, 2, 0b101
 _TIFF_RANGE = "range of a TIFF file's grey"
+_HAS_16_BITS = "has 16 bits a channel"
 _TIFF_NOTES = {
     "dpi": ExifTags.Base.XResolution,
     "icc_profile": ExifTags.Base.InterColorProfile,
@@ -61,10 +63,12 @@ _TURNED_ON_ITS_SIDE = (5, 6, 7, 8)  # of EXIF's orientations
 class Decoded:
     """An upright picture: RGB in sRGB, alpha of mode L, and notes as `imaging.Picture` has them.
 
-    Pixels that nobody sees, of alpha 0, have the colour of the nearest that can be seen.
+    Pixels that nobody sees, of alpha 0, have the colour of the nearest that can be seen. ``deep`` is uint16 [H, W, 3],
+    the same in 16 bits a channel, where they were asked for and the file has them.
     """
 
     rgb: Image.Image
+    deep: np.ndarray | None
     alpha: Image.Image | None
     exif: bytes | None
     xmp: bytes | None
@@ -74,14 +78,19 @@ class Decoded:
     dpi: tuple[float, float] | None
 
 
-def decode(path: Path) -> Decoded:
+def decode(path: Path, *, deep: bool = False) -> Decoded:
     """To be called within `reading`; with it, raises UserError as `imaging.read_image` says."""
     image = _open(path)
     upright, exif = _upright(image, path)
     colours, alpha = _without_alpha(upright, path)
     rgb, icc_profile = to_srgb(colours, path)
+    deep_rgb = _deep_rgb(image, upright, colours, path) if deep else None
+    if alpha is not None and (places := _nearest_seen(alpha)) is not None:
+        rgb = Image.fromarray(np.asarray(rgb)[places])
+        deep_rgb = None if deep_rgb is None else deep_rgb[places]
     return Decoded(
-        rgb if alpha is None else _with_seen_colours(rgb, alpha),
+        rgb,
+        deep_rgb,
         alpha,
         exif,
         xmp=_xmp(image, path),
@@ -125,6 +134,7 @@ def _open(path: Path) -> Image.Image:
             if image.format == "PNG":
                 _drop_texts_named_like_notes(image)
                 _fit_transparent_colour(image)
+            image.info[_HAS_16_BITS] = image.format in DEEP_FORMATS and any(DEEP in mode for mode in raw_modes(image))
             image.load()
             _drop_texts_named_like_notes(image)  # those that a PNG has behind its pixels
             if image.format in _JPEG_FORMATS:
@@ -292,7 +302,8 @@ def _without_alpha(image: Image.Image, path: Path) -> tuple[Image.Image, Image.I
     if image.mode == "F" or image.mode.startswith("I"):
         if (hidden := image.info.pop("transparency", None)) is not None:
             alpha = Image.fromarray(np.where(np.asarray(image) == hidden, 0, 255).astype(np.uint8))
-        image = _grey_to_8_bits(image, path)
+        grey = Image.fromarray(_grey(image, path, np.uint8))
+        grey.info, image = dict(image.info), grey
     if image.mode == "La":  # Pillow turns this one, of multiplied colours, into nothing else
         image = image.convert("LA")
     if image.has_transparency_data:
@@ -305,27 +316,44 @@ def _without_alpha(image: Image.Image, path: Path) -> tuple[Image.Image, Image.I
     return image, alpha
 
 
-def _with_seen_colours(rgb: Image.Image, alpha: Image.Image) -> Image.Image:
-    """The picture with the colours of the nearest visible pixel where it is wholly transparent.
+def _nearest_seen(alpha: Image.Image) -> tuple[np.ndarray, np.ndarray] | None:
+    """For each pixel row and column of the nearest that is not wholly transparent; None where that is all or none.
 
-    What programs leave there, black or white or an old background, is no colour of the painting.
+    What programs leave in the others, black or white or an old background, is no colour of the painting.
     """
     hidden = np.asarray(alpha) == 0
     if not hidden.any() or hidden.all():
-        return rgb
-    rows, columns = distance_transform_edt(hidden, return_distances=False, return_indices=True)
-    return Image.fromarray(np.asarray(rgb)[rows, columns])
+        return None
+    return tuple(distance_transform_edt(hidden, return_distances=False, return_indices=True))
 
 
-def _grey_to_8_bits(image: Image.Image, path: Path) -> Image.Image:
+def _deep_rgb(image: Image.Image, upright: Image.Image, colours: Image.Image, path: Path) -> np.ndarray | None:
+    """`Decoded.deep` of a picture as it was opened, then turned, then without alpha in 8 bits."""
+    if upright.mode.startswith("I"):
+        values = _grey(upright, path, np.uint16)[..., None]
+    elif not image.info[_HAS_16_BITS]:
+        return None
+    elif (low := low_bytes(path, image.tell())) is None:
+        logger.warning("%s: is read with 8 of its 16 bits a channel; RGB and grey keep all", path)
+        return None
+    else:
+        if upright is not image:
+            low = ImageOps.exif_transpose(low)
+        values = np.asarray(colours).astype(np.uint16) << 8 | np.asarray(low.convert("RGB"))
+    if (rgb := deep_to_srgb(values, colours)) is None:
+        logger.warning("%s: is read with 8 of its 16 bits a channel; colour profiles with tables convert no more", path)
+    return rgb
+
+
+def _grey(image: Image.Image, path: Path, depth: type[np.unsignedinteger]) -> np.ndarray:
+    """Grey of more than 8 bits, rounded to that depth."""
     values = np.asarray(image)
     white, black_is_largest = image.info.get(_TIFF_RANGE, (65_535, False))
     if image.mode == "F" or values.min() < 0:
         raise UserError(f"{path}: float and negative pixels cannot be read; save it with 8 or 16 bits a channel")
-    shades = np.rint(values * (255 / white)).astype(np.uint8)
-    grey = Image.fromarray(255 - shades if black_is_largest else shades)
-    grey.info = dict(image.info)
-    return grey
+    largest = np.iinfo(depth).max
+    shades = np.rint(values * (largest / white)).astype(depth)
+    return largest - shades if black_is_largest else shades
 
 
 def _resolution(image: Image.Image) -> tuple[float, float] | None:

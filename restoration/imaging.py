@@ -1,7 +1,7 @@
 """Reading and writing pictures: files on one side, float tensors [3, H, W] in [0, 1] on the other.
 
-Every picture is upright, in sRGB and 8 bits a channel once it is read. Pictures of 16 bits a channel are reduced to 8
-on reading (grey ones by rounding, colour ones by Pillow, which keeps the high byte): what is written has 8 bits.
+Every picture is upright and in sRGB once it is read. Where its file has 16 bits a channel, so has what is written in a
+format that can hold them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from PIL import ExifTags, Image, PngImagePlugin
 
 from restoration.decoding import decode, reading
+from restoration.deep import DEEP_FORMATS, encode_deep
 from restoration.errors import UnwritableError, UserError, reason
 from restoration.files import write_whole
 from restoration.metadata import COMMENT, JPEG_BYTES_BESIDE_IPTC, descriptive_exif, jpeg_with_iptc
@@ -70,7 +71,7 @@ class Picture:
     ``alpha`` is uint8 [H, W] or None; ``exif`` and ``xmp`` hold what describes the painting and its photograph,
     without orientation and sizes; ``iptc`` the datasets of IPTC-IIM, which JPEG and TIFF files may have; ``texts`` what
     a PNG says by keywords, and as "Comment" what a JPEG does; ``icc_profile`` is None or an sRGB profile; ``dpi`` is
-    dots an inch (x, y).
+    dots an inch (x, y); ``bits`` are those of a channel, 8 or 16.
     """
 
     rgb: torch.Tensor
@@ -81,6 +82,7 @@ class Picture:
     texts: dict[str, str] | None = None
     icc_profile: bytes | None = None
     dpi: tuple[float, float] | None = None
+    bits: int = 8
 
     @property
     def visible(self) -> torch.Tensor | None:
@@ -105,9 +107,9 @@ def read_image(path: str | os.PathLike) -> Picture:
     """
     path = Path(path)
     with reading(path):
-        decoded = decode(path)
+        decoded = decode(path, deep=True)
         return Picture(
-            rgb=from_pillow(decoded.rgb),
+            rgb=from_pillow(decoded.rgb) if decoded.deep is None else _shares(decoded.deep),
             alpha=None if decoded.alpha is None else torch.from_numpy(np.array(decoded.alpha)),
             exif=decoded.exif,
             xmp=decoded.xmp,
@@ -115,11 +117,15 @@ def read_image(path: str | os.PathLike) -> Picture:
             texts=decoded.texts,
             icc_profile=decoded.icc_profile,
             dpi=decoded.dpi,
+            bits=8 if decoded.deep is None else 16,
         )
 
 
 def read_rgb(path: str | os.PathLike) -> Image.Image:
-    """The pixels of ``read_image`` alone, as a Pillow RGB picture of a third of the memory; the same errors."""
+    """The pixels of ``read_image`` alone, in 8 bits, as a Pillow picture of a third of the memory; the same errors.
+
+    Of colour with 16 bits a channel Pillow keeps the high byte; grey is rounded.
+    """
     path = Path(path)
     with reading(path):
         return decode(path).rgb
@@ -148,12 +154,12 @@ def check_writable(path: str | os.PathLike, *, force: bool = False, like: Pictur
 def write_image(
     path: str | os.PathLike, rgb: torch.Tensor, like: Picture | None = None, *, force: bool = False
 ) -> None:
-    """Write ``rgb`` (float [3, H, W], clamped to [0, 1], rounded to 8 bits) in the format of the path's suffix.
+    """Write ``rgb`` (float [3, H, W], clamped to [0, 1], rounded to 8 or 16 bits) in the format of the path's suffix.
 
-    Alpha, EXIF, XMP, IPTC, texts, ICC profile and resolution are those of ``like``. WebP has no place for the
-    resolution, JPEG none for more than 65,535 dots an inch; IPTC needs JPEG or TIFF, texts need PNG, but for JPEG's
-    comment: a warning names what is left out. The file appears whole or not at all, and replaces another only with
-    ``force``. PNG, TIFF and WebP are lossless.
+    Alpha, EXIF, XMP, IPTC, texts, ICC profile and resolution are those of ``like``. PNG and TIFF hold 16 bits a channel
+    where ``like`` has them. WebP has no place for the resolution, JPEG none for more than 65,535 dots an inch; IPTC
+    needs JPEG or TIFF, texts need PNG, but for JPEG's comment: a warning names what is left out. The file appears whole
+    or not at all, and replaces another only with ``force``. PNG, TIFF and WebP are lossless.
     Raises UnwritableError where the file cannot be written, UserError where another is there, or where JPEG would lose
     transparency or notes; ValueError where rgb has another shape than [3, H, W], another size than the alpha of
     ``like``, or a value that is not finite.
@@ -164,28 +170,47 @@ def write_image(
     check_writable(path, force=force)
     check_format_holds(path, rgb.shape[-2:], like)
 
-    image = to_pillow(rgb)
     image_format = _WRITABLE_FORMATS[path.suffix.lower()]
     options = dict(_SAVE_OPTIONS[image_format])
-    if alpha is not None and image_format != "JPEG":
-        image.putalpha(Image.fromarray(alpha.cpu().numpy()))
     if like is not None:
         options |= _notes_options(like, image_format)
         _warn_of_lost_notes(path, image_format, like)
 
     try:
         # By way of memory: Pillow does not notice where the disk takes only a part of what its libraries write.
-        encoded = io.BytesIO()
-        image.save(encoded, format=image_format, **options)
-        content = encoded.getbuffer()
-        if image_format == "JPEG" and like is not None and like.iptc is not None:
-            content = jpeg_with_iptc(encoded.getvalue(), like.iptc)
+        pixels = _pixels(rgb, None if image_format == "JPEG" else alpha, _bits_in(image_format, like))
+        if pixels.dtype == np.uint16:
+            content = encode_deep(pixels, image_format, options)
+        else:
+            encoded = io.BytesIO()
+            Image.fromarray(pixels).save(encoded, format=image_format, **options)
+            content = encoded.getbuffer()
+            if image_format == "JPEG" and like is not None and like.iptc is not None:
+                content = jpeg_with_iptc(encoded.getvalue(), like.iptc)
     except (OSError, ValueError, RuntimeError, OverflowError, struct.error) as error:
         raise UnwritableError(f"{path}: cannot be written ({reason(error)})") from error
     write_whole(path, content, replace=force)
 
 
+def _bits_in(image_format: str, like: Picture | None) -> int:
+    return 16 if like is not None and like.bits == 16 and image_format in DEEP_FORMATS else 8
+
+
+def _pixels(rgb: torch.Tensor, alpha: torch.Tensor | None, bits: int) -> np.ndarray:
+    """What a file of 8 or 16 bits holds of float [3, H, W] and uint8 [H, W]: [H, W, 3 or 4]."""
+    largest, depth = 2**bits - 1, np.uint8 if bits == 8 else np.uint16
+    steps = rgb.detach().clamp(0, 1).mul(largest).round()
+    pixels = steps.permute(1, 2, 0).cpu().numpy().astype(depth, order="C")
+    if alpha is None:
+        return pixels
+    return np.concatenate(
+        [pixels, alpha.cpu().numpy()[..., None].astype(depth) * (largest // 255)], axis=2, dtype=depth
+    )
+
+
 def _warn_of_lost_notes(path: Path, image_format: str, picture: Picture) -> None:
+    if _bits_in(image_format, picture) < picture.bits:
+        logger.warning("%s: %s holds 8 bits a channel; .png and .tif would keep the picture's 16", path, image_format)
     if picture.iptc is not None and image_format not in _FORMATS_WITH_IPTC:
         logger.warning("%s: %s has no place for IPTC data, which .jpg and .tif would keep", path, image_format)
     if _dpi_in(image_format, picture) != picture.dpi:
@@ -230,21 +255,21 @@ def _notes_options(picture: Picture, image_format: str) -> dict[str, object]:
     return options
 
 
-def to_uint8(values: torch.Tensor) -> torch.Tensor:
-    """Values in [0, 1] (clamped) as the nearest of 256 steps: round(255 x)."""
-    return values.clamp(0, 1).mul(255).round().to(torch.uint8)
-
-
 def to_pillow(rgb: torch.Tensor) -> Image.Image:
-    """Float [3, H, W] in [0, 1], on any device, as an RGB picture."""
-    return Image.fromarray(to_uint8(rgb.detach()).permute(1, 2, 0).cpu().contiguous().numpy())
+    """Float [3, H, W] in [0, 1] (clamped), on any device, as an RGB picture of the nearest of 256 steps."""
+    return Image.fromarray(_pixels(rgb, None, bits=8))
 
 
 def from_pillow(image: Image.Image) -> torch.Tensor:
     """An RGB picture as float32 [3, H, W] in [0, 1]."""
+    return _shares(np.asarray(image))
+
+
+def _shares(pixels: np.ndarray) -> torch.Tensor:
+    """uint8 or uint16 [H, W, 3] as float32 [3, H, W] in [0, 1]."""
     # In NumPy, not torch: loader processes must not start a team of threads for every small crop.
-    values = np.asarray(image).transpose(2, 0, 1).astype(np.float32, order="C")
-    return torch.from_numpy(np.divide(values, 255, out=values))
+    values = pixels.transpose(2, 0, 1).astype(np.float32, order="C")
+    return torch.from_numpy(np.divide(values, np.iinfo(pixels.dtype).max, out=values))
 
 
 def _check_pixels(rgb: torch.Tensor, like: Picture | None) -> None:

@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, ImageCms, PngImagePlugin, TiffImagePlugin, Tiff
 
 from restoration import files
 from restoration.errors import UserError
-from restoration.imaging import to_uint8
+from restoration.imaging import to_pillow
 from restoration.metadata import jpeg_with_iptc
 
 LOSSLESS = ("png", "tif", "webp")
@@ -46,7 +46,7 @@ def write_table(path, columns, *lines):
 
 
 def as_bytes(rgb):
-    return to_uint8(rgb).permute(1, 2, 0).numpy()
+    return np.asarray(to_pillow(rgb))
 
 
 @functools.cache  # it holds the second in which it was made
@@ -114,13 +114,14 @@ def save_with_iptc(path, datasets, declared=TiffTags.UNDEFINED):
 
 
 def png_of_16_bits(values, transparent=None):
-    """A PNG of RGB or grey of 16 bits, which Pillow reads but cannot write; values are uint16 [H, W, 3] or [H, W]."""
+    """A PNG of 16 bits, which Pillow reads but cannot write; values are uint16 [H, W, 3 or 4] or [H, W] of grey."""
     rows = [row.astype(">u2").tobytes() for row in values]
-    return raw_png(values.shape[1], rows, 16, kind=2 if values.ndim == 3 else 0, transparent=transparent)
+    kind = {3: 2, 4: 6}[values.shape[2]] if values.ndim == 3 else 0
+    return raw_png(values.shape[1], rows, 16, kind, transparent=transparent)
 
 
 def raw_png(width, rows, bits, kind, transparent=None):
-    """rows: bytes of each; kind: 0 for grey, 2 for RGB; transparent: the numbers of a colour that is to be so."""
+    """rows: bytes of each; kind: 0 for grey, 2 for RGB, 6 for RGBA; transparent: a colour's numbers."""
 
     def chunk(name, content):
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))

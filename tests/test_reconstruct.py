@@ -13,7 +13,7 @@ from restoration import reconstruct
 from restoration.checkpoints import save_network
 from restoration.errors import UnwritableError, UserError
 from restoration.flow import Architecture, ReversibleNetwork
-from restoration.imaging import read_image
+from restoration.imaging import Picture, read_image, write_image
 from restoration.progress import PictureProgress
 from restoration.reconstruct import FORMATS, Recolourer, plan
 
@@ -45,6 +45,25 @@ def test_one_file(tmp_path, checkpoint):
     (report,) = run(degraded, reference, tmp_path / "out.png", checkpoint)
     assert Image.open(tmp_path / "out.png").size == (34, 21)
     assert 0 < report.metrics.ssim <= 1 and report.seconds > 0
+
+
+def test_a_scan_of_16_bits_keeps_them(tmp_path, checkpoint):
+    ramp = torch.linspace(0.3, 0.4, 40 * 60).reshape(40, 60) * torch.tensor([1, 0.9, 0.7])[:, None, None]
+    deep, flat = tmp_path / "deep.tif", tmp_path / "flat.png"
+    write_image(deep, ramp, Picture(ramp, bits=16))
+    write_image(flat, ramp)
+    reference = save_picture(tmp_path / "kept.png", 30, 50, seed=1)
+
+    def recoloured(degraded, name, **options):
+        run(degraded, reference, tmp_path / name, checkpoint, **options)
+        return read_image(tmp_path / name)
+
+    tif, png, of_flat = recoloured(deep, "1.tif"), recoloured(deep, "2.png"), recoloured(flat, "3.png")
+    assert (tif.bits, png.bits, of_flat.bits) == (16, 16, 8) and torch.equal(tif.rgb, png.rgb)
+    # Of a narrow range stretched wide, 8 bits leave bands.
+    assert len(tif.rgb[0].unique()) > 1_000 > 5 * len(of_flat.rgb[0].unique())
+    unchanged = recoloured(deep, "4.tif", strength=0.0)
+    assert (unchanged.rgb - read_image(deep).rgb).abs().max() <= 1.01 / 65_535
 
 
 def test_what_nobody_sees_decides_nothing(tmp_path, checkpoint):
