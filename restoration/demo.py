@@ -43,11 +43,12 @@ def make_demo(
             write_image(path, from_pillow(Image.fromarray(drawn)), force=force)
             written.append(path)
         (report,) = recolourer.recolour_files([Job(degraded, reference, result)], force=force)
+        written.append(result)
+        row = [read_image(path).rgb for path in (degraded, reference, result)]
+        titles = ("faded", "reference", "recoloured")
+        write_image(side_by_side, contact_sheet([("", row)], titles, cell=SIDE_BY_SIDE_CELL), force=force)
     except BaseException:
         for path in written:  # the others may be of a second demonstration in this folder
             path.unlink(missing_ok=True)
         raise
-    row = [read_image(path).rgb for path in (degraded, reference, result)]
-    titles = ("faded", "reference", "recoloured")
-    write_image(side_by_side, contact_sheet([("", row)], titles, cell=SIDE_BY_SIDE_CELL), force=force)
     return report

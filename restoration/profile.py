@@ -16,6 +16,7 @@ from restoration.memory import PeakMemory
 from restoration.parts import measuring, part
 from restoration.step import Optimisation
 from restoration.train import build_step, check_precision, loss_network, memory_told_in_one_line, training_pairs
+from restoration.vgg import load_vgg_weights
 
 
 def report(seconds: dict[str, float], steps: int, peak: float | None) -> str:
@@ -45,6 +46,7 @@ def profile_training(
     Steps are not captured as a CUDA graph, whose parts could not be told apart.
     """
     check_precision(config, device)
+    load_vgg_weights(vgg)  # before paintings are read, which can take minutes
     paintings = find_paintings(data, styles=styles, split="train")
     dataset = training_pairs(paintings, config, vgg)
     features = loss_network(vgg, dataset.paintings)

@@ -519,19 +519,27 @@ def test_demo_refuses_before_it_draws(tmp_path, capsys, monkeypatch, option, mes
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_demo_that_fails_leaves_no_picture(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("RESTORATION_BACKEND", "nonsense")
-    assert call(capsys, monkeypatch, "demo", "--out", tmp_path / "demo", "--device", "cpu")[0] == 2
-    assert list((tmp_path / "demo").iterdir()) == []
+def test_a_demo_that_fails_leaves_no_picture(workshop, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "demo"
+    arguments = ("demo", "--out", out, "--checkpoint", workshop / "small.safetensors", "--device", "cpu")
+    with monkeypatch.context() as context:
+        context.setenv("RESTORATION_BACKEND", "nonsense")
+        assert call(capsys, context, *arguments)[0] == 2
+    assert list(out.iterdir()) == []
 
-    def write_one(path, *arguments, **options):
-        if path.name == "reference.png":
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write_image(path, *arguments, **options)
+    def write_until(full):
+        def write(path, *arguments, **options):
+            if path.name == full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            write_image(path, *arguments, **options)
 
-    monkeypatch.setattr("restoration.demo.write_image", write_one)
-    assert call(capsys, monkeypatch, "demo", "--out", tmp_path / "demo", "--device", "cpu")[0] == 2
-    assert list((tmp_path / "demo").iterdir()) == []
+        return write
+
+    for full in ("reference.png", "side_by_side.png"):
+        monkeypatch.setattr("restoration.demo.write_image", write_until(full))
+        code, _, err = call(capsys, monkeypatch, *arguments)
+        assert code == 2 and "No space left on device" in err
+        assert list(out.iterdir()) == []
 
 
 def test_a_demo_that_fails_removes_no_picture_of_another(tmp_path, capsys, monkeypatch):

@@ -426,6 +426,9 @@ def test_what_is_wrong_beside_the_paintings_is_said_before_they_are_read(tmp_pat
         train(paintings, tmp_path / "other", config(blocks=2), device=CPU, initial_weights=weights)
     with pytest.raises(UserError, match=r"missing\.pth: no such file of VGG19 weights"):
         train(paintings, tmp_path / "other", config(), device=CPU, vgg=tmp_path / "missing.pth")
+    monkeypatch.setattr("restoration.profile.find_paintings", lambda *_, **__: pytest.fail("paintings were sought"))
+    with pytest.raises(UserError, match=r"missing\.pth: no such file of VGG19 weights"):
+        profile_training(paintings, config(), device=CPU, vgg=tmp_path / "missing.pth")
 
 
 def test_one_backward_pass_gives_every_parameter_a_gradient():
