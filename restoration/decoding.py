@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageErro
 from scipy.ndimage import distance_transform_edt
 
 from restoration.colour import assume_declared_profile, deep_to_srgb, to_srgb
-from restoration.deep import DEEP, DEEP_FORMATS, low_bytes, raw_modes
+from restoration.deep import DEEP, DEEP_FORMATS, PLANES_APART, low_bytes, raw_modes
 from restoration.errors import UserError, reason
 from restoration.metadata import descriptive_exif, descriptive_xmp, has_extended_xmp, iptc, iptc_is_cut, texts
 
@@ -34,7 +34,7 @@ _FORMATS_OF_PAGES = ("PNG", "TIFF", "WEBP")
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 # Values of TIFF's tags, and the name under which a picture carries what they say of its grey.
-_NOT_COMPRESSED, _PLANES_APART, _WHITE_IS_ZERO, _SIGNED, _COPY_OR_MASK = 1, 2, 0, 2, 0b101
+_NOT_COMPRESSED, _WHITE_IS_ZERO, _SIGNED, _COPY_OR_MASK = 1, 0, 2, 0b101
 _TIFF_RANGE = "range of a TIFF file's grey"
 _HAS_16_BITS = "has 16 bits a channel"
 _TIFF_NOTES = {
@@ -215,7 +215,7 @@ def _check_tiff(image: Image.Image, path: Path) -> None:
     bits = max(bits_of_channels)
     if bits > 16:
         raise UserError(f"{path}: float and 32-bit pixels cannot be read; save it with 8 or 16 bits a channel")
-    planes_apart = len(bits_of_channels) > 1 and tags.get(ExifTags.Base.PlanarConfiguration) == _PLANES_APART
+    planes_apart = len(bits_of_channels) > 1 and tags.get(ExifTags.Base.PlanarConfiguration) == PLANES_APART
     if bits > 8 and planes_apart and tags.get(ExifTags.Base.Compression) == _NOT_COMPRESSED:
         raise UserError(
             f"{path}: holds its channels of 16 bits one after the other, uncompressed, which cannot be read; save it "
@@ -341,7 +341,7 @@ def _deep_rgb(image: Image.Image, upright: Image.Image, colours: Image.Image, pa
             low = ImageOps.exif_transpose(low)
         values = np.asarray(colours).astype(np.uint16) << 8 | np.asarray(low.convert("RGB"))
     if (rgb := deep_to_srgb(values, colours)) is None:
-        logger.warning("%s: is read with 8 of its 16 bits a channel; colour profiles with tables convert no more", path)
+        logger.warning("%s: is read with 8 of its 16 bits a channel; its colour profile is applied to no more", path)
     return rgb
 
 

@@ -14,6 +14,7 @@ from PIL import ExifTags, Image
 
 DEEP_FORMATS = ("PNG", "TIFF")
 DEEP = ";16"  # in Pillow's names of how a file holds its pixels
+PLANES_APART = 2  # of TIFF's planar configurations
 
 # Pillow keeps the high byte of a deep channel. Told that the file has the other order of bytes it keeps the low one.
 _ORDERS = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
@@ -30,21 +31,19 @@ def low_bytes(path: Path, page: int) -> Image.Image | None:
     with Image.open(path, formats=DEEP_FORMATS) as image:
         if image.format == "TIFF":
             image.seek(page)
-            channels_apart = image.tag_v2.get(ExifTags.Base.PlanarConfiguration) == 2
-            if channels_apart:  # libtiff's decoder does not ask for the order then
+            if (
+                image.tag_v2.get(ExifTags.Base.PlanarConfiguration) == PLANES_APART
+            ):  # then libtiff's decoder asks no order
                 return None
         if not raw_modes(image) <= _LOW_BYTES.keys():
             return None
-        image.tile = [
-            tile._replace(args=_LOW_BYTES[tile.args] if isinstance(tile.args, str) else _with_low_bytes(*tile.args))
-            for tile in image.tile
-        ]
+        image.tile = [tile._replace(args=_with_low_bytes(tile.args)) for tile in image.tile]
         image.load()
         return image
 
 
-def _with_low_bytes(raw_mode: str, *others: object) -> tuple[object, ...]:
-    return _LOW_BYTES[raw_mode], *others
+def _with_low_bytes(args: str | tuple[object, ...]) -> str | tuple[object, ...]:
+    return _LOW_BYTES[args] if isinstance(args, str) else (_LOW_BYTES[args[0]], *args[1:])
 
 
 def encode_deep(pixels: np.ndarray, image_format: str, options: dict[str, object]) -> bytes:
