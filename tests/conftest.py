@@ -63,7 +63,7 @@ def a_fault_of_a_kernel_ends_the_process():
 @pytest.fixture
 def simulated_gpu(monkeypatch):
     """Lets the cuda backend run on CPU tensors, in the runner of simt_build."""
-    if simt_build.compiler() is None:
+    if not simt_build.compiler():
         pytest.skip("no C++ compiler")
     module = simt_build.load_extension()
     monkeypatch.setattr(_backend, "extension", lambda: (module, None))

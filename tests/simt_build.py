@@ -13,6 +13,7 @@ import importlib.machinery
 import importlib.util
 import os
 import runpy
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -65,11 +66,11 @@ parse_resources = runpy.run_path(str(CSRC / "resource_report.py"))["parse"]
 
 
 def compiler():
-    """The C++ compiler, or None."""
-    return os.environ.get("CXX") or shutil.which("g++")
+    """The command of the C++ compiler, in words: CXX may name arguments, or a launcher before it. Empty without one."""
+    return shlex.split(os.environ.get("CXX", "")) or [path for path in [shutil.which("g++")] if path]
 
 
-needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(not compiler(), reason="no C++ compiler")
 both_orders = pytest.mark.parametrize("order", ["forward", "reverse"], indirect=True)  # the fixture is in conftest.py
 
 
@@ -105,7 +106,7 @@ def build_sanitized_program(source):
 
 def address_sanitizer_environment():
     """Environment in which Python can load a sanitized module. The interpreter itself leaks by design."""
-    runtime = _run([compiler(), "-print-file-name=libasan.so"]).strip()
+    runtime = _run([*compiler(), "-print-file-name=libasan.so"]).strip()
     return {**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
 
 
@@ -136,12 +137,12 @@ def _link(sources, check, shared=True):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         watched = [CHECKS[check] if source.suffix == ".cu" else options for source in sources]
         objects = list(pool.map(_compile, sources, watched))
-    command = [compiler(), *FLAGS, *options, *(["-shared"] if shared else []), *map(str, objects)]
+    command = [*compiler(), *FLAGS, *options, *(["-shared"] if shared else []), *map(str, objects)]
     return _cached(command, b"".join(path.name.encode() for path in objects), ".so" if shared else "")
 
 
 def _compile(source, options):
-    command = [compiler(), *FLAGS, *options, *DEFINITIONS, *INCLUDES, "-x", "c++", "-c", str(source)]
+    command = [*compiler(), *FLAGS, *options, *DEFINITIONS, *INCLUDES, "-x", "c++", "-c", str(source)]
     return _cached(command, source.read_bytes() + _headers(), ".o")
 
 
@@ -168,7 +169,7 @@ def _cached(command, content, suffix):
 
 @functools.cache
 def _compiler_version():
-    return _run([compiler(), "--version"])
+    return _run([*compiler(), "--version"])
 
 
 def _run(command):

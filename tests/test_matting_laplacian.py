@@ -1,5 +1,4 @@
 import functools
-import os
 from pathlib import Path
 
 import compare
@@ -7,6 +6,7 @@ import matting_guides
 import numpy as np
 import pytest
 import torch
+from pictures import PAINTINGS, needs_paintings
 from PIL import Image
 
 from restoration_kernels import matting_laplacian_apply, matting_laplacian_energy, matting_laplacian_matrix
@@ -290,11 +290,11 @@ def test_accuracy_in_each_arithmetic_of_the_gpu(picture, float64):
     check_accuracy("cuda", matting_guides.draw(picture), eps=1e-7)
 
 
-@pytest.mark.skipif("RESTORATION_PAINTINGS" not in os.environ, reason="RESTORATION_PAINTINGS names no folder")
+@needs_paintings
 @compare.every_backend(OPERATORS[0])
 @pytest.mark.parametrize("style", ["ink_wash", "blue_green", "light_crimson"])
 def test_accuracy_on_photographs(backend, style):
-    file = min(Path(os.environ["RESTORATION_PAINTINGS"], style).glob("*.jpg"))
+    file = min(Path(PAINTINGS, style).glob("*.jpg"))
     height, width = matting_guides.SIZE
     with Image.open(file) as photograph:
         pixels = np.asarray(photograph.convert("RGB").crop((200, 200, 200 + width, 200 + height)))
