@@ -339,7 +339,7 @@ def _deep_rgb(image: Image.Image, upright: Image.Image, colours: Image.Image, pa
     else:
         if upright is not image:
             low = ImageOps.exif_transpose(low)
-        values = np.asarray(colours).astype(np.uint16) << 8 | np.asarray(low.convert("RGB"))
+        values = np.asarray(colours).astype(np.uint16) << 8 | np.asarray(low)[..., :3]
     if (rgb := deep_to_srgb(values, colours)) is None:
         logger.warning("%s: is read with 8 of its 16 bits a channel; its colour profile is applied to no more", path)
     return rgb

@@ -60,9 +60,9 @@ def exchanged_profile():
     return profile.replace(b"rXYZ", b"....").replace(b"bXYZ", b"rXYZ").replace(b"....", b"bXYZ")
 
 
-def grey_profile():
-    """Of a scanner whose grey values are linear in light: a header, and a tone curve as the only tag."""
-    curve = struct.pack(">4s4xI", b"curv", 0)
+def grey_profile(*points):
+    """A header, and a tone curve of these points as the only tag; without any, grey values are linear in light."""
+    curve = struct.pack(f">4s4xI{len(points)}H", b"curv", len(points), *points)
     size = 128 + 4 + 12 + len(curve)
     header = struct.pack(">I4xI4s4s4s12x4s", size, 0x02400000, b"scnr", b"GRAY", b"XYZ ", b"acsp")
     illuminant = struct.pack(">28x3I", 0xF6D6, 0x10000, 0xD32D)

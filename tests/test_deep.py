@@ -11,6 +11,7 @@ import torch
 from pictures import exchanged_profile, grey_profile, linear_profile, png_of_16_bits, srgb_profile, write_tiff
 from PIL import ExifTags, Image, ImageCms
 
+from restoration.colour import _adobe_rgb as adobe_profile
 from restoration.colour import deep_to_srgb
 from restoration.decoding import decode
 from restoration.imaging import Picture, read_image, write_image
@@ -84,9 +85,7 @@ def test_the_low_bytes_turn_with_the_high_ones(tmp_path, suffix, orientation):
     else:
         exif = Image.Exif()
         exif[ExifTags.Base.Orientation] = orientation
-        content, notes = png_of_16_bits(values), exif.tobytes().removeprefix(b"Exif\0\0")
-        chunk = struct.pack(">I", len(notes)) + b"eXIf" + notes + struct.pack(">I", zlib.crc32(b"eXIf" + notes))
-        path.write_bytes(content[:33] + chunk + content[33:])
+        path.write_bytes(with_exif(png_of_16_bits(values), exif.tobytes().removeprefix(b"Exif\0\0")))
     high = np.asarray(decode(path).rgb)
     assert high.shape[:2] == ((9, 13) if orientation < 5 else (13, 9))
     picture = read_image(path)
@@ -131,6 +130,26 @@ def test_other_kinds_are_read_with_8_bits_and_a_warning(tmp_path, caplog, shape,
     assert "scan.tif: is read with 8 of its 16 bits a channel" in caplog.text
 
 
+def with_exif(png, notes):
+    chunk = b"eXIf" + notes
+    return png[:33] + struct.pack(">I", len(notes)) + chunk + struct.pack(">I", zlib.crc32(chunk)) + png[33:]
+
+
+def test_damaged_exif_leaves_all_bits(tmp_path, caplog):
+    values = deep_pixels()
+    (tmp_path / "scan.png").write_bytes(with_exif(png_of_16_bits(values), b"no notes"))
+    assert_holds(tmp_path / "scan.png", values)
+    assert "its EXIF data cannot be read" in caplog.text
+
+
+def test_16_bits_a_pixel_are_not_a_channel(tmp_path):
+    header = struct.pack("<2sI4xI", b"BM", 66 + 8, 66)
+    header += struct.pack("<IiiHHII16x3I", 40, 2, 2, 1, 16, 3, 8, 0xF800, 0x07E0, 0x001F)
+    (tmp_path / "scan.bmp").write_bytes(header + struct.pack("<4H", 0xF800, 0x07E0, 0x001F, 0xFFFF))
+    picture = read_image(tmp_path / "scan.bmp")
+    assert picture.bits == 8 and picture.rgb[:, 0].T.tolist() == [[0, 0, 1], [1, 1, 1]]
+
+
 @pytest.mark.parametrize("suffix", ["png", "tif", "jpg", "webp", "bmp"])
 def test_8_bits_stay_8_bits(tmp_path, caplog, suffix):
     Image.new("RGB", (4, 4), (1, 2, 3)).save(tmp_path / f"scan.{suffix}")
@@ -166,6 +185,7 @@ def parametric(number, *parameters):
 
 
 PROFILES = {
+    "adobe": adobe_profile,  # of colours that sRGB cannot hold
     "exchanged": exchanged_profile,
     "linear": linear_profile,
     "table": table_profile,
@@ -203,7 +223,15 @@ def test_a_profile_in_closed_form():
     light = values / 65_535
     expected = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055) * 65_535
     found = deep_to_srgb(values, in_profile(linear_profile()))
-    assert np.abs(found - expected).max() <= 2  # primaries have 16 bits in a profile
+    assert np.abs(found - expected).max() <= 0.6  # 0.5 of rounding, and primaries of 16 bits
+
+
+def test_a_grey_profile_in_closed_form():
+    values = deep_pixels(channels=1)
+    light = (values / 65_535) ** (460 / 256)
+    expected = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055) * 65_535
+    found = deep_to_srgb(values, in_profile(grey_profile(460), "L"))  # one point is a power, of 8 bits after the point
+    assert np.abs(found - expected).max() <= 0.6
 
 
 def test_a_grey_profile(tmp_path):
@@ -231,19 +259,22 @@ def test_curves_in_closed_form():
     }
     for name, curve in expected.items():
         assert np.abs(matrix_profile(GREY_BLACKS[name]()).curves - curve).max() < 1e-4
+    assert matrix_profile(parametric(1, 2.2, 1.2, -0.1)).curves.max() == 1  # as all light
 
 
 def test_profiles_that_are_no_curves_and_primaries():
     profile = exchanged_profile()
     lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
-    tables, curves = profile.replace(b"wtpt", b"A2B0"), profile.replace(b"para", b"mAB ")
-    unknown_curve = profile.replace(b"para\0\0\0\0\0\3", b"para\0\0\0\0\0\7")
-    for broken in (lab, tables, curves, unknown_curve, b"", profile[:140], profile[:200]):
+    unknown, unnumbered = (
+        profile.replace(b"para" + bytes(5) + b"\3", other) for other in (b"mAB ", b"para" + bytes(5) + b"\7")
+    )
+    for broken in (lab, unknown, unnumbered, b"", profile[:140], profile[:200]):
         with pytest.raises(OtherProfileError):
             matrix_profile(broken)
 
 
-@pytest.mark.parametrize("profile", GREY_BLACKS.values(), ids=GREY_BLACKS)
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("profile", [*GREY_BLACKS.values(), lambda: parametric(0, -1)], ids=[*GREY_BLACKS, "damaged"])
 def test_other_profiles_leave_8_bits_and_a_warning(tmp_path, caplog, profile):
     values = deep_pixels()
     for name, used in (("scan", exchanged_profile()), ("other", profile())):
