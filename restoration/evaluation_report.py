@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from statistics import mean
 
@@ -13,7 +12,14 @@ from restoration.collection import ALL_STYLES
 from restoration.contact_sheet import contact_sheet
 from restoration.errors import UserError
 from restoration.evaluate import NETWORK, UNTOUCHED, Evaluation
-from restoration.files import check_can_be_written, lies_within, make_folder, write_json, write_text_whole
+from restoration.files import (
+    check_can_be_written,
+    check_replaceable,
+    lies_within,
+    make_folder,
+    write_json,
+    write_text_whole,
+)
 from restoration.imaging import check_writable, write_image
 
 METRICS, TABLE, SHEET = "metrics.json", "table.md", "contact_sheet.png"
@@ -50,10 +56,7 @@ def check_output(out: Path, data: Path | None = None, *, force: bool = False) ->
     if not out.exists():
         return
     for path in (out / METRICS, out / TABLE):
-        if path.is_dir():
-            raise UserError(f"{path}: is a folder, cannot be overwritten")
-        if os.path.lexists(path) and not force:
-            raise UserError(f"{path}: exists already (--force overwrites)")
+        check_replaceable(path, replace=force)
     check_writable(out / SHEET, force=force)
 
 

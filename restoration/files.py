@@ -24,6 +24,18 @@ PARTIAL_SUFFIX = ".partial"
 _UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.partial")  # of write_whole
 
 
+def check_replaceable(path: Path, *, replace: bool) -> None:
+    """UserError where `write_whole` would find a folder, or a file that shall not be replaced."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, cannot be overwritten")
+    if not replace and os.path.lexists(path):
+        raise _exists_already(path)
+
+
+def _exists_already(path: Path) -> UserError:
+    return UserError(f"{path}: exists already (--force overwrites)")
+
+
 def write_whole(path: Path, content: bytes | memoryview, *, replace: bool = True) -> None:
     """Gives path this content: whenever process or machine stops, path is the old file or the new one, never a part.
 
@@ -37,7 +49,7 @@ def write_whole(path: Path, content: bytes | memoryview, *, replace: bool = True
             write_through(file, content)
         _publish(temporary, path, replace)
     except FileExistsError:
-        raise UserError(f"{path}: exists already (--force overwrites)") from None
+        raise _exists_already(path) from None
     except OSError as error:
         raise UnwritableError(
             f"{path}: cannot be written ({reason(error)}); what was there before is untouched"

@@ -22,7 +22,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 from restoration.decoding import decode, reading
 from restoration.deep import DEEP_FORMATS, encode_deep
 from restoration.errors import UnwritableError, UserError, reason
-from restoration.files import write_whole
+from restoration.files import check_replaceable, write_whole
 from restoration.metadata import COMMENT, JPEG_BYTES_BESIDE_IPTC, descriptive_exif, jpeg_with_iptc
 
 logger = logging.getLogger(__name__)
@@ -139,14 +139,11 @@ def check_writable(path: str | os.PathLike, *, force: bool = False, like: Pictur
     path = Path(path)
     if path.suffix.lower() not in _WRITABLE_FORMATS:
         raise UserError(f"{path}: output must end in one of {', '.join(_WRITABLE_FORMATS)}, got '{path.suffix}'")
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder, cannot be overwritten by an image")
     if not path.parent.is_dir():
         raise UnwritableError(f"{path}: its folder {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise UnwritableError(f"{path}: its folder {path.parent} is not writable")
-    if not force and os.path.lexists(path):
-        raise UserError(f"{path}: exists already (--force overwrites)")
+    check_replaceable(path, replace=force)
     if like is not None:
         check_format_holds(path, like.rgb.shape[-2:], like)
 
