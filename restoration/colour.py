@@ -66,7 +66,7 @@ def deep_to_srgb(values: np.ndarray, image: Image.Image) -> np.ndarray | None:
         with suppress(OSError, ImageCms.PyCMSError):  # of those `to_srgb` has told
             if _transform_to_srgb(profile, image.mode) is not None:
                 curves = _deep_profile(profile, image.mode)
-                return None if curves is None else _deeply_to_srgb(curves, values)
+                return None if curves is None else curves.to_srgb(values)
     return np.broadcast_to(values, (*values.shape[:2], 3))
 
 
@@ -158,10 +158,6 @@ def _sampled_colours() -> np.ndarray:
     return np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(-1, len(steps), 3)
 
 
-def _deeply_to_srgb(curves: MatrixProfile, values: np.ndarray) -> np.ndarray:
-    return curves.to_srgb(values, matrix_profile(_srgb().tobytes()))
-
-
 @functools.lru_cache(maxsize=4)  # of 768 KB each
 def _deep_profile(profile: bytes, mode: str) -> MatrixProfile | None:
     """None where the profile has tables, or littlecms, which makes a grey black dark, differs by more than a step."""
@@ -172,5 +168,5 @@ def _deep_profile(profile: bytes, mode: str) -> MatrixProfile | None:
     colours = _sampled_colours() if mode == "RGB" else np.arange(256, dtype=np.uint8)[None]
     expected = np.asarray(_applied(_transform_to_srgb(profile, mode), Image.fromarray(colours)))
     deep = colours.astype(np.uint16).reshape(*colours.shape[:2], -1) * 257
-    found = _deeply_to_srgb(curves, deep) / 257
+    found = curves.to_srgb(deep) / 257
     return curves if np.abs(found - expected).max() <= 1.5 else None

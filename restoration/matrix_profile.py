@@ -10,6 +10,9 @@ import numpy as np
 SHADES = 2**16
 _ROWS_AT_ONCE = 256  # in float32 beside the picture
 
+# Their XYZ in columns, adapted to D50 as in every profile, and rounded as in littlecms' own of sRGB.
+SRGB_PRIMARIES = np.array([[28_576, 25_239, 9_375], [14_581, 46_983, 3_972], [912, 6_361, 46_787]]) / 65_536
+
 # The parametric curves (ICC.1, 10.18) by their number: how many parameters they have, and g a b c d e f of the last,
 # which has them all: max(a x + b, 0)^g + e from d on, c x + f below.
 _PARAMETRIC = {
@@ -32,10 +35,10 @@ class MatrixProfile:
     curves: np.ndarray
     primaries: np.ndarray | None
 
-    def to_srgb(self, values: np.ndarray, srgb: MatrixProfile) -> np.ndarray:
-        """uint16 [H, W, C] in this profile's colours as uint16 [H, W, 3] in sRGB, whose profile is given."""
+    def to_srgb(self, values: np.ndarray) -> np.ndarray:
+        """uint16 [H, W, C] in this profile's colours as uint16 [H, W, 3] in sRGB."""
         result = np.empty((*values.shape[:2], 3), np.uint16)
-        mixing = None if self.primaries is None else np.linalg.solve(srgb.primaries, self.primaries)
+        mixing = None if self.primaries is None else np.linalg.solve(SRGB_PRIMARIES, self.primaries)
         for first in range(0, len(values), _ROWS_AT_ONCE):
             rows = slice(first, first + _ROWS_AT_ONCE)
             light = np.stack([curve[values[rows, :, channel]] for channel, curve in enumerate(self.curves)], axis=2)

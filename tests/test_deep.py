@@ -15,7 +15,7 @@ from restoration.colour import _adobe_rgb as adobe_profile
 from restoration.colour import deep_to_srgb
 from restoration.decoding import decode
 from restoration.imaging import Picture, read_image, write_image
-from restoration.matrix_profile import OtherProfileError, matrix_profile
+from restoration.matrix_profile import SRGB_PRIMARIES, OtherProfileError, matrix_profile
 
 
 def deep_pixels(height=9, width=13, channels=3, seed=0):
@@ -224,6 +224,10 @@ def test_a_profile_in_closed_form():
     expected = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055) * 65_535
     found = deep_to_srgb(values, in_profile(linear_profile()))
     assert np.abs(found - expected).max() <= 0.6  # 0.5 of rounding, and primaries of 16 bits
+
+
+def test_primaries_of_srgb():
+    assert np.array_equal(matrix_profile(srgb_profile()).primaries, SRGB_PRIMARIES)
 
 
 def test_a_grey_profile_in_closed_form():
