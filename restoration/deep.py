@@ -20,6 +20,9 @@ PLANES_APART = 2  # of TIFF's planar configurations
 _ORDERS = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
 _LOW_BYTES = {f"{mode};16{order}": f"{mode};16{other}" for mode in ("RGB", "RGBA") for order, other in _ORDERS.items()}
 
+_MODES = {3: "RGB", 4: "RGBA"}
+_PNG_KINDS = {"RGB": 2, "RGBA": 6}
+
 
 def raw_modes(image: Image.Image) -> set[str]:
     """How the file of a picture that has not been loaded yet holds its pixels, in Pillow's words."""
@@ -46,13 +49,9 @@ def _with_low_bytes(args: str | tuple[object, ...]) -> str | tuple[object, ...]:
     return _LOW_BYTES[args] if isinstance(args, str) else (_LOW_BYTES[args[0]], *args[1:])
 
 
-def encode_deep(pixels: np.ndarray, image_format: str, options: dict[str, object]) -> bytes:
+def encode_deep(pixels: np.ndarray, image_format: str, options: dict[str, object]) -> bytes | bytearray:
     """A PNG or TIFF file of uint16 [H, W, 3 or 4], RGB or RGBA. options: what Pillow's save takes of notes."""
     return {"PNG": _png, "TIFF": _tiff}[image_format](pixels, _MODES[pixels.shape[2]], options)
-
-
-_MODES = {3: "RGB", 4: "RGBA"}
-_PNG_KINDS = {"RGB": 2, "RGBA": 6}
 
 
 def _saved(image: Image.Image, image_format: str, options: dict[str, object]) -> bytearray:
@@ -61,7 +60,7 @@ def _saved(image: Image.Image, image_format: str, options: dict[str, object]) ->
     return bytearray(file.getbuffer())
 
 
-def _tiff(pixels: np.ndarray, mode: str, options: dict[str, object]) -> bytes:
+def _tiff(pixels: np.ndarray, mode: str, options: dict[str, object]) -> bytearray:
     """The bytes of a deep picture are those of one of 8 bits that is twice as wide: two tags tell them apart."""
     height, width, _ = pixels.shape
     content = _saved(Image.frombytes(mode, (2 * width, height), pixels.astype("<u2").tobytes()), "TIFF", options)
@@ -73,7 +72,7 @@ def _tiff(pixels: np.ndarray, mode: str, options: dict[str, object]) -> bytes:
             struct.pack_into("<HHII", content, entry, tag, 4, 1, width)  # 4: a number of 32 bits
         if tag == ExifTags.Base.BitsPerSample:
             struct.pack_into(f"<{values}H", content, place, *[16] * values)
-    return bytes(content)
+    return content
 
 
 def _png(pixels: np.ndarray, mode: str, options: dict[str, object]) -> bytes:

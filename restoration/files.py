@@ -36,7 +36,7 @@ def _exists_already(path: Path) -> UserError:
     return UserError(f"{path}: exists already (--force overwrites)")
 
 
-def write_whole(path: Path, content: bytes | memoryview, *, replace: bool = True) -> None:
+def write_whole(path: Path, content: bytes | bytearray | memoryview, *, replace: bool = True) -> None:
     """Gives path this content: whenever process or machine stops, path is the old file or the new one, never a part.
 
     UnwritableError where it cannot be written, on a full disk, say; UserError where a file is there that shall not be
@@ -93,7 +93,7 @@ def read_json(path: Path) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def write_through(file: BinaryIO, content: bytes | memoryview) -> None:
+def write_through(file: BinaryIO, content: bytes | bytearray | memoryview) -> None:
     """Writes, and waits until the disk has it: OSError where that has no room."""
     file.write(content)
     file.flush()

@@ -200,9 +200,7 @@ def _pixels(rgb: torch.Tensor, alpha: torch.Tensor | None, bits: int) -> np.ndar
     pixels = steps.permute(1, 2, 0).cpu().numpy().astype(depth, order="C")
     if alpha is None:
         return pixels
-    return np.concatenate(
-        [pixels, alpha.cpu().numpy()[..., None].astype(depth) * (largest // 255)], axis=2, dtype=depth
-    )
+    return np.concatenate([pixels, alpha.cpu().numpy()[..., None].astype(depth) * depth(largest // 255)], axis=2)
 
 
 def _warn_of_lost_notes(path: Path, image_format: str, picture: Picture) -> None:

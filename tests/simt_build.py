@@ -67,7 +67,7 @@ parse_resources = runpy.run_path(str(CSRC / "resource_report.py"))["parse"]
 
 def compiler():
     """The command of the C++ compiler, in words: CXX may name arguments, or a launcher before it. Empty without one."""
-    return shlex.split(os.environ.get("CXX", "")) or [path for path in [shutil.which("g++")] if path]
+    return shlex.split(os.environ.get("CXX") or shutil.which("g++") or "")
 
 
 needs_compiler = pytest.mark.skipif(not compiler(), reason="no C++ compiler")

@@ -217,11 +217,14 @@ def test_a_profile_means_what_it_means_to_littlecms(name):
     assert len(np.unique(deep_to_srgb(ramp, in_profile(profile))[..., 1])) > 4_000
 
 
+def in_shades_of_srgb(light):
+    return np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055) * 65_535
+
+
 def test_a_profile_in_closed_form():
     """Linear light in sRGB's primaries: sRGB's curve alone is left."""
     values = deep_pixels(300, 2)  # of more rows than are converted at once
-    light = values / 65_535
-    expected = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055) * 65_535
+    expected = in_shades_of_srgb(values / 65_535)
     found = deep_to_srgb(values, in_profile(linear_profile()))
     assert np.abs(found - expected).max() <= 0.6  # 0.5 of rounding, and primaries of 16 bits
 
@@ -232,8 +235,7 @@ def test_primaries_of_srgb():
 
 def test_a_grey_profile_in_closed_form():
     values = deep_pixels(channels=1)
-    light = (values / 65_535) ** (460 / 256)
-    expected = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055) * 65_535
+    expected = in_shades_of_srgb((values / 65_535) ** (460 / 256))
     found = deep_to_srgb(values, in_profile(grey_profile(460), "L"))  # one point is a power, of 8 bits after the point
     assert np.abs(found - expected).max() <= 0.6
 
@@ -244,9 +246,8 @@ def test_a_grey_profile(tmp_path):
         Image.fromarray(pixels).save(tmp_path / f"{name}.tif", icc_profile=grey_profile())
     deep, flat = (read_image(tmp_path / f"{name}.tif") for name in ("deep", "flat"))
     assert deep.bits == 16 and deep.icc_profile == flat.icc_profile
-    assert (deep.rgb - flat.rgb).abs().max() <= 1 / 255 and (
-        deep.rgb * 255 - (deep.rgb * 255).round()
-    ).abs().max() > 0.4
+    assert (deep.rgb - flat.rgb).abs().max() <= 1 / 255
+    assert (deep.rgb * 255 - (deep.rgb * 255).round()).abs().max() > 0.4
 
 
 def test_srgb_and_unknown_profiles_change_nothing(tmp_path):
