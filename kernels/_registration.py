@@ -124,7 +124,8 @@ def differentiate(forward, backward, save, count, outputs=1):
         ctx.save_for_backward(*(value if isinstance(value, torch.Tensor) else None for value in saved))
         ctx.options = [None if isinstance(value, torch.Tensor) else value for value in saved]
         ctx.backend = inputs[-1]
-        ctx.mark_non_differentiable(*results[outputs:])
+        # What backward takes is differentiable: through it, too, second derivatives are refused, not left out.
+        ctx.mark_non_differentiable(*(result for result in results[outputs:] if all(result is not x for x in saved)))
         # Zeros where one of several outputs is not used; else they would be made for those that are for backward alone.
         ctx.set_materialize_grads(outputs > 1)
 
