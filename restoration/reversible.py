@@ -250,9 +250,18 @@ class _Chain(torch.autograd.Function):
         return tuple(streams)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.circumstances.run(_chain_gradients, ctx, gradients)
+        with torch.no_grad():
+            found = ctx.circumstances.run(_chain_gradients, ctx, gradients)
+        return _refuse_derivatives_of(found) if torch.is_grad_enabled() else found
+
+
+def _refuse_derivatives_of(gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """once_differentiable does so only where those of the outputs have any, and lets the others be zero in silence."""
+    refuse = torch._C._functions.DelayedError(
+        "ReversibleNetwork: reversible must be False where second derivatives are taken, got True", len(gradients)
+    )
+    return refuse(*(None if each is None else each.detach().requires_grad_() for each in gradients))
 
 
 def _chain_gradients(ctx, of_outputs: Streams) -> tuple[Tensor | None, ...]:
