@@ -254,7 +254,8 @@ def _pixel_unshuffle(x: Tensor) -> Tensor:
 
 def _pixel_shuffle(x: Tensor) -> Tensor:
     """[B,4C,H,W] -> [B,C,2H,2W]."""
-    return _PixelShuffle.apply(x) if x.device.type == "cpu" else F.pixel_shuffle(x, 2)
+    by_pairs = x.device.type == "cpu" and not torch.compiler.is_compiling()  # which writes into no view
+    return _PixelShuffle.apply(x) if by_pairs else F.pixel_shuffle(x, 2)
 
 
 class _PixelShuffle(torch.autograd.Function):

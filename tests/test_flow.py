@@ -67,6 +67,16 @@ def test_halves_are_those_of_the_code(precision):
     assert image.untyped_storage().nbytes() == image.nbytes, "a picture keeps no other channels alive"
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_passes_are_the_eager_ones(precision):
+    net, x = network(precision), picture(16, 20)
+    with torch.no_grad():
+        z = net.encode(x)
+        assert torch.equal(torch.compile(net.encode, backend="aot_eager")(x), z)
+        assert torch.equal(torch.compile(net.decode, backend="aot_eager")(z), net.decode(z))
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_pixels_out_of_order_are_the_same(batch):
     """Each stays where its channels are, so that its code is moved and decoded alike."""
