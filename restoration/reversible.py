@@ -234,7 +234,9 @@ def run_chain(steps: Sequence[Step], streams: list[Tensor], reversible: bool = T
         return streams
     evaluations = [step.evaluation() for step in steps]
     parameters = [parameter for evaluation in evaluations for parameter in evaluation.parameters]
-    return _Chain.apply(steps, evaluations, len(streams), *streams, *parameters)
+    # A compiler would cut the chain into pieces, which may not write over each other's streams.
+    apply = torch._dynamo.disable(_Chain.apply) if torch.compiler.is_compiling() else _Chain.apply
+    return apply(steps, evaluations, len(streams), *streams, *parameters)
 
 
 class _Chain(torch.autograd.Function):
