@@ -38,8 +38,12 @@ def round_to_quantum_(x: Tensor) -> Tensor:
 
 class _RoundToQuantum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         return (x / STREAM_QUANTUM).round_().mul_(STREAM_QUANTUM)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:

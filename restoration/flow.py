@@ -150,6 +150,8 @@ class ReversibleNetwork(nn.Module):
 
     def _couplings_of_now(self) -> dict[bool, list[list[Coupling]]]:
         """By whether they are inverse; blocks with the numbers that the parameters have now."""
+        if self.reversible and torch._C._are_functorch_transforms_active():
+            raise RuntimeError("ReversibleNetwork: reversible must be False within transforms of torch.func, got True")
         sections = nn.ModuleList([*self.stages, self.refinement])
         # Plain autograd differentiates the rounding of each parameter, too.
         copies = self._rounded.of(sections) if self.precision == "bf16" and self.reversible else sections
@@ -213,11 +215,12 @@ class _RoundedCopy:
     """A copy of blocks whose convolutions have their weights in bfloat16: rounded once a pass of the network, or step.
 
     Autocast would do it in every block, forward and backward, and as often turn gradients into float32. The copy has
-    the forward hooks that the blocks had when it was made.
+    the forward hooks that the blocks had when it was made. Each pass writes to it, so that one thread alone may train.
     """
 
     def __init__(self) -> None:
         self._copy: nn.Module | None = None
+        self._structure: object = None
 
     # A copy made in inference mode could not be written to in any other. To leave that mode switches gradients on, so
     # no_grad comes second.
@@ -225,16 +228,21 @@ class _RoundedCopy:
     @torch.no_grad()
     def of(self, blocks: nn.Module) -> nn.Module:
         """The copy with the numbers that the blocks have now; on one device always the same tensors."""
-        parameters = list(blocks.parameters())
-        if self._copy is None or next(self._copy.parameters()).device != parameters[0].device:
-            self._copy = copy.deepcopy(blocks).requires_grad_()
+        if (structure := _structure(blocks)) != self._structure:
+            self._copy, self._structure = copy.deepcopy(blocks).requires_grad_(), structure
             for module in self._copy.modules():
                 if isinstance(module, PixelAdaptiveFeatureExtraction):
                     module.to(torch.bfloat16)
                     # As its maps are: else every convolution would bring its weights into their layout.
                     module.value_and_guide.to(memory_format=torch.channels_last)
-        torch._foreach_copy_(list(self._copy.parameters()), parameters)
+        torch._foreach_copy_(list(self._copy.parameters()), list(blocks.parameters()))
         return self._copy
+
+
+def _structure(module: nn.Module) -> object:
+    """All but the numbers: a parametrisation, for one, changes the class of what it is registered for."""
+    modules = [(name, type(each)) for name, each in module.named_modules()]
+    return modules, [(name, each.shape, each.device) for name, each in module.named_parameters()]
 
 
 def _join(first: Tensor, second: Tensor) -> Streams:
@@ -260,7 +268,11 @@ def _pixel_shuffle(x: Tensor) -> Tensor:
 
 class _PixelShuffle(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
         left, right = x.unflatten(1, (-1, 2, 2)).permute(3, 0, 1, 4, 2, 5)
         pairs = x.new_empty(*left.shape, 2)
         # Neighbouring columns are the parts of a complex number, which PyTorch interleaves in vectors.

@@ -1,6 +1,7 @@
 """Backpropagation through rebuilt activations: bits of what is rebuilt, gradients, what is kept, and when."""
 
 import copy
+import functools
 import weakref
 
 import pytest
@@ -366,6 +367,32 @@ def test_rounded_weights_are_those_of_now_and_nobody_elses():
     assert convolutions
     for convolution in convolutions:
         assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_a_parametrisation_registered_after_a_pass_in_bf16_holds_in_the_next():
+    plain, net = network(False, "bf16"), network(True, "bf16")
+    image = picture(8, 12)
+    before = net.encode(image)
+    for each in (plain, net):
+        for block in each.refinement:
+            torch.nn.utils.parametrize.register_parametrization(block.attention, "weight", Doubled())
+    assert not torch.equal(net.encode(image), before)
+    assert torch.equal(net.encode(image), plain.encode(image))
+    assert_equal_gradients(net, plain, image, 1e-5)
+
+
+def test_transforms_of_torch_func_take_plain_autograd():
+    image = picture(8, 12)
+    found = torch.func.grad(functools.partial(both_ways, network(False)))(image)
+    assert_close({"image": found}, {"image": gradients(network(), image)["image"]})
+    for precision in PRECISIONS:
+        with pytest.raises(RuntimeError, match=r"^ReversibleNetwork: .* within transforms"):
+            torch.func.grad(functools.partial(both_ways, network(True, precision)))(image)
 
 
 def test_channels_last_streams_are_rebuilt_as_well():
