@@ -140,7 +140,9 @@ def ccpl_loss(
         temperature: τ, at least 1e-30.
         projections: one module for each layer, [B, 8N, C] -> [B, 8N, D] of any floating dtype, applied to both sides;
             None leaves them out.
-        generator: source of the anchors, see :func:`sample_neighbors`; None inside of torch.compile(fullgraph=True).
+        generator: source of the anchors, see :func:`sample_neighbors`. None inside of torch.compile(fullgraph=True),
+            and within torch.utils.checkpoint, which evaluates twice: it takes back to the same anchors PyTorch's own
+            source alone.
         backend: "cuda", "triton", "cpu" or "reference"; None leaves the choice to :func:`use_backend`.
 
     Returns:
