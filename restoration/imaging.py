@@ -97,17 +97,18 @@ class Picture:
         return None if text is None else text.encode()
 
 
-def read_image(path: str | os.PathLike) -> Picture:
+def read_image(path: str | os.PathLike, *, deep: bool = True) -> Picture:
     """Read a PNG, JPEG, TIFF, WebP or BMP file; of several pages the first, and a warning.
 
-    Grey, palette and CMYK pictures become RGB, an embedded ICC profile is applied, the EXIF orientation too.
+    Grey, palette and CMYK pictures become RGB, an embedded ICC profile is applied, the EXIF orientation too. Without
+    ``deep``, 16 bits a channel are read as 8, as by ``read_rgb``.
     Raises UserError, naming the file, where it is missing, a folder, empty, not an image, damaged, truncated, has
     float or 32-bit pixels, does not fit the memory, or has more pixels than Pillow's guard against decompression bombs
     lets through.
     """
     path = Path(path)
     with reading(path):
-        decoded = decode(path, deep=True)
+        decoded = decode(path, deep=deep)
         return Picture(
             rgb=from_pillow(decoded.rgb) if decoded.deep is None else _shares(decoded.deep),
             alpha=None if decoded.alpha is None else torch.from_numpy(np.array(decoded.alpha)),

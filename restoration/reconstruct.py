@@ -95,7 +95,7 @@ def plan(
     ready = []
     for job in jobs:
         try:
-            picture = read_image(job.degraded)
+            picture = read_image(job.degraded, deep=False)
             read_rgb(job.reference)
             if folders:
                 check_format_holds(job.output, picture.rgb.shape[-2:], picture)

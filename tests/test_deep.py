@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, ImageCms
 from restoration.colour import _adobe_rgb as adobe_profile
 from restoration.colour import deep_to_srgb
 from restoration.decoding import decode
-from restoration.imaging import Picture, read_image, write_image
+from restoration.imaging import Picture, from_pillow, read_image, read_rgb, write_image
 from restoration.matrix_profile import SRGB_PRIMARIES, OtherProfileError, matrix_profile
 
 
@@ -44,6 +44,8 @@ def test_a_png_is_read_to_the_last_bit(tmp_path, channels):
     picture = assert_holds(tmp_path / "scan.png", values[..., :3])
     if channels == 4:
         assert np.array_equal(picture.alpha, values[..., 3] >> 8)
+    shallow = read_image(tmp_path / "scan.png", deep=False)
+    assert shallow.bits == 8 and torch.equal(shallow.rgb, from_pillow(read_rgb(tmp_path / "scan.png")))
 
 
 @pytest.mark.parametrize(
