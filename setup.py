@@ -1,6 +1,6 @@
 """Builds the extension restoration_kernels._C from csrc with CMake and Ninja; the rest is in pyproject.toml.
 
-Environment: RESTORATION_CUDA=0 leaves the CUDA kernels out, 1 demands them (default: where nvcc is found);
+Environment: RESTORATION_CUDA=0 leaves the CUDA kernels out, 1 or a CUDACXX demands them (default: where nvcc is found);
 RESTORATION_CUDA_ARCHS names the architectures by number, as in "86-real,90"; CXX and CUDACXX name the compilers,
 CXX with options or after a launcher, as in "ccache g++", if need be.
 """
@@ -96,10 +96,10 @@ def find_nvcc():
         homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
         candidates = ["nvcc", *(f"{home}/bin/nvcc" for home in homes if home)]
     found = next(filter(None, map(shutil.which, candidates)), None)
-    if found is None and wish == "1":
+    if found is None and (wish == "1" or os.environ.get("CUDACXX")):
         raise CompileError(
-            f"RESTORATION_CUDA=1 demands CUDA kernels, but nvcc was not found (looked for {', '.join(candidates)}): "
-            "install the CUDA toolkit, name nvcc in CUDACXX, or unset RESTORATION_CUDA."
+            f"RESTORATION_CUDA=1 or CUDACXX demands CUDA kernels, but nvcc was not found (looked for "
+            f"{', '.join(candidates)}): install the CUDA toolkit, name nvcc in CUDACXX, or set RESTORATION_CUDA=0."
         )
     return found
 

@@ -175,7 +175,7 @@ def test_unknown_instruction_set():
         ({"PATH": "", "CXX": ""}, "needs a C++17 compiler for its CPU kernels, and none was found"),
         ({"CXX": "no-such-compiler"}, "looked for no-such-compiler"),
         ({"RESTORATION_CUDA": "yes"}, "RESTORATION_CUDA must be 0, 1 or unset, got 'yes'"),
-        ({"RESTORATION_CUDA": "1", "CUDACXX": "/no/nvcc"}, "nvcc was not found (looked for /no/nvcc)"),
+        ({"CUDACXX": "/no/nvcc"}, "nvcc was not found (looked for /no/nvcc)"),
         ({"CUDACXX": "true", "RESTORATION_CUDA_ARCHS": "8.6"}, "RESTORATION_CUDA_ARCHS must be a list such as 86-real"),
     ],
 )
@@ -194,6 +194,16 @@ def setup_functions(monkeypatch):
     """Functions of setup.py, which itself builds nothing here."""
     monkeypatch.setattr("setuptools.setup", lambda **options: None)
     return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def test_nvcc_that_nobody_asks_for_may_be_missing(setup_functions, monkeypatch):
+    for name in ("RESTORATION_CUDA", "CUDACXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("shutil.which", lambda program: None)
+    assert setup_functions["find_nvcc"]() is None
+    monkeypatch.setenv("RESTORATION_CUDA", "1")
+    with pytest.raises(setup_functions["CompileError"], match="demands CUDA kernels"):
+        setup_functions["find_nvcc"]()
 
 
 def program(path):
@@ -336,12 +346,11 @@ def test_copies_for_an_instruction_set_hold_no_shared_code(tree, tmp_path):
 
 
 @pytest.mark.slow
-def test_source_distribution_without_nvcc(tree, tmp_path):
-    """A build that finds no nvcc leaves the CUDA kernels out, by itself."""
+def test_source_distribution(tree, tmp_path):
     command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path)]
     subprocess.run(command, cwd=tree, check=True, capture_output=True)
     (archive,) = tmp_path.glob("*.tar.gz")
-    pip("install", *WITHOUT_ISOLATION, "--target", tmp_path / "site", archive, CUDACXX="/no/nvcc")
+    pip("install", *WITHOUT_ISOLATION, "--target", tmp_path / "site", archive, RESTORATION_CUDA="0")
     _, _, info = installed_build_info(tmp_path / "site")
     assert info["cuda"] is None
 
