@@ -6,6 +6,8 @@ if __name__ != "restoration_kernels":
         "package; write `import restoration_kernels`"
     )
 
+from importlib.metadata import version as _version
+
 from ._backend import available_backends, use_backend
 from .ccpl import CCPLoss, ccpl_loss, info_nce, neighbor_difference, sample_neighbors
 from .dual_pool_attention import dual_pool_attention
@@ -17,6 +19,8 @@ from .matting_laplacian import (
 )
 from .pac_conv2d import PacConv2d, pac_conv2d, pac_conv2d_, pac_kernel2d
 from .relu_split import relu_split
+
+__version__ = _version("painting-restoration")
 
 __all__ = [
     "CCPLoss",

@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from restoration import __version__
 from restoration.errors import UserError
 from restoration.process import (
     SIGNAL_BASE,
@@ -81,6 +82,21 @@ def main() -> None:
         sys.stderr.flush()
         code = error.code or 0 if isinstance(error, SystemExit) else 1
         os._exit(code if isinstance(code, int) else 1)
+
+
+def _show_version(wish: bool) -> None:
+    if wish:
+        print(f"painting-restoration {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    pass  # what holds for no single command
 
 
 def _refuse_company(command: str) -> None:

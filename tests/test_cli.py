@@ -18,6 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
+import restoration
+import restoration_kernels
 from restoration import cli
 from restoration.checkpoints import load_checkpoint, save_checkpoint, save_network
 from restoration.cli import main
@@ -64,6 +66,12 @@ def test_module_runs_and_helps():
     assert done.returncode == 0
     for command in ("demo", "reconstruct", "evaluate", "train", "ablate", "dataset"):
         assert command in done.stdout
+
+
+def test_version(monkeypatch, capsys):
+    version = restoration_kernels.__version__
+    assert version == restoration.__version__
+    assert call(capsys, monkeypatch, "--version") == (0, f"painting-restoration {version}\n", "")
 
 
 def test_help_does_not_wait_for_pytorch():
