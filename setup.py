@@ -56,10 +56,11 @@ def build_module(version):
         "PYTHON": sys.executable,
         "PYTHON_INCLUDE": sysconfig.get_paths()["include"],
         "RESTORATION_CUDA": "ON" if nvcc else "OFF",
-        "RESTORATION_VERSION": version,
     }
     if nvcc:
         options |= {"CMAKE_CUDA_COMPILER": nvcc, "CMAKE_CUDA_ARCHITECTURES": architectures()}
+    digest = runpy.run_path(str(ROOT / "kernels" / "_sources.py"))["digest"]
+    options["RESTORATION_VERSION"] = f"{version}+{digest(CSRC)}"
     cmake = tool("cmake")
     definitions = [f"-D{name}={value}" for name, value in options.items()]
     run([cmake, "-G", "Ninja", "-S", str(CSRC), "-B", str(folder), *definitions], nvcc)

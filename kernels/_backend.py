@@ -8,10 +8,11 @@ import importlib.util
 import logging
 import os
 import warnings
+from pathlib import Path
 
 import torch
 
-from . import _checks
+from . import _checks, _sources
 
 # Fastest first: the automatic choice takes the first that can run the call.
 BACKENDS = ("cuda", "triton", "cpu", "reference")
@@ -165,12 +166,24 @@ def extension():
     if importlib.util.find_spec("restoration_kernels._C") is None:
         return None, "the compiled extension was not built; reinstall the package where a C++ compiler is present"
     try:
-        return importlib.import_module("restoration_kernels._C"), None
+        module = importlib.import_module("restoration_kernels._C")
     except ImportError as error:
         # Not one to be passed over in silence: nobody who wishes for certain instructions wants the reference.
         if str(error).startswith(_CPU_ISA_VARIABLE):
             raise ValueError(str(error)) from error
         return None, f"the compiled extension failed to load ({error}); reinstall the package"
+    _warn_of_other_sources(module, Path(__file__).parents[1] / "csrc")
+    return module, None
+
+
+def _warn_of_other_sources(module, csrc):
+    """An editable install keeps its extension where a pull or an edit changes the sources: arguments may differ."""
+    if csrc.is_dir() and not module.build_info()["version"].endswith(f"+{_sources.digest(csrc)}"):
+        warnings.warn(
+            f"the compiled extension was built from other sources than those in {csrc}: build it again, `pip install "
+            "-e .`",
+            stacklevel=2,
+        )
 
 
 @functools.cache

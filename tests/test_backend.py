@@ -171,6 +171,7 @@ def extension(monkeypatch):
     def replace(load):
         monkeypatch.setattr(_backend.importlib.util, "find_spec", lambda name: None if load == "missing" else object())
         monkeypatch.setattr(_backend.importlib, "import_module", load)
+        monkeypatch.setattr(_backend, "_warn_of_other_sources", lambda module, csrc: None)
         forget()
 
     def forget():

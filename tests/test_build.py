@@ -17,7 +17,7 @@ import pytest
 import simt_build
 import torch
 
-from restoration_kernels import _backend
+from restoration_kernels import _backend, _sources
 
 ROOT = simt_build.ROOT
 EXTENSION, REASON = _backend.extension()
@@ -71,10 +71,20 @@ def run_script(script, **environment):
 @needs_extension
 def test_build_info():
     info = EXTENSION.build_info()
-    assert info["version"] == version("painting-restoration")
+    assert info["version"].partition("+")[::2] == (version("painting-restoration"), _sources.digest(ROOT / "csrc"))
     assert set(info) == {"version", "compiler", "cuda", "cuda_architectures", "openmp", "cpu_isa"}
     assert (info["cuda"] is None) == (info["cuda_architectures"] == [])
     assert hasattr(EXTENSION, "dual_pool_attention_forward_cuda") == (info["cuda"] is not None)
+
+
+@needs_extension
+def test_an_extension_of_other_sources_is_told_of(tmp_path, recwarn):
+    assert EXTENSION is _backend.extension.__wrapped__()[0]
+    _backend._warn_of_other_sources(EXTENSION, tmp_path / "none")
+    assert not recwarn, "installed elsewhere, or just built"
+    (tmp_path / "bindings.cpp").write_text("// another")
+    with pytest.warns(UserWarning, match=f"built from other sources than those in {tmp_path}: build it again"):
+        _backend._warn_of_other_sources(EXTENSION, tmp_path)
 
 
 @needs_extension
