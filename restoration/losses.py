@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from restoration.differentiation import differentiable_once
 from restoration.parts import part
 from restoration.vgg import LAYER_CHANNELS, VGG19Features
 from restoration_kernels import CCPLoss, ccpl_loss, matting_laplacian_energy
@@ -147,7 +148,7 @@ class _ChannelMoments(torch.autograd.Function):
         return variance, mean[..., 0, 0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once("channel_statistics: has no second derivatives")
     def backward(ctx, grad_variance: Tensor, grad_mean: Tensor) -> Tensor:
         feature, mean = ctx.saved_tensors
         pixels = feature.shape[2] * feature.shape[3]

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from restoration.differentiation import differentiable_once
+
 Streams = tuple[Tensor, ...]
 
 
@@ -252,18 +254,9 @@ class _Chain(torch.autograd.Function):
         return tuple(streams)
 
     @staticmethod
+    @differentiable_once("ReversibleNetwork: reversible must be False where second derivatives are taken, got True")
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.no_grad():
-            found = ctx.circumstances.run(_chain_gradients, ctx, gradients)
-        return _refuse_derivatives_of(found) if torch.is_grad_enabled() else found
-
-
-def _refuse_derivatives_of(gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """once_differentiable does so only where those of the outputs have any, and lets the others be zero in silence."""
-    refuse = torch._C._functions.DelayedError(
-        "ReversibleNetwork: reversible must be False where second derivatives are taken, got True", len(gradients)
-    )
-    return refuse(*(None if each is None else each.detach().requires_grad_() for each in gradients))
+        return ctx.circumstances.run(_chain_gradients, ctx, gradients)
 
 
 def _chain_gradients(ctx, of_outputs: Streams) -> tuple[Tensor | None, ...]:

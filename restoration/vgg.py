@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from restoration.convolution import computing_dtype, conv2d, replicate_up_to
+from restoration.differentiation import differentiable_once
 from restoration.errors import UserError
 
 LAYERS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1")
@@ -212,7 +213,7 @@ class _FrozenConvolution(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once("VGG19Features: has no second derivatives")
     def backward(ctx, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
         y, weight = ctx.saved_tensors
         B, _, H, W = y.shape

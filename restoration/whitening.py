@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from restoration.differentiation import differentiable_once
+
 # Multiples of trace/C added to the diagonal, tried in this order; the last one factors any finite covariance.
 RIDGE_LADDER = (1e-6, 1e-4, 1e-2, 1.0)
 # Variance of half a stream quantum: below it, spread is the rounding's own, and a flat picture has trace 0.
@@ -71,7 +73,7 @@ class _Moments(torch.autograd.Function):
         return mean[..., 0], covariance
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once("moments: has no second derivatives")
     def backward(ctx, grad_mean: Tensor, grad_covariance: Tensor) -> tuple[Tensor, None]:
         z, weights, mean = ctx.saved_tensors
         # The covariance's gradient through the mean is a sum of deviations from it, which is zero.
@@ -210,7 +212,7 @@ class _Moved(torch.autograd.Function):
         return torch.baddbmm(shift, change, z.flatten(2) - centre).reshape(z.shape).add_(z)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once("transfer_moments: has no second derivatives")
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         z, change, centre = ctx.saved_tensors
         grad = grad.flatten(2)
