@@ -24,6 +24,7 @@ from restoration.blocks import (
 from restoration.convolution import has_fast_bf16, replicate_up_to
 from restoration.reversible import Coupling, Rearrangement, Step, Streams, run_chain
 from restoration.whitening import Transfer, transfer_statistics
+from restoration_kernels import _require as require
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +40,17 @@ NETWORK_PRECISIONS = ("fp32", "bf16")
 class Architecture:
     """What decides the shapes and the meaning of the parameters; kept in every checkpoint."""
 
-    half_channels: int = 16  # of one half at full resolution; 4 and 16 times as many after the squeezes
+    half_channels: int = 16  # of one half at full resolution, at least 4; 4 and 16 times as many after the squeezes
     blocks_per_stage: int = 10
     refinement_blocks: int = 2
     dpca: bool = True
     cafe: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (("half_channels", 4), ("blocks_per_stage", 1), ("refinement_blocks", 0)):
+            require.integer("Architecture", name, getattr(self, name), least)
+        for name in ("dpca", "cafe"):
+            require.boolean("Architecture", name, getattr(self, name))
 
     def to_dict(self) -> dict[str, int | bool]:
         return asdict(self)
@@ -64,7 +71,7 @@ class ReversibleNetwork(nn.Module):
     multiples of 2^-16 (blocks.STREAM_QUANTUM); from there on decode(encode(x), size) returns it bit for bit on one
     device, in both precisions of the residual functions, while values stay below 2^8 (blocks.STREAM_LIMIT): of z,
     check_stream_range says so. With reversible, backward rebuilds activations in place of keeping them
-    (reversible.run_chain).
+    (reversible.run_chain). TypeError and ValueError name the argument that is not as said here.
     """
 
     def __init__(
@@ -104,7 +111,7 @@ class ReversibleNetwork(nn.Module):
         all alike, as the transfer does, need not wait for copies that put them in order.
         """
         with self._residual_precision(image.device):
-            (code,) = run_chain(self._encoding([_JOIN]), [round_to_quantum(pad_to_valid_size(image))], self.reversible)
+            (code,) = run_chain(self._encoding([_JOIN]), [self._on_grid(image)], self.reversible)
         if in_order:
             return _pixel_shuffle(_pixel_shuffle(code))
         return code.unflatten(1, (-1, _SQUEEZED)).flatten(2, 3)
@@ -114,6 +121,7 @@ class ReversibleNetwork(nn.Module):
 
         z is rounded to multiples of 2^-16 first. in_order as z was encoded.
         """
+        self._check_code(z, size, in_order)
         z = round_to_quantum(z)  # in memory of its own, which the chain may write over
         code = _pixel_unshuffle(_pixel_unshuffle(z)) if in_order else z.unflatten(2, (_SQUEEZED, -1)).flatten(1, 2)
         with self._residual_precision(z.device):
@@ -125,7 +133,7 @@ class ReversibleNetwork(nn.Module):
     def encode_halves(self, image: Tensor) -> list[Tensor]:
         """z in two parts [B,half_channels,H',W'], without gradients: to join them takes their memory twice more."""
         with self._residual_precision(image.device):
-            return run_chain(self._encoding((_UP, _UP)), [round_to_quantum(pad_to_valid_size(image))])
+            return run_chain(self._encoding((_UP, _UP)), [self._on_grid(image)])
 
     @torch.no_grad()
     def decode_halves(self, halves: list[Tensor]) -> Tensor:
@@ -134,6 +142,27 @@ class ReversibleNetwork(nn.Module):
         with self._residual_precision(halves[0].device):
             first, _ = run_chain(self._decoding((_DOWN, _DOWN)), halves)
         return first[:, :IMAGE_CHANNELS].clone()  # a view would keep all channels
+
+    def _on_grid(self, image: Tensor) -> Tensor:
+        """Padded to a size that the network accepts, and rounded to multiples of STREAM_QUANTUM."""
+        self._check_image("image", image)
+        return round_to_quantum(pad_to_valid_size(image))
+
+    def _check_image(self, name: str, image: Tensor) -> None:
+        weight = self.stages[0][0].features.weight
+        require.tensor("ReversibleNetwork", name, image, ("B", IMAGE_CHANNELS, "H", "W"), like=("the weights", weight))
+
+    def _check_code(self, z: Tensor, size: Sequence[int] | None, in_order: bool) -> None:
+        shape = ("B", 2 * self.architecture.half_channels, "H", "W")
+        weight = self.stages[0][0].features.weight
+        *_, H, W = require.tensor("ReversibleNetwork", "z", z, shape, like=("the weights", weight))
+        if not in_order:
+            H, W = H / SIDE_MULTIPLE, W * SIDE_MULTIPLE
+        if min(H, W) < MINIMUM_SIDE or H % SIDE_MULTIPLE or W % SIDE_MULTIPLE:
+            must = f"have sides that are multiples of {SIDE_MULTIPLE} and at least {MINIMUM_SIDE}, as encode returns it"
+            require.fail("ReversibleNetwork", "z", must, require.shape_of(z))
+        if size is not None and not (0 < size[0] <= H and 0 < size[1] <= W):
+            require.fail("ReversibleNetwork", "size", f"lie between (1, 1) and z's, ({H:g}, {W:g})", tuple(size))
 
     @contextmanager
     def unchanged_parameters(self) -> Iterator[None]:
@@ -192,14 +221,25 @@ class ReversibleNetwork(nn.Module):
         return (first[:, :IMAGE_CHANNELS],)
 
     def forward(self, degraded: Tensor, reference: Tensor, strength: float = 1.0) -> Reconstruction:
-        """Recolours degraded [B,3,H,W] after reference [B,3,h,w], both in [0,1]; sizes need not match.
+        """Recolours degraded [B,3,H,W] after reference [B,3,h,w] or [1,3,h,w], in [0,1]; sizes need not match.
 
         Raises OverflowError where values leave the range in which the network is exact.
         """
+        self._check_pictures(degraded, reference)
         content, style = self.encode(degraded), self.encode(reference)
         transfer = transfer_statistics(content, style, strength=strength)
         check_stream_range(content, style, transfer.z)
         return Reconstruction(self.decode(transfer.z, degraded.shape[-2:]), transfer)
+
+    def _check_pictures(self, degraded: Tensor, reference: Tensor) -> None:
+        for name, image in (("degraded", degraded), ("reference", reference)):
+            self._check_image(name, image)
+            least, most = (value.item() for value in image.aminmax())
+            if not (least >= 0 and most <= 1):  # nor is NaN
+                require.fail("ReversibleNetwork", name, "lie in [0, 1]", f"values from {least:g} to {most:g}")
+        if len(reference) not in (1, len(degraded)):
+            must = f"have a batch of 1 or of degraded's, {len(degraded)}"
+            require.fail("ReversibleNetwork", "reference", must, len(reference))
 
 
 @functools.cache  # warns once a process

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from restoration.differentiation import differentiable_once
+from restoration_kernels import _require as require
 
 # Multiples of trace/C added to the diagonal, tried in this order; the last one factors any finite covariance.
 RIDGE_LADDER = (1e-6, 1e-4, 1e-2, 1.0)
@@ -230,18 +231,19 @@ def transfer_statistics(
     style_labels: Tensor | Sequence[Tensor] | None = None,
     strength: float = 1.0,
 ) -> Transfer:
-    """Gives content [B,C,H,W] the mean and covariance of one or several styles [B,C,h,w].
+    """Gives content [B,C,H,W] the mean and covariance of one or several styles, each [B,C,h,w] or [1,C,h,w].
 
     weights: share of each of several styles (equal by default). content_labels [H,W] and style_labels (one [h,w] for
     each style; padded, where the pictures were), integers: every label of the content takes the statistics of the same
     label in the styles; a label that no style has takes those of the whole styles. strength in [0,1]. Differentiable in
     content and styles.
-    Raises ValueError where strength is out of range, where weights are negative, not finite or zero altogether, where
-    there are not as many of them, or of style_labels, as styles, where labels have another size, and where those of one
-    side are given alone.
+    Raises TypeError or ValueError where content or a style is not as said here or there is none, where strength is out
+    of range, where weights are negative, not finite or zero altogether, where there are not as many of
+    them, or of style_labels, as styles, where labels have another size, and where those of one side are given alone.
     """
     _check_strength("transfer_statistics", strength)
     styles = [styles] if isinstance(styles, Tensor) else list(styles)
+    _check_codes(content, styles)
     weights = [1.0] * len(styles) if weights is None else list(weights)
     _check_weights("transfer_statistics", weights, len(styles))
     if content_labels is None and style_labels is None:
@@ -265,6 +267,17 @@ def transfer_statistics(
         ridges.append((part.content_ridge, part.style_ridge))
     content_ridges, style_ridges = zip(*ridges, strict=True)
     return Transfer(z, torch.stack(content_ridges).amax(0), torch.stack(style_ridges).amax(0))
+
+
+def _check_codes(content: Tensor, styles: Sequence[Tensor]) -> None:
+    caller = "transfer_statistics"
+    B, C, *_ = require.tensor(caller, "content", content, ("B", "C", "H", "W"))
+    if not styles:
+        require.fail(caller, "styles", "hold at least one reference", "none")
+    for style in styles:
+        count, *_ = require.tensor(caller, "styles", style, ("B", C, "h", "w"), device_of=("content", content))
+        if count not in (1, B):
+            require.fail(caller, "styles", f"have a batch of 1 or of content's, {B}", count)
 
 
 def _check_labels(

@@ -267,6 +267,56 @@ def test_a_first_pass_in_inference_mode_spoils_no_later_one():
     assert torch.equal(z, first)
 
 
+IMAGE = picture(16, 20)
+CODE = torch.zeros(1, 8, 16, 20)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda net: net.encode(IMAGE[0]), r"image must be of shape \[B, 3, H, W\], got shape \[3, 16, 20\]"),
+        (lambda net: net.encode_halves(IMAGE[:, :1]), r"image must be of shape \[B, 3, H, W\], got .*\[1, 1, 16, 20\]"),
+        (lambda net: net.encode(IMAGE.byte()), "image must have the dtype of the weights, torch.float32, got .*uint8"),
+        (lambda net: net.decode(CODE[:, 1:]), r"z must be of shape \[B, 8, H, W\], got shape \[1, 7, 16, 20\]"),
+        (
+            lambda net: net.decode(CODE[..., 1:]),
+            r"z must have sides that are multiples of 4 and at least 8, .* 16, 19\]",
+        ),
+        (
+            lambda net: net.decode(CODE[..., :4]),
+            r"z must have sides that are multiples of 4 and at least 8, .* 16, 4\]",
+        ),
+        (lambda net: net.decode(CODE, in_order=False), "z must have sides .*, as encode returns it, got .*"),  # 4 x 80
+        (lambda net: net.decode(CODE, (16, 21)), r"size must lie between \(1, 1\) and z's, \(16, 20\), got \(16, 21\)"),
+        (lambda net: net.decode(CODE, (0, 20)), "size must lie between .*, got .*"),
+        (lambda net: net(255 * IMAGE, IMAGE), r"degraded must lie in \[0, 1\], got values from 0 to 255"),
+        (lambda net: net(IMAGE, IMAGE - 1), r"reference must lie in \[0, 1\], got values from -1 to 0"),
+        (lambda net: net(IMAGE * float("nan"), IMAGE), r"degraded must lie in \[0, 1\], got values from nan to nan"),
+        (
+            lambda net: net(IMAGE, IMAGE.expand(2, -1, -1, -1)),
+            "reference must have a batch of 1 or of degraded's, 1, got 2",
+        ),
+    ],
+)
+def test_rejects(call, message):
+    with pytest.raises(ValueError, match=f"^ReversibleNetwork: {message}$"):
+        call(network())
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"half_channels": 3}, "half_channels must be an integer of at least 4, got 3"),  # would drop colours
+        ({"blocks_per_stage": 0}, "blocks_per_stage must be an integer of at least 1, got 0"),
+        ({"refinement_blocks": -1}, "refinement_blocks must be an integer of at least 0, got -1"),
+        ({"dpca": "no"}, "dpca must be True or False, got 'no'"),
+    ],
+)
+def test_rejects_unknown_architectures(setting, message):
+    with pytest.raises(ValueError, match=f"^Architecture: {message}$"):
+        Architecture(**setting)
+
+
 def test_rejects_unknown_precision():
     with pytest.raises(ValueError, match="precision must be one of fp32, bf16, got 'int8'"):
         ReversibleNetwork(SMALL, "int8")

@@ -235,10 +235,14 @@ def test_rejects():
             blend([moments(z)] * 2, weights)
         with pytest.raises(ValueError, match="transfer_statistics: weights must be non-negative"):
             transfer_statistics(z, [z, z], weights=weights, **both)
-    with pytest.raises(ValueError, match=r"one entry a reference \(0\), got 1"):
-        transfer_statistics(z, [], weights=[1.0])
-    with pytest.raises(ValueError, match="non-negative with a positive sum, got \\[\\]"):
-        transfer_statistics(z, [])
+    for content, styles, message in (
+        (z, [], "styles must hold at least one reference, got none"),
+        (z, [z, z[:, :5]], r"styles must be of shape \[B, 6, h, w\], got shape \[1, 5, 4, 4\]"),
+        (z, z.expand(2, -1, -1, -1), "styles must have a batch of 1 or of content's, 1, got 2"),
+        (z[0], z, r"content must be of shape \[B, C, H, W\], got shape \[6, 4, 4\]"),
+    ):
+        with pytest.raises(ValueError, match=f"^transfer_statistics: {message}$"):
+            transfer_statistics(content, styles)
     with pytest.raises(ValueError, match="style_labels must be given"):
         transfer_statistics(z, z, content_labels=labels)
     with pytest.raises(ValueError, match="content_labels must be given"):
