@@ -234,9 +234,7 @@ class ReversibleNetwork(nn.Module):
     def _check_pictures(self, degraded: Tensor, reference: Tensor) -> None:
         for name, image in (("degraded", degraded), ("reference", reference)):
             self._check_image(name, image)
-            least, most = (value.item() for value in image.aminmax())
-            if not (least >= 0 and most <= 1):  # nor is NaN
-                require.fail("ReversibleNetwork", name, "lie in [0, 1]", f"values from {least:g} to {most:g}")
+            check_colours("ReversibleNetwork", name, image)
         if len(reference) not in (1, len(degraded)):
             must = f"have a batch of 1 or of degraded's, {len(degraded)}"
             require.fail("ReversibleNetwork", "reference", must, len(reference))
@@ -333,6 +331,13 @@ _SPLIT = Rearrangement(_split, _join)
 def pad_to_valid_size(image: Tensor) -> Tensor:
     """Replicates the right and lower edges of [B,C,H,W] up to a size that the network accepts."""
     return replicate_up_to(image, MINIMUM_SIDE, SIDE_MULTIPLE)
+
+
+def check_colours(caller: str, name: str, image: Tensor) -> None:
+    """ValueError where values lie outside of [0, 1], as those of 0 to 255, or are NaN. Waits for the device."""
+    least, most = (value.item() for value in image.aminmax())
+    if not (least >= 0 and most <= 1):
+        require.fail(caller, name, "lie in [0, 1]", f"values from {least:g} to {most:g}")
 
 
 def largest_value(streams: Iterable[Tensor]) -> Tensor:

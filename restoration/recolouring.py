@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from restoration.errors import UnsuitableWeightsError
-from restoration.flow import ReversibleNetwork, check_stream_range
+from restoration.flow import ReversibleNetwork, check_colours, check_stream_range
 from restoration.memory import telling_of_memory
 from restoration.whitening import RIDGE_LADDER, Moments, moments_of_parts, transfer_parts_
+from restoration_kernels import _require as require
 
 # Convolutions see zeros past the edge, which shows as a coloured frame some pixels wide after the transfer. With the
 # edge carried on this far, the frame falls outside of the picture.
@@ -29,8 +30,12 @@ def recolour(
     """degraded [3,H,W] after reference [3,h,w], in [0,1], on the CPU; any sizes. Returns the same kind, and notes.
 
     visible: the pixels [H,W] and [h,w], bool, whose colours count; None, or no more than the code's channels: all.
-    UserError where memory does not suffice, UnsuitableWeightsError where these weights cannot treat the picture.
+    UserError where memory does not suffice, UnsuitableWeightsError where these weights cannot treat the picture,
+    ValueError where a picture is not as said here.
     """
+    for name, image in (("degraded", degraded), ("reference", reference)):
+        require.tensor("recolour", name, image, (3, "H", "W"), dtypes=(torch.float32,))
+        check_colours("recolour", name, image)
     pixels = max(degraded[0].numel(), reference[0].numel()) / 1e6
     place = "this computer's memory; reduce it" if device.type == "cpu" else "this GPU; take --device cpu"
     try:

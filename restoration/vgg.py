@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from restoration.convolution import computing_dtype, conv2d, replicate_up_to
 from restoration.differentiation import differentiable_once
 from restoration.errors import UserError
+from restoration_kernels import _require as require
 
 LAYERS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1")
 LAYER_CHANNELS = (64, 128, 256, 512)
@@ -151,7 +152,9 @@ class VGG19Features(nn.Module):
         self, weights: VGGWeights, padding: str = "zeros", channel_means: Iterable[Tensor] | None = None
     ) -> None:
         super().__init__()
-        self.reflect = {"zeros": False, "reflect": True}[padding]
+        if padding not in ("zeros", "reflect"):
+            require.fail("VGG19Features", "padding", "be zeros or reflect", repr(padding))
+        self.reflect = padding == "reflect"
         self.register_buffer("mean", torch.tensor(weights.mean).reshape(1, 3, 1, 1))
         self.register_buffer("deviation", torch.tensor(weights.deviation).reshape(1, 3, 1, 1))
         convolutions = weights.convolutions if channel_means is None else _normalised(weights, channel_means)
@@ -168,6 +171,7 @@ class VGG19Features(nn.Module):
         return converted
 
     def forward(self, image: Tensor) -> list[Tensor]:
+        require.tensor("VGG19Features", "image", image, ("B", 3, "H", "W"), device_of=("the weights", self.mean))
         image = replicate_up_to(image, MINIMUM_SIDE)
         x = (image - self.mean) / self.deviation
         x = x.to(self.block1_conv1_weight.dtype, memory_format=torch.channels_last)

@@ -24,6 +24,24 @@ def small_network(scale=1.0):
     return network
 
 
+PICTURE = torch.rand(3, 16, 20, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("degraded", "reference", "message"),
+    [
+        (PICTURE[None], PICTURE, r"degraded must be of shape \[3, H, W\], got shape \[1, 3, 16, 20\]"),
+        (PICTURE, PICTURE[:1], r"reference must be of shape \[3, H, W\], got shape \[1, 16, 20\]"),
+        (PICTURE.double(), PICTURE, "degraded must have dtype torch.float32, got torch.float64"),
+        (PICTURE, PICTURE * 255, r"reference must lie in \[0, 1\], got values from .* to 25.*"),
+        (PICTURE * float("nan"), PICTURE, r"degraded must lie in \[0, 1\], got values from nan to nan"),
+    ],
+)
+def test_rejects(degraded, reference, message):
+    with pytest.raises(ValueError, match=f"^recolour: {message}$"):
+        recolour(small_network(), degraded, reference, CPU)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (3, 3), (1, 32)])
 def test_pictures_with_fewer_pixels_than_channels(size):
     """Their covariance alone would not tell what their margin holds, which then left the shipped network's range."""

@@ -159,6 +159,19 @@ def test_small_pictures_are_enlarged():
     assert all(feature.isfinite().all() for feature in loss_features()(torch.rand(1, 3, 1, 1)))
 
 
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (picture()[0], r"image must be of shape \[B, 3, H, W\], got shape \[3, 32, 40\]"),
+        (picture()[:, :1], r"image must be of shape \[B, 3, H, W\], got shape \[1, 1, 32, 40\]"),
+        (picture().byte(), "image must have dtype .*float32.*, got torch.uint8"),
+    ],
+)
+def test_rejects_other_tensors(image, message):
+    with pytest.raises(ValueError, match=f"^VGG19Features: {message}$"):
+        metric_features()(image)
+
+
 def test_gradients_flow_to_the_picture_only():
     image = picture().requires_grad_()
     network = metric_features()
@@ -205,5 +218,5 @@ def test_rejects(tmp_path):
     assert not (tmp_path / "planted").exists()
     with pytest.raises(ValueError, match="channel_means must be given"):
         loss_features(incomplete)
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match=r"^VGG19Features: padding must be zeros or reflect, got 'circular'$"):
         VGG19Features(load_vgg_weights(), padding="circular")
