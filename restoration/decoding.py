@@ -124,36 +124,48 @@ def _open(path: Path) -> Image.Image:
     with open(path, "rb") as file:
         if status.st_size == 0:
             raise UserError(f"{path}: is an empty file (0 bytes)")
-        try:
+        with _named_damage(file, path):
             image = Image.open(file, formats=_READABLE_FORMATS)
             pages = _pages(image, path)
-            if image.format == "TIFF":
-                if pages:
-                    image.seek(pages[0])
-                _check_tiff(image, path)
-            if image.format == "PNG":
-                _drop_texts_named_like_notes(image)
-                _fit_transparent_colour(image)
-            image.info[_HAS_16_BITS] = image.format in DEEP_FORMATS and any(DEEP in mode for mode in raw_modes(image))
-            image.load()
-            _drop_texts_named_like_notes(image)  # those that a PNG has behind its pixels
-            if image.format in _JPEG_FORMATS:
-                _take_declared_resolution(image)
-            assume_declared_profile(image, path)
-        except UnidentifiedImageError:
-            raise UserError(f"{path}: {_unidentified(file)}") from None
-        except Image.DecompressionBombError as error:
-            raise UserError(f"{path}: has too many pixels to be read safely ({reason(error)})") from None
-        except (UserError, MemoryError):
-            raise
-        # Pillow's decoders answer damaged bytes with nearly any exception: OSError, SyntaxError, struct.error and more.
-        except Exception as error:
-            raise UserError(f"{path}: is damaged or truncated ({reason(error)})") from error
+            _load(image, pages, path)
     if len(pages) > 1:
         logger.warning("%s: holds %d pictures, of which only the first is read", path, len(pages))
     elif not pages and _is_copy_or_mask(image):
         logger.warning("%s: is read as the reduced copy that it says it is; no other picture is found in it", path)
     return image
+
+
+@contextmanager
+def _named_damage(file: BinaryIO, path: Path) -> Iterator[None]:
+    """What Pillow makes of a file that it cannot read becomes a UserError."""
+    try:
+        yield
+    except UnidentifiedImageError:
+        raise UserError(f"{path}: {_unidentified(file)}") from None
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path}: has too many pixels to be read safely ({reason(error)})") from None
+    except (UserError, MemoryError):
+        raise
+    # Pillow's decoders answer damaged bytes with nearly any exception: OSError, SyntaxError, struct.error and more.
+    except Exception as error:
+        raise UserError(f"{path}: is damaged or truncated ({reason(error)})") from error
+
+
+def _load(image: Image.Image, pages: Sequence[int], path: Path) -> None:
+    """Decodes the first of the pages, with what its format would have Pillow get wrong put right."""
+    if image.format == "TIFF":
+        if pages:
+            image.seek(pages[0])
+        _check_tiff(image, path)
+    if image.format == "PNG":
+        _drop_texts_named_like_notes(image)
+        _fit_transparent_colour(image)
+    image.info[_HAS_16_BITS] = image.format in DEEP_FORMATS and any(DEEP in mode for mode in raw_modes(image))
+    image.load()
+    _drop_texts_named_like_notes(image)  # those that a PNG has behind its pixels
+    if image.format in _JPEG_FORMATS:
+        _take_declared_resolution(image)
+    assume_declared_profile(image, path)
 
 
 def _pages(image: Image.Image, path: Path) -> Sequence[int]:
