@@ -134,7 +134,7 @@ def pac_kernel2d(guide, kernel_size, stride, padding, dilation, normalize):
 
 
 def pac_conv2d_module(
-    in_channels, out_channels, kernel_size, stride, padding, dilation, bias, normalize, shared_filters
+    in_channels, out_channels, kernel_size, stride, padding, dilation, bias, normalize, shared_filters, dtype
 ):
     """Checks the arguments of PacConv2d."""
     operator = "PacConv2d"
@@ -146,6 +146,7 @@ def pac_conv2d_module(
         require.boolean(operator, argument, value)
     if shared_filters and in_channels != out_channels:
         require.fail(operator, "out_channels", f"equal in_channels = {in_channels} with shared_filters", out_channels)
+    _dtype_or_none(operator, dtype)
 
 
 def sample_neighbors(height, width, num_anchors, generator, device):
@@ -238,7 +239,7 @@ def ccpl_projection(layer, rows, projected):
     require.fail("ccpl_loss", f"projections[{layer}]", must, got, error)
 
 
-def ccpl_loss_module(channels, num_anchors, temperature, project):
+def ccpl_loss_module(channels, num_anchors, temperature, project, dtype):
     """Checks the arguments of CCPLoss."""
     operator = "CCPLoss"
     require.boolean(operator, "project", project)
@@ -251,6 +252,7 @@ def ccpl_loss_module(channels, num_anchors, temperature, project):
     for layer, count in enumerate(num_anchors if each else [num_anchors]):
         require.integer(operator, f"num_anchors[{layer}]" if each else "num_anchors", count, 1)
     _not_below(operator, "temperature", temperature, _LEAST_TEMPERATURE)
+    _dtype_or_none(operator, dtype)
 
 
 def matting_laplacian(operator, image, guide, eps, radius):
@@ -283,8 +285,7 @@ def dual_pool_attention_pad2d(x, weight, padding, pool_size, dtype, grad_addend)
     require.integer(operator, "padding", padding, 0)
     if padding >= min(x.shape[2:]):
         require.fail(operator, "padding", f"be less than both sides of x, {list(x.shape[2:])}", padding)
-    if dtype is not None and dtype not in require.DTYPES:
-        require.fail(operator, "dtype", f"be None or one of {', '.join(map(str, require.DTYPES))}", dtype)
+    _dtype_or_none(operator, dtype)
     if grad_addend is not None:
         require.tensor(operator, "grad_addend", grad_addend, tuple(x.shape), like=("x", x))
         if grad_addend.requires_grad:
@@ -298,6 +299,11 @@ def relu_split(x, channels):
     if C < 2:
         require.fail(operator, "x", "have at least 2 channels", C)
     require.integer(operator, "channels", channels, 1, C - 1)
+
+
+def _dtype_or_none(operator, dtype):
+    if dtype is not None and dtype not in require.DTYPES:
+        require.fail(operator, "dtype", f"be None or one of {', '.join(map(str, require.DTYPES))}", dtype)
 
 
 def _geometry(operator, stride, padding, dilation):

@@ -204,6 +204,7 @@ class CCPLoss(nn.Module):
         channels: C of each layer; the default is VGG19's relu1_1, relu2_1, relu3_1, relu4_1.
         num_anchors, temperature: as for :func:`ccpl_loss`.
         project: False leaves the heads out.
+        device, dtype: of the heads, a floating dtype; None is torch's own default.
 
     Raises:
         TypeError, ValueError: an argument is not as said here.
@@ -217,12 +218,16 @@ class CCPLoss(nn.Module):
         num_anchors: int | Sequence[int] = 64,
         temperature: float = 0.07,
         project: bool = True,
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _checks.ccpl_loss_module(channels, num_anchors, temperature, project)
+        _checks.ccpl_loss_module(channels, num_anchors, temperature, project, dtype)
         self.num_anchors = num_anchors
         self.temperature = temperature
-        self.projections = nn.ModuleList(map(_projection_head, channels)) if project else None
+        heads = (_projection_head(count, device=device, dtype=dtype) for count in channels)
+        self.projections = nn.ModuleList(heads) if project else None
 
     def forward(
         self,
@@ -247,8 +252,9 @@ class CCPLoss(nn.Module):
         )
 
 
-def _projection_head(channels):
-    return nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, max(channels // 4, 1)))
+def _projection_head(channels, **kind):
+    wide, narrow = (nn.Linear(channels, count, **kind) for count in (channels, max(channels // 4, 1)))
+    return nn.Sequential(wide, nn.ReLU(), narrow)
 
 
 # The kernels of neighbor_difference. maps is what they call features in either layout, contiguous: [B, C, H, W], or

@@ -189,6 +189,7 @@ class PacConv2d(nn.Module):
         bias: whether to learn one.
         normalize_kernel: the argument normalize of :func:`pac_conv2d`.
         shared_filters: one filter [1, 1, K, K] for all channels in place of [O, C, K, K].
+        device, dtype: of weight and bias, a floating dtype; None is torch's own default.
 
     Raises:
         TypeError, ValueError: an argument is not as said here.
@@ -205,18 +206,21 @@ class PacConv2d(nn.Module):
         bias: bool = True,
         normalize_kernel: bool = False,
         shared_filters: bool = False,
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _checks.pac_conv2d_module(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, bias, normalize_kernel, shared_filters
-        )
+        geometry = (kernel_size, stride, padding, dilation)
+        _checks.pac_conv2d_module(in_channels, out_channels, *geometry, bias, normalize_kernel, shared_filters, dtype)
         self.stride = stride
         self.padding = padding
         self.dilation = dilation
         self.normalize_kernel = normalize_kernel
         filters = (1, 1) if shared_filters else (out_channels, in_channels)
-        self.weight = nn.Parameter(torch.empty(*filters, kernel_size, kernel_size))
-        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
+        kind = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(*filters, kernel_size, kernel_size, **kind))
+        self.bias = nn.Parameter(torch.empty(out_channels, **kind)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

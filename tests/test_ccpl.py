@@ -284,6 +284,8 @@ def test_module():
         "projections.0.2.bias": [2],
     }
     assert len(CCPLoss().projections) == 4
+    elsewhere = CCPLoss((8,), device="meta", dtype=torch.float64)
+    assert {(each.device.type, each.dtype) for each in elsewhere.parameters()} == {("meta", torch.float64)}
     features = [torch.randn(1, 8, 5, 5)]
     bare = CCPLoss((8,), num_anchors=3, project=False)
     assert not list(bare.parameters())
@@ -411,6 +413,7 @@ def test_rejects_what_projections_return(projection, error, got):
         ({"temperature": True}, "temperature must be a finite positive number, got True"),
         ({"temperature": 9e-31}, "temperature must be at least 1e-30, got 9e-31"),
         ({"project": 1}, "project must be True or False, got 1"),
+        ({"dtype": "float32"}, "dtype must be None or one of torch.float16, .*, got float32"),
     ],
 )
 def test_rejects_module(options, message):

@@ -70,6 +70,12 @@ def test_module_shared_filters():
         PacConv2d(3, 4, 5, shared_filters=True)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_device_and_dtype(shared):
+    layer = PacConv2d(3, 3, 5, shared_filters=shared, device="meta", dtype=torch.float64)
+    assert {(each.device.type, each.dtype) for each in layer.parameters()} == {("meta", torch.float64)}
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -82,6 +88,7 @@ def test_module_shared_filters():
         ({"bias": "no"}, "bias must be True or False, got 'no'"),
         ({"normalize_kernel": "no"}, "normalize_kernel must be True or False, got 'no'"),
         ({"shared_filters": "no"}, "shared_filters must be True or False, got 'no'"),
+        ({"dtype": torch.int32}, "dtype must be None or one of torch.float16, .*, got torch.int32"),
     ],
     ids=lambda case: ",".join(case) if isinstance(case, dict) else "",
 )
