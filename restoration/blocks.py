@@ -39,7 +39,8 @@ def round_to_quantum_(x: Tensor) -> Tensor:
 class _RoundToQuantum(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor) -> Tensor:
-        return (x / STREAM_QUANTUM).round_().mul_(STREAM_QUANTUM)
+        # Compiled by PyTorch 2.11, a function that ends with an operation in place has a gradient of zero.
+        return (x / STREAM_QUANTUM).round_() * STREAM_QUANTUM
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:

@@ -212,7 +212,8 @@ class _FrozenConvolution(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, reflect: bool) -> Tensor:
         ctx.reflect = reflect
         y = conv2d(_reflected(x), weight, bias) if reflect else conv2d(x, weight, bias, padding=1)
-        y.relu_()
+        # Not in place where compiled, as in blocks._RoundToQuantum; else to save a map.
+        y = F.relu(y) if torch.compiler.is_compiling() else y.relu_()
         ctx.save_for_backward(y, weight)
         return y
 

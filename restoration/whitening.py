@@ -210,7 +210,8 @@ class _Moved(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z: Tensor, change: Tensor, shift: Tensor, centre: Tensor) -> Tensor:
         ctx.save_for_backward(z, change, centre)
-        return torch.baddbmm(shift, change, z.flatten(2) - centre).reshape(z.shape).add_(z)
+        # Not in place, as in blocks._RoundToQuantum.
+        return torch.baddbmm(shift, change, z.flatten(2) - centre).reshape(z.shape) + z
 
     @staticmethod
     @differentiable_once("transfer_moments: has no second derivatives")
