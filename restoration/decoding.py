@@ -37,6 +37,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 _NOT_COMPRESSED, _WHITE_IS_ZERO, _SIGNED, _COPY_OR_MASK = 1, 0, 2, 0b101
 _TIFF_RANGE = "range of a TIFF file's grey"
 _HAS_16_BITS = "has 16 bits a channel"
+_IS_GREY = "is grey, whatever its mode"
 _TIFF_NOTES = {
     "dpi": ExifTags.Base.XResolution,
     "icc_profile": ExifTags.Base.InterColorProfile,
@@ -161,6 +162,7 @@ def _load(image: Image.Image, pages: Sequence[int], path: Path) -> None:
         _drop_texts_named_like_notes(image)
         _fit_transparent_colour(image)
     image.info[_HAS_16_BITS] = image.format in DEEP_FORMATS and any(DEEP in mode for mode in raw_modes(image))
+    image.info[_IS_GREY] = "LA;16B" in raw_modes(image)  # which Pillow opens as RGBA
     image.load()
     _drop_texts_named_like_notes(image)  # those that a PNG has behind its pixels
     if image.format in _JPEG_FORMATS:
@@ -213,7 +215,10 @@ def _unidentified(file: BinaryIO) -> str:
             return "is damaged or truncated (its tags are missing)"
         if beginning[:4] == _BIG_ENDIAN_BIGTIFF:
             return "is a big-endian BigTIFF file, which cannot be read; save it little-endian, or as classic TIFF"
-        return "is a TIFF file of a kind that cannot be read; save it as RGB or grey with 8 or 16 bits a channel"
+        return (
+            "is a TIFF file of a kind that cannot be read; save it as RGB, or grey without alpha, with 8 or 16 bits a "
+            "channel"
+        )
     return "is not a readable PNG, JPEG, TIFF, WebP or BMP image"
 
 
@@ -322,7 +327,8 @@ def _without_alpha(image: Image.Image, path: Path) -> tuple[Image.Image, Image.I
         with_alpha = image.convert("RGBA")
         alpha = with_alpha.getchannel("A")
         # Grey stays grey for its profile.
-        image = image.convert("L") if image.mode in ("L", "LA") else with_alpha.convert("RGB")
+        grey = image.mode in ("L", "LA") or image.info[_IS_GREY]
+        image = image.convert("L") if grey else with_alpha.convert("RGB")
     elif image.mode in ("P", "1", "YCbCr"):
         image = image.convert("RGB")
     return image, alpha

@@ -84,6 +84,8 @@ def plan(
     jobs = [Job(degraded, reference, output)]
     if folders:
         jobs = _pair_folders(degraded, reference, output, f".{image_format or FORMATS[0]}")
+    elif any(path.exists() and _is_same(output, path) for path in (degraded, reference)):
+        raise UserError(f"{output}: must be another file than the pictures to read")
     if skip_existing:
         # An output that is there is whole, as `write_image` publishes nothing less; but it is empty where a process was
         # killed that had only taken the name, as is done on file systems without hard links.
@@ -170,8 +172,8 @@ def _check_output_folder(output: Path, degraded: Path, reference: Path) -> None:
         raise UserError(f"{output}: its parent folder does not exist")
 
 
-def _is_same(output: Path, folder: Path) -> bool:
-    return output.exists() and output.samefile(folder)
+def _is_same(output: Path, path: Path) -> bool:
+    return output.exists() and output.samefile(path)
 
 
 def _name(path: Path) -> str:

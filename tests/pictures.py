@@ -114,14 +114,14 @@ def save_with_iptc(path, datasets, declared=TiffTags.UNDEFINED):
 
 
 def png_of_16_bits(values, transparent=None):
-    """A PNG of 16 bits, which Pillow reads but cannot write; values are uint16 [H, W, 3 or 4] or [H, W] of grey."""
+    """A PNG of 16 bits, which Pillow reads but cannot write; values are uint16 [H, W, 2, 3 or 4] or [H, W] of grey."""
     rows = [row.astype(">u2").tobytes() for row in values]
-    kind = {3: 2, 4: 6}[values.shape[2]] if values.ndim == 3 else 0
+    kind = {2: 4, 3: 2, 4: 6}[values.shape[2]] if values.ndim == 3 else 0
     return raw_png(values.shape[1], rows, 16, kind, transparent=transparent)
 
 
 def raw_png(width, rows, bits, kind, transparent=None):
-    """rows: bytes of each; kind: 0 for grey, 2 for RGB, 6 for RGBA; transparent: a colour's numbers."""
+    """rows: bytes of each; kind: 0 for grey, 2 for RGB, 4 and 6 with alpha; transparent: a colour's numbers."""
 
     def chunk(name, content):
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))

@@ -281,24 +281,27 @@ def test_grey_linear_in_light_is_right_in_every_shade(tmp_path):
     assert np.array_equal(as_bytes(read_image(tmp_path / "grey.tif").rgb)[0, :, 0], expected.round())
 
 
-def test_cmyk_is_right_beside_a_jump_of_its_profile(tmp_path):
-    """By the table that stands for the formula shades near the jump would be grey."""
+@pytest.mark.parametrize("mode", ["CMYK", "RGB"])
+def test_tables_are_right_beside_a_jump(tmp_path, mode):
+    """By a coarser table in place of the profile's own, shades near the jump would be grey."""
     inks = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
     none = Image.new("L", inks.size)
-    image = Image.merge("CMYK", (none, none, none, inks))
-    image.save(tmp_path / "press.tif", icc_profile=_profile_of_black_or_white())
+    image = Image.merge(mode, (*[none] * (len(mode) - 1), inks))
+    image.save(tmp_path / "press.tif", icc_profile=_profile_of_black_or_white(mode))
     found = as_bytes(read_image(tmp_path / "press.tif").rgb)
     assert (found[0, :128] >= 254).all() and (found[0, 128:] <= 1).all()
 
 
-def _profile_of_black_or_white():
-    """Of a press on whose paper less than half of black shows as none, and more as all; its other inks do nothing."""
+def _profile_of_black_or_white(mode):
+    """Of a press on whose paper less than half of the last ink shows as none, and more as all; others do nothing."""
     same, jump, neutral = bytes(range(256)), bytes(128) + b"\xff" * 128, b"\x80" * 256
-    corners = bytes((255, 128, 128, 0, 128, 128)) * 8  # in Lab, without black and with it
+    corners = bytes((255, 128, 128, 0, 128, 128)) * 2 ** (len(mode) - 1)  # in Lab, without that ink and with it
     unity = struct.pack(">9i", *np.eye(3, dtype=int).ravel() * 65_536)
-    table = struct.pack(">4s4x4B", b"mft1", 4, 3, 2, 0) + unity + same * 4 + corners + jump + neutral * 2
+    table = (
+        struct.pack(">4s4x4B", b"mft1", len(mode), 3, 2, 0) + unity + same * len(mode) + corners + jump + neutral * 2
+    )
     size = 128 + 4 + 12 + len(table)
-    header = struct.pack(">I4xI4s4s4s12x4s", size, 0x02400000, b"prtr", b"CMYK", b"Lab ", b"acsp")
+    header = struct.pack(">I4xI4s4s4s12x4s", size, 0x02400000, b"prtr", mode.encode().ljust(4), b"Lab ", b"acsp")
     illuminant = struct.pack(">28x3I", 0xF6D6, 0x10000, 0xD32D)
     return (header + illuminant).ljust(128, b"\0") + struct.pack(">I4sII", 1, b"A2B0", 144, len(table)) + table
 

@@ -133,8 +133,12 @@ def test_other_kinds_are_read_with_8_bits_and_a_warning(tmp_path, caplog, shape,
 
 
 def with_exif(png, notes):
-    chunk = b"eXIf" + notes
-    return png[:33] + struct.pack(">I", len(notes)) + chunk + struct.pack(">I", zlib.crc32(chunk)) + png[33:]
+    return with_chunk(png, b"eXIf" + notes)
+
+
+def with_chunk(png, chunk):
+    """The same PNG with a chunk of this name and content before its pixels."""
+    return png[:33] + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + png[33:]
 
 
 def test_damaged_exif_leaves_all_bits(tmp_path, caplog):
@@ -250,6 +254,20 @@ def test_a_grey_profile(tmp_path):
     assert deep.bits == 16 and deep.icc_profile == flat.icc_profile
     assert (deep.rgb - flat.rgb).abs().max() <= 1 / 255
     assert (deep.rgb * 255 - (deep.rgb * 255).round()).abs().max() > 0.4
+
+
+def test_a_grey_profile_beside_an_alpha(tmp_path, caplog):
+    """Of a kind that Pillow opens as RGBA, for which a grey profile would be of no use."""
+    shades = np.arange(256, dtype=np.uint8)[None]
+    flat = np.stack([shades, np.full_like(shades, 255)], -1)
+    Image.fromarray(flat, "LA").save(tmp_path / "flat.png", icc_profile=grey_profile())
+    chunk = b"iCCPgrey\0\0" + zlib.compress(grey_profile())
+    (tmp_path / "deep.png").write_bytes(with_chunk(png_of_16_bits(flat.astype(np.uint16) * 257), chunk))
+    deep, expected = (read_image(tmp_path / name) for name in ("deep.png", "flat.png"))
+    assert torch.equal(deep.rgb, expected.rgb) and deep.icc_profile == expected.icc_profile
+    assert caplog.messages == [
+        f"{tmp_path / 'deep.png'}: is read with 8 of its 16 bits a channel; RGB and grey keep all"
+    ]
 
 
 def test_srgb_and_unknown_profiles_change_nothing(tmp_path):

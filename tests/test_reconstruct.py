@@ -201,6 +201,16 @@ def test_results_do_not_lie_among_the_pictures_to_read(tmp_path):
             plan(faded, kept, out)
 
 
+@pytest.mark.parametrize("same_as", ["faded.png", "kept.png"])
+def test_a_result_is_none_of_the_pictures_to_read(tmp_path, same_as):
+    for name in ("faded.png", "kept.png"):
+        Image.new("RGB", (20, 20)).save(tmp_path / name)
+    (tmp_path / "link.png").symlink_to(same_as)
+    for out in (tmp_path / same_as, tmp_path / "link.png"):
+        with pytest.raises(UserError, match=f"^{out}: must be another file than the pictures to read$"):
+            plan(tmp_path / "faded.png", tmp_path / "kept.png", out, force=True)
+
+
 def test_names_are_equal_however_their_letters_are_encoded(tmp_path):
     faded, kept = folders_of(tmp_path, faded=["e\u0301.png"], kept=["\u00e9.png"])
     (job,) = plan(faded, kept, tmp_path / "out")
