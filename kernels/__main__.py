@@ -4,13 +4,17 @@ import sys
 
 import torch
 
-from ._backend import BACKENDS, OPERATORS, extension
+from . import _checks
+from ._backend import BACKENDS, OPERATORS, _ambient_wish, extension
 from ._samples import samples
 
 
 def main():
     """Prints the table, or what is wrong with the environment, with exit status 2."""
     try:
+        wish, source = _ambient_wish()
+        if wish is not None:
+            _checks.backend("restoration_kernels", wish, source, BACKENDS)
         extension()
     except ValueError as error:
         print(error, file=sys.stderr)

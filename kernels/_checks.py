@@ -63,9 +63,10 @@ def pac_conv2d(operator, x, guide, weight, bias, stride, padding, dilation, norm
     if residual is not None:
         require.tensor(operator, "residual", residual, (B, O, *size), device_of=("x", x))
         # A convolution of half precision may be added to a stream of float32.
-        wide = torch.promote_types(x.dtype, torch.float32)
-        if residual.dtype not in (x.dtype, wide):
-            require.fail(operator, "residual", f"have dtype {x.dtype}, as x, or {wide}", residual.dtype)
+        dtypes = dict.fromkeys((x.dtype, torch.promote_types(x.dtype, torch.float32)))
+        if residual.dtype not in dtypes:
+            must = f"have dtype {' or '.join(map(str, dtypes))}, where x has {x.dtype}"
+            require.fail(operator, "residual", must, residual.dtype)
     require.number(operator, "alpha", alpha)
     if quantum is not None:
         require.number(operator, "quantum", quantum, positive=True)
@@ -134,7 +135,7 @@ def pac_kernel2d(guide, kernel_size, stride, padding, dilation, normalize):
 
 
 def pac_conv2d_module(
-    in_channels, out_channels, kernel_size, stride, padding, dilation, bias, normalize, shared_filters, dtype
+    in_channels, out_channels, kernel_size, stride, padding, dilation, bias, normalize, shared_filters, device, dtype
 ):
     """Checks the arguments of PacConv2d."""
     operator = "PacConv2d"
@@ -146,6 +147,7 @@ def pac_conv2d_module(
         require.boolean(operator, argument, value)
     if shared_filters and in_channels != out_channels:
         require.fail(operator, "out_channels", f"equal in_channels = {in_channels} with shared_filters", out_channels)
+    _device_or_none(operator, device)
     _dtype_or_none(operator, dtype)
 
 
@@ -158,10 +160,7 @@ def sample_neighbors(height, width, num_anchors, generator, device):
         require.fail(operator, "height and width", "have at most 2^40 places", f"{height} x {width}")
     _anchors(operator, "num_anchors", num_anchors, height, width)
     _generator(operator, generator)
-    try:
-        torch.device("cpu" if device is None else device)
-    except (RuntimeError, TypeError):
-        require.fail(operator, "device", "be a torch.device, the name of one, or None", repr(device))
+    _device_or_none(operator, device)
 
 
 def neighbor_difference(features, anchors, neighbors):
@@ -239,7 +238,7 @@ def ccpl_projection(layer, rows, projected):
     require.fail("ccpl_loss", f"projections[{layer}]", must, got, error)
 
 
-def ccpl_loss_module(channels, num_anchors, temperature, project, dtype):
+def ccpl_loss_module(channels, num_anchors, temperature, project, device, dtype):
     """Checks the arguments of CCPLoss."""
     operator = "CCPLoss"
     require.boolean(operator, "project", project)
@@ -252,7 +251,16 @@ def ccpl_loss_module(channels, num_anchors, temperature, project, dtype):
     for layer, count in enumerate(num_anchors if each else [num_anchors]):
         require.integer(operator, f"num_anchors[{layer}]" if each else "num_anchors", count, 1)
     _not_below(operator, "temperature", temperature, _LEAST_TEMPERATURE)
+    _device_or_none(operator, device)
     _dtype_or_none(operator, dtype)
+
+
+def ccpl_loss_module_call(features, channels):
+    """Checks that features are those that the heads of CCPLoss were made for."""
+    operator = "CCPLoss"
+    require.sequence(operator, "features", features, len(channels))
+    for layer, (maps, count) in enumerate(zip(features, channels, strict=True)):
+        require.tensor(operator, f"features[{layer}]", maps, ("B", count, "H", "W"))
 
 
 def matting_laplacian(operator, image, guide, eps, radius):
@@ -299,6 +307,13 @@ def relu_split(x, channels):
     if C < 2:
         require.fail(operator, "x", "have at least 2 channels", C)
     require.integer(operator, "channels", channels, 1, C - 1)
+
+
+def _device_or_none(operator, device):
+    try:
+        torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError):
+        require.fail(operator, "device", "be a torch.device, the name of one, or None", repr(device))
 
 
 def _dtype_or_none(operator, dtype):

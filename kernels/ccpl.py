@@ -223,7 +223,8 @@ class CCPLoss(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _checks.ccpl_loss_module(channels, num_anchors, temperature, project, dtype)
+        _checks.ccpl_loss_module(channels, num_anchors, temperature, project, device, dtype)
+        self.channels = tuple(channels)
         self.num_anchors = num_anchors
         self.temperature = temperature
         heads = (_projection_head(count, device=device, dtype=dtype) for count in channels)
@@ -237,10 +238,12 @@ class CCPLoss(nn.Module):
         generator: torch.Generator | None = None,
         backend: str | None = None,
     ) -> Tensor:
-        """The loss of lists of [B, C, H, W], with C the channels given at the start.
+        """The loss of lists of [B, C, H, W], with C the channels given at the start, in the heads' dtype or autocast.
 
         Inside of torch.compile(fullgraph=True) generator must be None, see :func:`sample_neighbors`.
         """
+        if self.projections is not None:
+            _checks.ccpl_loss_module_call(features, self.channels)
         return ccpl_loss(
             features,
             targets,

@@ -212,7 +212,8 @@ class PacConv2d(nn.Module):
     ) -> None:
         super().__init__()
         geometry = (kernel_size, stride, padding, dilation)
-        _checks.pac_conv2d_module(in_channels, out_channels, *geometry, bias, normalize_kernel, shared_filters, dtype)
+        switches = (bias, normalize_kernel, shared_filters)
+        _checks.pac_conv2d_module(in_channels, out_channels, *geometry, *switches, device, dtype)
         self.stride = stride
         self.padding = padding
         self.dilation = dilation

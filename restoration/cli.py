@@ -127,8 +127,8 @@ def reconstruct(
 ) -> None:
     """Recolour DEGRADED after REFERENCE. Size, orientation and transparency are kept.
 
-    Of a folder, pictures that cannot be treated are named, and the others are recoloured all the same; the exit code
-    is then 2. Started by torchrun, several processes share the files of a folder.
+    Of a folder, pictures that cannot be read or treated are named, and the others are recoloured all the same; the
+    exit code is then 2. Started by torchrun, several processes share the files of a folder.
     """
     from restoration.device import choose_device
     from restoration.distributed import joined

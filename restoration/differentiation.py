@@ -12,7 +12,8 @@ def differentiable_once(refusal: str) -> Callable:
     """Decorator of an autograd function's backward: RuntimeError with this message where its results go backward.
 
     torch.autograd.function.once_differentiable says so only where the gradients that backward is given have a graph.
-    Where they are constants, as that of a sum, it returns others, and second derivatives are left out in silence.
+    Where they are constants, as that of a sum, it returns results without one, and second derivatives are left out in
+    silence.
     """
 
     def decorate(backward: Callable) -> Callable:

@@ -236,6 +236,16 @@ def test_table_says_in_one_line_which_instructions_are_unknown(extension, capsys
     assert capsys.readouterr() == ("", message)
 
 
+def test_table_says_in_one_line_which_backend_is_unknown(monkeypatch, capsys):
+    monkeypatch.setenv(_backend.ENVIRONMENT_VARIABLE, "gpu")
+    with pytest.raises(SystemExit) as raised:
+        main()
+    assert raised.value.code == 2
+    wish = "'gpu' from the environment variable RESTORATION_BACKEND"
+    message = f"restoration_kernels: backend must be one of cuda, triton, cpu, reference, got {wish}\n"
+    assert capsys.readouterr() == ("", message)
+
+
 def test_wish_for_an_absent_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(_backend, "_ON_ANY_DEVICE", ("reference",))

@@ -413,9 +413,23 @@ def test_rejects_what_projections_return(projection, error, got):
         ({"temperature": True}, "temperature must be a finite positive number, got True"),
         ({"temperature": 9e-31}, "temperature must be at least 1e-30, got 9e-31"),
         ({"project": 1}, "project must be True or False, got 1"),
+        ({"device": "gpu"}, "device must be a torch.device, the name of one, or None, got 'gpu'"),
         ({"dtype": "float32"}, "dtype must be None or one of torch.float16, .*, got float32"),
     ],
 )
 def test_rejects_module(options, message):
     with pytest.raises((TypeError, ValueError), match=f"^CCPLoss: {message}$"):
         CCPLoss(**options)
+
+
+@pytest.mark.parametrize(
+    ("channels", "message"),
+    [
+        ((4,), r"features\[0\] must be of shape \[B, 4, H, W\], got shape \[1, 8, 5, 5\]"),
+        ((8, 8), "features must have 2 entries, one for each layer, got 1"),
+    ],
+)
+def test_heads_are_for_their_channels(channels, message):
+    features = [torch.randn(1, 8, 5, 5)]
+    with pytest.raises(ValueError, match=f"^CCPLoss: {message}$"):
+        CCPLoss(channels, num_anchors=3)(features, features)

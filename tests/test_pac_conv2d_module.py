@@ -88,6 +88,7 @@ def test_device_and_dtype(shared):
         ({"bias": "no"}, "bias must be True or False, got 'no'"),
         ({"normalize_kernel": "no"}, "normalize_kernel must be True or False, got 'no'"),
         ({"shared_filters": "no"}, "shared_filters must be True or False, got 'no'"),
+        ({"device": "gpu"}, "device must be a torch.device, the name of one, or None, got 'gpu'"),
         ({"dtype": torch.int32}, "dtype must be None or one of torch.float16, .*, got torch.int32"),
     ],
     ids=lambda case: ",".join(case) if isinstance(case, dict) else "",
